@@ -1,0 +1,57 @@
+# Everything a person types. `make` alone lists it.
+
+RECIPE ?= recipes/fashion-resnet18.toml
+OUT    ?= dist
+TARGET ?=
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.made-from-pyproject
+STATIC := pipeline targets device calibration_data tests
+
+.DEFAULT_GOAL := help
+.PHONY: help deploy test check format static bench nightly clean
+
+help: ## list these targets
+	@echo "make deploy TARGET=openvino|onnxruntime|a,b|all  [RECIPE=$(RECIPE)] [OUT=$(OUT)]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+deploy: $(STAMP) ## build, verify and bundle RECIPE for TARGET into OUT
+	@$(BIN)/bitferry deploy "$(RECIPE)" $(if $(TARGET),--target "$(TARGET)") --out "$(OUT)"
+
+test: $(STAMP) ## run every test
+	@$(BIN)/python -m pytest
+
+static: $(STAMP) ## the part of check that runs nothing: formatting, lint, types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+check: static test ## what CI runs: formatting, lint, types, tests
+
+format: $(STAMP) ## format the code
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: ## compare with other tools (not yet)
+	@echo "not yet: the comparison with other tools is not written"; exit 2
+
+nightly: ## the nightly accuracy and latency matrix (not yet)
+	@echo "not yet: the nightly matrix is not written"; exit 2
+
+clean: ## remove the environment, the builds and the bundles
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+
+# Made once, and again when pyproject.toml or the lock changes.
+$(STAMP): pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 is needed, and no python3 was found"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; $(PYTHON) is older. Name one with PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "making $(VENV) (PyTorch and the runtimes, 6 GB; once)" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "error: python's venv module is missing; on Debian and Ubuntu: apt install python3.11-venv"; rm -rf $(VENV); exit 2; }
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	@VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+	@VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

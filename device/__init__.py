@@ -1,0 +1,1 @@
+"""What is shipped to the device: standard library, NumPy and Pillow only."""

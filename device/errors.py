@@ -1,0 +1,23 @@
+"""Everything bitferry raises on purpose; the command lines catch `BitferryError` once and print its text.
+
+BitferryError
+├── InputError          what you gave cannot be used: a file, a recipe, an option
+├── TargetUnavailable   this machine lacks a package or the hardware
+└── StageFailed         a tool failed on a valid input; its own error is `__cause__`
+"""
+
+
+class BitferryError(Exception):
+    """A failure whose text says what was found, what was expected and what to do."""
+
+
+class InputError(BitferryError):
+    """What the user gave cannot be used."""
+
+
+class TargetUnavailable(BitferryError):
+    """This machine lacks what a target needs."""
+
+
+class StageFailed(BitferryError):
+    """A tool failed; raise it `from` the tool's own error."""

@@ -1,0 +1,130 @@
+"""A passed artifact → the folder that is shipped: model, ONNX, manifest and a runner without torch."""
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import targets
+from device import runner
+from device.errors import InputError
+from pipeline import cache, progress
+from pipeline.artifacts import Bundle, Compiled, FloatModel, Verdict
+from pipeline.recipe import Recipe
+
+PACKAGES = (
+    "bitferry",
+    "torch",
+    "torchvision",
+    "torchao",
+    "onnx",
+    "onnxsim",
+    "onnxruntime",
+    "numpy",
+    "pillow",
+)
+SOURCES = Path(__file__).parents[1]
+MAIN = """\"\"\"Wire the runner to this bundle's target.\"\"\"
+
+import sys
+from pathlib import Path
+
+from device.runner import main
+from targets import {target}
+
+sys.exit(main({target}, Path(__file__).resolve().parents[1]))
+"""
+
+
+def folder_name(recipe: Recipe, target: str) -> str:
+    """Name the bundle's folder: <recipe>-<target>-<version>."""
+    return f"{recipe.name}-{target}-{recipe.version}"
+
+
+def check_output(recipe: Recipe, names: list[str], out: Path) -> None:
+    """Raise InputError when `out`, or a bundle's folder in it, is something that bitferry did not make."""
+    cache.own(out)
+    for name in names:
+        place = out / folder_name(recipe, name)
+        if place.exists() and not _is_bundle(place):
+            raise InputError(f"{place} exists and is no bundle of bitferry's; move it away or name another OUT")
+
+
+def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verdict: Verdict, out: Path) -> Bundle:
+    """Write OUT/<recipe>-<target>-<version>/, replacing an older build of the same version in one step."""
+    check_output(recipe, [compiled.target], out)
+    final = out / folder_name(recipe, compiled.target)
+    temporary = out / f".{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with progress.timed(f"bundle {compiled.target}"):
+        shutil.copytree(compiled.path.parent, temporary)
+        onnx = temporary / "model.onnx"
+        if not onnx.exists():
+            shutil.copyfile(compiled.source.path, temporary / f"model{compiled.source.path.suffix}")
+        write_runner(temporary / "run.pyz", compiled.target)
+        manifest = _manifest(recipe, model, compiled, verdict, temporary)
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        cache.publish(temporary, final)
+    size = sum(path.stat().st_size for path in final.iterdir())
+    progress.stage("bundle", f"{final} ({size / 1e6:.1f} MB)")
+    return Bundle(final, verdict, size)
+
+
+def write_runner(path: Path, target: str) -> None:
+    """Pack `device/` and the target's own module into a zipapp, the same bytes every time."""
+    modules = [*sorted((SOURCES / "device").glob("*.py")), SOURCES / "targets/__init__.py"]
+    modules.append(targets.source(target))
+    contents = {module.relative_to(SOURCES).as_posix(): module.read_text() for module in modules}
+    contents["__main__.py"] = MAIN.format(target=target)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in contents.items():
+            archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
+
+
+def _manifest(
+    recipe: Recipe, model: FloatModel, compiled: Compiled, verdict: Verdict, folder: Path
+) -> Mapping[str, object]:
+    contract = asdict(model.preprocessing)
+    return {
+        "format": runner.FORMAT,
+        "schema": runner.SCHEMA,
+        "name": recipe.name,
+        "version": recipe.version,
+        "target": compiled.target,
+        "model": {"file": compiled.path.name, "precision": compiled.precision, "threads": compiled.threads},
+        "preprocessing": contract,
+        "preprocessing_sha256": hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest(),
+        "classes": model.classes,
+        "verdict": asdict(verdict) | {"passed": verdict.passed},
+        "recipe": _recipe(recipe),
+        "versions": {name: version(name) for name in PACKAGES}
+        | {verdict.environment.runtime: verdict.environment.version},
+        "files": {
+            path.name: {
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "size_bytes": path.stat().st_size,
+            }
+            for path in sorted(folder.iterdir())
+        },
+    }
+
+
+def _recipe(recipe: Recipe) -> dict[str, object]:
+    """Give the recipe without the paths of this machine; the data is pinned by content elsewhere."""
+    fields = recipe.model_dump(mode="json", exclude={"classes"})
+    fields["data"] = {name: Path(path).name for name, path in fields["data"].items() if path}
+    if fields["model"]["weights"]:
+        fields["model"]["weights"] = Path(fields["model"]["weights"]).name
+    return fields
+
+
+def _is_bundle(folder: Path) -> bool:
+    try:
+        runner.read_manifest(folder)
+    except InputError:
+        return False
+    return True

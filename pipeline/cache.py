@@ -1,0 +1,101 @@
+"""Keep each stage's output under build/<recipe>/<stage>-<key>/: whole or not at all, never a failure."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+from device.errors import InputError
+from pipeline import progress
+
+MARK = ".bitferry"
+MARK_TEXT = "This folder belongs to bitferry; it may replace what is in it.\n"
+
+
+def key(stage: str, *, code: str | Path, packages: tuple[str, ...] = (), **inputs: object) -> str:
+    """Hash what a stage's output depends on: its inputs, the versions of its tools and its own source file."""
+    parts = {
+        "stage": stage,
+        "code": file_hash(Path(code)),
+        "packages": {name: version(name) for name in packages},
+        "inputs": inputs,
+    }
+    text = json.dumps(parts, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """Hash a file's bytes with sha256."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a cache key cannot hold {value!r}")
+
+
+def own(folder: Path) -> None:
+    """Make `folder`, or make sure that it is bitferry's; raise InputError when it holds anything else."""
+    try:
+        if folder.is_dir() and not (folder / MARK).exists() and any(folder.iterdir()):
+            raise InputError(
+                f"{folder} is not empty and bitferry did not make it; "
+                "name a new or empty folder, or one that an earlier run made"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).write_text(MARK_TEXT)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to ({error.strerror}); name another folder") from error
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a finished folder into place, its bytes on disk first, replacing an older one."""
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file():
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(final)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The build folder of one recipe."""
+
+    root: Path
+
+    def folder(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
+        """Return the stage's folder, calling `make` with an empty one to fill if this key was never made.
+
+        A killed run leaves only a hidden folder, which the next one throws away. Two runs at once wait for
+        each other here.
+        """
+        final = self.root / f"{stage}-{key}"
+        own(self.root)
+        with FileLock(self.root / f".{stage}.lock"):
+            if final.is_dir():
+                progress.stage(stage, f"reused {final}")
+                return final
+            temporary = self.root / f".{stage}-{key}"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            with progress.timed(stage):
+                make(temporary)
+            publish(temporary, final)
+        return final

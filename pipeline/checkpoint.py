@@ -1,0 +1,83 @@
+"""State dicts: read without running anything in them, and put into a model that they must fit."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from device.errors import InputError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
+SHOWN = 5
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, telling `.pt` from `.safetensors` by content.
+
+    Only tensors are read: a file that holds anything else is refused with InputError, never unpickled.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(9)
+        if head[8:9] == b"{":
+            return load_file(path)
+        stored: object = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(
+            f"the weights {path} do not exist; put the file there or change `weights` in the recipe"
+        ) from None
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds more than tensors, so it was not opened: {_first_line(error)} "
+            "Save it again with torch.save(model.state_dict(), …) or as .safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError) as error:
+        raise InputError(
+            f"{path} is not a readable state dict ({_first_line(error)}); "
+            "expected torch.save(model.state_dict(), …) or .safetensors"
+        ) from error
+    return _tensors(stored, path)
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load `state` into `model`; raise InputError listing missing, unexpected and misshapen keys, or NaN weights."""
+    own = model.state_dict()
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    misshapen = [
+        f"{key} {list(state[key].shape)} where the model has {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    if any(faults.values()):
+        told = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
+        raise InputError(f"{path} is not a state dict of this model: {told}")
+    broken = [key for key, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if broken:
+        raise InputError(f"{path} has NaN or infinity in {_some(broken)}; the checkpoint is broken")
+    model.load_state_dict(state, strict=False)
+
+
+def _tensors(stored: object, path: Path) -> dict[str, Tensor]:
+    """Find the state dict in what was stored: itself, or under one of the usual names; drop DataParallel's prefix."""
+    for name in WRAPPERS:
+        if isinstance(stored, dict) and isinstance(stored.get(name), dict):
+            stored = stored[name]
+    if not isinstance(stored, dict) or not stored or not all(isinstance(t, Tensor) for t in stored.values()):
+        raise InputError(f"{path} holds a {type(stored).__name__}, expected a state dict of names and tensors")
+    if all(str(key).startswith("module.") for key in stored):
+        return {str(key).removeprefix("module."): tensor for key, tensor in stored.items()}
+    return {str(key): tensor for key, tensor in stored.items()}
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

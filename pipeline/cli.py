@@ -1,0 +1,276 @@
+"""The `bitferry` command: reads arguments, calls one function, prints its value. No logic."""
+
+# Each command imports what it runs when it runs: torch takes seconds, `--help` must not.
+# ruff: noqa: PLC0415
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from device.errors import BitferryError
+
+if TYPE_CHECKING:
+    from pipeline.run import Deployment, Run
+
+DEFAULT_RECIPE = Path("recipes/fashion-resnet18.toml")
+
+app = typer.Typer(
+    help="Take PyTorch vision models to edge devices as 8-bit, and prove what is shipped.\n\n"
+    "Exit codes: 0 inside the budget, 1 missed or undecided, 2 cannot run.",
+    epilog="Example: bitferry deploy recipes/fashion-resnet18.toml --target openvino",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to build.")]
+TargetNames = Annotated[
+    str | None,
+    typer.Option("--target", "-t", help="One or several, as openvino,onnxruntime, or all. Default: the recipe's."),
+]
+BuildFolder = Annotated[Path, typer.Option("--build", help="Where stages keep their output.")]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Where bundles are written.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Load a .pt2 program, which can run code.")]
+PrecisionName = Annotated[str | None, typer.Option("--precision", help="Instead of the recipe's: int8, float32, …")]
+
+
+@app.callback()
+def options(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    from pipeline import progress
+
+    progress.console.quiet = quiet
+    _State.debug = debug
+
+
+class _State:
+    debug = False
+
+
+def _run(recipe_path: Path, build: Path, trust: bool, precision: str | None = None) -> "Run":
+    from pipeline import recipe
+    from pipeline.cache import Cache
+
+    chosen = recipe.read(recipe_path, precision=precision)
+    from pipeline.run import Run
+
+    return Run(chosen, recipe_path.parent, Cache(build / chosen.name), trust)
+
+
+def _each(run: "Run", names: str | None) -> "list[Deployment]":
+    from pipeline.run import Deployment, choose
+
+    return [Deployment(run, name) for name in choose(names, run.recipe)]
+
+
+def _print_paths(paths: dict[str, Path], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({name: str(path) for name, path in paths.items()}))
+    else:
+        for name, path in paths.items():
+            typer.echo(f"{name}\t{path}")
+
+
+@app.command()
+def deploy(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    target: TargetNames = None,
+    out: OutFolder = Path("dist"),
+    build: BuildFolder = Path("build"),
+    precision: PrecisionName = None,
+    trust: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Build, verify and bundle for every target named.
+
+    Example: bitferry deploy recipes/fashion-resnet18.toml --target openvino
+    """
+    from pipeline import report
+    from pipeline.run import choose
+    from pipeline.run import deploy as deploy_
+
+    run = _run(recipe, build, trust, precision)
+    results = deploy_(run, choose(target, run.recipe), out)
+    report.show(run.recipe, results, as_json=json_)
+    raise typer.Exit(report.exit_code(results))
+
+
+@app.command()
+def train(recipe: RecipePath = DEFAULT_RECIPE, build: BuildFolder = Path("build"), json_: Json = False) -> None:
+    """Train the recipe's model on its training images.
+
+    Example: bitferry train recipes/fashion-resnet18.toml
+    """
+    _print_paths({"weights": _run(recipe, build, trust=False).weights.path}, json_)
+
+
+@app.command()
+def quantize(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    target: TargetNames = None,
+    build: BuildFolder = Path("build"),
+    trust: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Quantize to int8 in PyTorch, once for each different scheme of the targets.
+
+    Example: bitferry quantize recipes/fashion-resnet18.toml --target openvino
+    """
+    from pipeline.artifacts import Quantized
+
+    made = {one.name: one.program for one in _each(_run(recipe, build, trust, "int8"), target)}
+    _print_paths({name: program.path for name, program in made.items() if isinstance(program, Quantized)}, json_)
+
+
+@app.command()
+def trace(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    target: TargetNames = None,
+    build: BuildFolder = Path("build"),
+    precision: PrecisionName = None,
+    trust: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Trace to TorchScript and compare with PyTorch.
+
+    Example: bitferry trace recipes/fashion-resnet18.toml --target openvino
+    """
+    deployments = _each(_run(recipe, build, trust, precision), target)
+    _print_paths({one.name: one.traced.path for one in deployments}, json_)
+
+
+@app.command()
+def export(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    target: TargetNames = None,
+    build: BuildFolder = Path("build"),
+    precision: PrecisionName = None,
+    trust: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Export to ONNX, simplify, and compare with PyTorch.
+
+    Example: bitferry export recipes/fashion-resnet18.toml --target openvino
+    """
+    deployments = _each(_run(recipe, build, trust, precision), target)
+    _print_paths({one.name: one.simplified.path for one in deployments}, json_)
+
+
+@app.command(name="compile")
+def compile_(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    target: TargetNames = None,
+    build: BuildFolder = Path("build"),
+    precision: PrecisionName = None,
+    trust: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Compile for each target.
+
+    Example: bitferry compile recipes/fashion-resnet18.toml --target openvino,onnxruntime
+    """
+    deployments = _each(_run(recipe, build, trust, precision), target)
+    _print_paths({one.name: one.compiled.path for one in deployments}, json_)
+
+
+@app.command()
+def verify(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    target: TargetNames = None,
+    build: BuildFolder = Path("build"),
+    precision: PrecisionName = None,
+    trust: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Measure accuracy and latency of each target against the float model.
+
+    Example: bitferry verify recipes/fashion-resnet18.toml --target openvino
+    """
+    from pipeline import report
+
+    run = _run(recipe, build, trust, precision)
+    verdicts = [one.verdict for one in _each(run, target)]
+    report.show(run.recipe, verdicts, as_json=json_)
+    raise typer.Exit(report.exit_code(verdicts))
+
+
+app.command(name="bundle")(deploy)
+
+
+@app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    top: Annotated[int, typer.Option(help="How many classes to print.", min=1)] = 3,
+    json_: Json = False,
+) -> None:
+    """Answer for image files with a bundle, as its own run.pyz does.
+
+    Example: bitferry predict dist/fashion-resnet18-openvino-1.0.0 photo.png
+    """
+    import targets as registry
+    from device import runner
+
+    loaded = runner.Runner(bundle, registry.get(runner.read_manifest(bundle)["target"]))
+    for image in images:
+        answer = loaded.answer(image, top=top)
+        typer.echo(json.dumps(asdict(answer)) if json_ else runner.text(answer))
+
+
+@app.command()
+def targets(json_: Json = False) -> None:
+    """List every target: ready on this machine or not, its version and the precisions it runs.
+
+    Example: bitferry targets
+    """
+    from pipeline import report
+
+    report.show_targets(as_json=json_)
+
+
+@app.command()
+def init(
+    checkpoint: Annotated[Path, typer.Argument(help="A state dict: .pt, .pth or .safetensors.")],
+    images: Annotated[Path, typer.Argument(help="A folder with one folder of images per class.")],
+    source: Annotated[
+        str | None,
+        typer.Option(help="torchvision:NAME, timm:NAME or module:package.file:factory. Default: guessed."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.toml"),
+    size: Annotated[int, typer.Option(help="Height and width of the model's input, in pixels.", min=1)] = 224,
+) -> None:
+    """Write a commented recipe for a checkpoint and an image folder.
+
+    Example: bitferry init weights.pth photos/ --source torchvision:mobilenet_v2
+    """
+    from pipeline import init as init_
+
+    for written in init_.init(checkpoint, images, output, source=source, size=size):
+        typer.echo(written)
+
+
+def main() -> None:
+    """Run the command line; --quiet and --debug may stand anywhere."""
+    anywhere = [a for a in sys.argv[1:] if a in ("--quiet", "-q", "--debug")]
+    others = [a for a in sys.argv[1:] if a not in anywhere]
+    try:
+        app([*anywhere, *others])
+    except BitferryError as error:
+        if _State.debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped; what was finished is kept, run the same command to go on", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Images and labels from a folder, a list or an array file, decoded once; and the leak check between splits."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from PIL import Image
+
+from device.arrays import Images
+from device.errors import InputError
+from device.preprocess import Preprocessing
+from pipeline import cache, progress
+from pipeline.artifacts import Labels, Split
+from targets import usable_cpus
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image before decoding."""
+
+    source: str
+    label: int
+    content: Callable[[], bytes]
+    """Its encoded bytes, or its raw pixels when it comes from an array."""
+    fit: Callable[[bytes], Images]
+
+
+def split(name: str, source: Path, classes: Sequence[str], contract: Preprocessing, build: cache.Cache) -> Split:
+    """Read a split, decoding every image by `contract`; the result is kept by content, not by file name.
+
+    Raises InputError when there are no images, one is broken, or a label does not fit the classes.
+    """
+    samples = _samples(source, classes, contract)
+    if not samples:
+        raise InputError(f"the {name} data {source} holds no images")
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        hashes = list(pool.map(_content_hash, samples))
+    key = cache.key(
+        "data",
+        code=__file__,
+        packages=("pillow",),
+        preprocess=_source_hash(),
+        contract=contract,
+        samples=[(digest, sample.label) for digest, sample in zip(hashes, samples, strict=True)],
+    )
+    folder = build.folder("data", key, partial(_decode, name, samples, contract))
+    return Split(
+        name=name,
+        images=np.load(folder / "images.npy", mmap_mode="r"),
+        labels=np.array([sample.label for sample in samples], dtype=np.int64),
+        sources=tuple(sample.source for sample in samples),
+        digests=tuple(bytes.fromhex(d) for d in json.loads((folder / "digests.json").read_text())),
+        key=key,
+    )
+
+
+def refuse_leaks(*splits: Split) -> None:
+    """Raise InputError when one image, by its pixels, is in two splits."""
+    seen: dict[bytes, tuple[Split, str]] = {}
+    for part in splits:
+        leaks = []
+        for digest, source in zip(part.digests, part.sources, strict=True):
+            first, other = seen.setdefault(digest, (part, source))
+            if first is not part:
+                leaks.append((source, first.name, other))
+        if leaks:
+            source, other_name, other = leaks[0]
+            raise InputError(
+                f"{len(leaks)} {part.name} images are also in the {other_name} data, "
+                f"for example {source} = {other}; take them out of one of the two"
+            )
+
+
+def _content_hash(sample: Sample) -> str:
+    return hashlib.sha256(sample.content()).hexdigest()
+
+
+def _source_hash() -> str:
+    return hashlib.sha256(Path(__file__).parents[1].joinpath("device/preprocess.py").read_bytes()).hexdigest()
+
+
+def _decode(name: str, samples: Sequence[Sample], contract: Preprocessing, folder: Path) -> None:
+    """Write images.npy and digests.json, a chunk at a time so that memory stays small."""
+    shape = (len(samples), contract.height, contract.width, 3)
+    images = open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    digests: list[str] = []
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        chunks = range(0, len(samples), CHUNK)
+        for start in progress.track(chunks, f"decode {name}", total=len(chunks)):
+            part = samples[start : start + CHUNK]
+            images[start : start + len(part)] = np.stack(list(pool.map(lambda s: s.fit(s.content()), part)))
+            digests += [hashlib.sha256(i.tobytes()).hexdigest()[:32] for i in images[start : start + len(part)]]
+    images.flush()
+    (folder / "digests.json").write_text(json.dumps(digests))
+
+
+def _samples(source: Path, classes: Sequence[str], contract: Preprocessing) -> list[Sample]:
+    if source.is_dir():
+        return _from_folder(source, classes, contract)
+    if not source.is_file():
+        raise InputError(f"the data {source} does not exist")
+    if source.suffix == ".npz":
+        return _from_arrays(source, classes, contract)
+    return _from_list(source, classes, contract)
+
+
+def _from_folder(root: Path, classes: Sequence[str], contract: Preprocessing) -> list[Sample]:
+    """Read root/CLASS/**/IMAGE, the layout of torchvision's ImageFolder."""
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    if not folders:
+        raise InputError(f"{root} has no class folders; expected {root}/{classes[0]}/… with images, or use a list file")
+    labels = _folder_labels([folder.name for folder in folders], classes, root)
+    known = set(Image.registered_extensions())
+    return [
+        _file_sample(path, label, contract)
+        for folder, label in zip(folders, labels, strict=True)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix.lower() in known
+    ]
+
+
+def _folder_labels(names: Sequence[str], classes: Sequence[str], root: Path) -> list[int]:
+    """Match folders with classes by name; where none matches but the counts agree, by sorted order (torchvision)."""
+    strange = [name for name in names if name not in classes]
+    if not strange:
+        return [_by_name(name, classes) for name in names]
+    if len(strange) == len(names) == len(classes):
+        progress.stage("data", f"{root}: no folder is named like a class; taken in sorted order")
+        return list(range(len(names)))
+    raise InputError(
+        f"{root} has folders that are no class of this recipe: {_some(strange)}; the classes are {_some(classes)}"
+    )
+
+
+def _from_list(path: Path, classes: Sequence[str], contract: Preprocessing) -> list[Sample]:
+    """Read lines of `file<TAB>label`: the label an index or a class name, the file relative to the list."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a list: expected text lines of `file<TAB>label` ({error.reason})") from None
+    samples = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (number == 1 and line.split("\t")[0].lower() in ("file", "path", "image", "filename")):
+            continue
+        name, tab, rest = line.partition("\t")
+        if not tab:
+            raise InputError(f"{path}:{number}: expected `file<TAB>label`, found {line!r}")
+        label = _label(rest.split("\t")[0].strip(), classes, f"{path}:{number}")
+        samples.append(_file_sample(path.parent / name, label, contract))
+    return samples
+
+
+def _from_arrays(path: Path, classes: Sequence[str], contract: Preprocessing) -> list[Sample]:
+    """Read `images` (N×H×W grey or N×H×W×3 RGB, uint8) and `labels` (N integers) of an .npz file."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{path} is not an .npz with arrays `images` and `labels`: {error}") from error
+    fits = images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3))
+    if not fits or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise InputError(
+            f"{path}: expected `images` N×H×W or N×H×W×3 uint8 and `labels` N integers, found "
+            f"{images.dtype} {images.shape} and {labels.dtype} {labels.shape}"
+        )
+    _refuse_strange_labels(labels.astype(np.int64), classes, path)
+    fit = partial(_fit, contract, images.shape[1:])
+    return [
+        Sample(f"{path.name}[{i}]", int(label), image.tobytes, fit)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True))
+    ]
+
+
+def _fit(contract: Preprocessing, shape: tuple[int, ...], content: bytes) -> Images:
+    return contract.fit(np.frombuffer(content, np.uint8).reshape(shape))
+
+
+def _file_sample(path: Path, label: int, contract: Preprocessing) -> Sample:
+    return Sample(str(path), label, partial(_read, path), lambda content: contract.load(content, str(path)))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"the image {path} cannot be read: {error.strerror}") from error
+
+
+def _label(text: str, classes: Sequence[str], where: str) -> int:
+    if text in classes:
+        return _by_name(text, classes)
+    if not text.isdecimal():
+        raise InputError(f"{where}: '{text}' is neither a class of this recipe ({_some(classes)}) nor an index")
+    if int(text) >= len(classes):
+        raise InputError(f"{where}: label {text} is out of range; there are {len(classes)} classes, counted from 0")
+    return int(text)
+
+
+def _by_name(name: str, classes: Sequence[str]) -> int:
+    if classes.count(name) > 1:
+        raise InputError(
+            f"the class name '{name}' stands for {classes.count(name)} classes; use indices in a list file"
+        )
+    return classes.index(name)
+
+
+def _refuse_strange_labels(labels: Labels, classes: Sequence[str], path: Path) -> None:
+    strange = Counter(labels[(labels < 0) | (labels >= len(classes))].tolist())
+    if strange:
+        found = ", ".join(str(label) for label in sorted(strange)[:5])
+        raise InputError(f"{path}: labels out of range ({found}); there are {len(classes)} classes, counted from 0")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,132 @@
+"""A checkpoint and an image folder → a commented recipe with two disjoint image lists."""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from device.errors import InputError
+from pipeline import checkpoint
+
+CALIBRATION_SHARE = 0.25
+MOST_CALIBRATION = 512
+
+
+def init(checkpoint_path: Path, images: Path, output: Path, *, source: str | None, size: int) -> list[Path]:
+    """Write the recipe, and beside it `calibration.tsv` and `evaluation.tsv`; return what was written.
+
+    Raises InputError rather than overwrite a file, and when the model cannot be told from the checkpoint.
+    """
+    folder = output.parent
+    lists = {name: folder / f"{output.stem}-{name}.tsv" for name in ("calibration", "evaluation")}
+    for path in (output, *lists.values()):
+        if path.exists():
+            raise InputError(f"{path} exists; move it away or name another with --output")
+    classes = _classes(images)
+    state = checkpoint.read(checkpoint_path)
+    guessed = source or guess(state, len(classes))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in _split(images, classes).items():
+        lists[name].write_text("file\tlabel\n" + "".join(f"{path.resolve()}\t{label}\n" for path, label in lines))
+    output.write_text(
+        TEMPLATE.format(
+            name=output.stem,
+            classes=", ".join(_quoted(name) for name in classes),
+            source=guessed,
+            told="as told" if source else "its names and shapes are those of the checkpoint",
+            weights=_quoted(str(checkpoint_path.resolve())),
+            size=size,
+            calibration=_quoted(lists["calibration"].name),
+            evaluation=_quoted(lists["evaluation"].name),
+        )
+    )
+    return [output, *lists.values()]
+
+
+def guess(state: Mapping[str, Tensor], classes: int) -> str:
+    """Name the torchvision classifier whose state dict has exactly these names and shapes."""
+    from torchvision import models  # noqa: PLC0415 - a second to import, only when nothing was told
+
+    wanted = {key: tuple(t.shape) for key, t in state.items() if not key.endswith("num_batches_tracked")}
+    for name in models.list_models(module=models):
+        if name in (
+            "googlenet",
+            "inception_v3",
+        ):  # their training heads make the state dict depend on options
+            continue
+        with torch.device("meta"):
+            own = models.get_model(name, weights=None, num_classes=classes).state_dict()
+        if {k: tuple(t.shape) for k, t in own.items() if not k.endswith("num_batches_tracked")} == wanted:
+            return f"torchvision:{name}"
+    raise InputError(
+        f"the checkpoint has {len(wanted)} tensors, like no torchvision classifier of {classes} classes (one for each "
+        "folder of images); say what it is with --source, such as --source module:mypackage.model:make"
+    )
+
+
+def _classes(images: Path) -> list[str]:
+    if not images.is_dir():
+        raise InputError(f"the image folder {images} does not exist")
+    classes = sorted(path.name for path in images.iterdir() if path.is_dir())
+    if len(classes) < 2:
+        raise InputError(f"{images} has {len(classes)} class folders; expected at least two, each with images")
+    return classes
+
+
+def _split(images: Path, classes: list[str]) -> dict[str, list[tuple[Path, int]]]:
+    """Take a quarter of each class, seeded, for calibration and the rest for evaluation."""
+    known = set(Image.registered_extensions())
+    parts: dict[str, list[tuple[Path, int]]] = {"calibration": [], "evaluation": []}
+    for label, name in enumerate(classes):
+        files = sorted(p for p in (images / name).rglob("*") if p.is_file() and p.suffix.lower() in known)
+        if len(files) < 2:
+            raise InputError(f"{images / name} has {len(files)} images; expected two or more, for two lists")
+        random.Random(label).shuffle(files)  # noqa: S311 - a split, not a secret
+        count = max(1, min(int(len(files) * CALIBRATION_SHARE), -(-MOST_CALIBRATION // len(classes))))
+        parts["calibration"] += [(path, label) for path in files[:count]]
+        parts["evaluation"] += [(path, label) for path in files[count:]]
+    return parts
+
+
+def _quoted(text: str) -> str:
+    """Write a TOML basic string."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+TEMPLATE = """\
+# A recipe for bitferry: what is built, and how it is judged. Build it with
+#
+#     bitferry deploy {name}.toml --target openvino
+
+name = "{name}"
+version = "0.1.0"
+precision = "int8"                 # or float32, bfloat16
+classes = [{classes}]
+
+[model]
+source = "{source}"    # {told}
+weights = {weights}
+
+[preprocessing]                    # A GUESS: must be what the model was trained with, or accuracy is lost
+height = {size}
+width = {size}
+resize = {size}                       # the shorter side, before the centre crop; leave out to stretch
+mean = [0.485, 0.456, 0.406]       # of pixels scaled to 0…1, in RGB order
+std = [0.229, 0.224, 0.225]
+
+[data]                             # lists of file<TAB>label; image folders and .npz files work as well
+calibration = {calibration}
+evaluation = {evaluation}
+
+[budget]
+accuracy_drop_pp = 1.0             # top-1, percentage points below the float model
+confidence = 0.95                  # one-sided
+# min_speedup = 2.0                # over eager float32 PyTorch
+
+[targets.openvino]
+# threads = 2                      # default: every CPU this process may use
+[targets.onnxruntime]
+"""

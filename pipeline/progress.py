@@ -1,0 +1,36 @@
+"""Talk on stderr: a line per stage, and a progress bar on anything long when a person is watching."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+console = Console(stderr=True, highlight=False)
+
+
+def stage(name: str, text: str) -> None:
+    """Say in one line what a stage did."""
+    console.print(f"[bold]{name:<11}[/bold] {text}", soft_wrap=True)
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Say when a stage begins and how long it took."""
+    stage(name, "…")
+    start = time.perf_counter()
+    yield
+    stage(name, f"done in {time.perf_counter() - start:.1f} s")
+
+
+def track(items: Iterable[T], text: str, *, total: int) -> Iterator[T]:
+    """Yield the items with a bar that counts them; silent when stderr is no terminal or --quiet was given."""
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar:
+        task = bar.add_task(text, total=total)
+        for item in items:
+            yield item
+            bar.advance(task)

@@ -1,0 +1,73 @@
+"""Float model → PyTorch int8 (PT2E): observers see the calibration images, a target's scheme says what is quantized."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from device.errors import InputError, StageFailed
+from pipeline import cache, progress
+from pipeline.artifacts import FloatModel, Quantized, Split
+from pipeline.recipe import Quantization
+from targets import Scheme
+
+ANNOTATE = Path(__file__).with_name("annotate.py")
+
+
+def quantize(
+    model: FloatModel, calibration: Split, scheme: Scheme, settings: Quantization, build: cache.Cache
+) -> Quantized:
+    """Calibrate on every image given and convert; the result is shared by all targets of an equal scheme."""
+    count = min(len(calibration), settings.images or len(calibration))
+    key = cache.key(
+        "quantize",
+        code=__file__,
+        annotate=cache.file_hash(ANNOTATE),
+        packages=("torch", "torchao"),
+        model=model.key,
+        data=calibration.key,
+        images=count,
+        scheme=scheme,
+        settings=settings.model_dump(),
+    )
+    done = build.folder("quantize", key, partial(_quantize, model, calibration, count, scheme, settings))
+    return Quantized(done / "program.pt2", scheme, count, key)
+
+
+def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """Capture `model` with torch.export, batch dynamic; raise StageFailed when it cannot be captured."""
+    try:
+        return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    except Exception as error:  # torch.export raises many kinds, some only once their own code gives up
+        raise StageFailed(
+            f"torch.export cannot capture the model: {str(error).strip().splitlines()[0]} "
+            "(run with --debug for the line in the model)"
+        ) from error
+
+
+def read_program(path: Path) -> nn.Module:
+    """Load a program that `quantize` wrote."""
+    import torchao.quantization.pt2e  # noqa: F401, PLC0415 - seconds to import; registers the quantized operators
+
+    module: nn.Module = torch.export.load(path).module()
+    return module
+
+
+def _quantize(model: FloatModel, data: Split, count: int, scheme: Scheme, settings: Quantization, out: Path) -> None:
+    # torchao takes seconds to import, which a run that finds this stage in the cache is spared
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e  # noqa: PLC0415
+
+    from pipeline.annotate import SchemeQuantizer  # noqa: PLC0415
+
+    images = torch.from_numpy(data.images[:count].copy())
+    if bool((images == images[:1]).all()):
+        raise InputError(f"all {count} calibration images are the same picture; the ranges would mean nothing")
+    example = images[:2] if count > 1 else images.repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        prepared = prepare_pt2e(export_program(model.module(), example).module(), SchemeQuantizer(scheme, settings))
+        batches = torch.split(images, settings.batch_size)
+        for batch in progress.track(batches, "calibrate", total=len(batches)):
+            prepared(batch)
+        converted = convert_pt2e(prepared)
+        torch.export.save(export_program(converted, example), out / "program.pt2")

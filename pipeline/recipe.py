@@ -1,0 +1,156 @@
+"""TOML → a typed, validated recipe: everything that decides what is built, and how it is judged."""
+
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+)
+
+import targets
+from device.errors import InputError
+from device.preprocess import Preprocessing
+from targets import Precision
+
+
+def _beside_recipe(path: Path, info: ValidationInfo) -> Path:
+    return Path((info.context or {}).get("folder", "."), path.expanduser())
+
+
+def _class_names(value: object, info: ValidationInfo) -> object:
+    """Accept the names themselves, a text file with one per line, or just how many there are."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [str(index) for index in range(value)]
+    if isinstance(value, str):
+        path = _beside_recipe(Path(value), info)
+        if not path.is_file():
+            raise ValueError(f"the file {path} does not exist")
+        return path.read_text().splitlines()
+    return value
+
+
+Beside = Annotated[Path, AfterValidator(_beside_recipe)]
+"""A path; a relative one starts at the recipe's own folder."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """Where the architecture and its weights come from; without weights, it is trained."""
+
+    source: Annotated[str, Field(pattern=r"^(torchvision|timm|module|pt2):.+$")]
+    weights: Beside | None = None
+    options: dict[str, JsonValue] = {}
+    """Keyword arguments of the model's constructor."""
+
+
+class Data(Section):
+    """Each an image folder, a `file<TAB>label` list or an `.npz` with `images` and `labels`."""
+
+    calibration: Beside
+    evaluation: Beside
+    train: Beside | None = None
+
+
+class Training(Section):
+    epochs: Annotated[int, Field(gt=0)] = 10
+    batch_size: Annotated[int, Field(gt=1)] = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    horizontal_flip: bool = False
+    seed: int = 0
+
+
+class Quantization(Section):
+    observer: Literal["histogram", "minmax"] = "histogram"
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    images: Annotated[int, Field(gt=0)] | None = None
+    """How many calibration images to use, from the front; None for all."""
+
+
+class Budget(Section):
+    accuracy_drop_pp: Annotated[float, Field(ge=0, le=100)] = 1.0
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    min_speedup: Annotated[float, Field(gt=0)] | None = None
+    """Over the eager float model, at the same thread count."""
+
+
+class TargetOptions(Section):
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9._+-]*$")] = "0.1.0"
+    classes: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_class_names)]
+    precision: Precision = "int8"
+    model: Model
+    preprocessing: Preprocessing
+    data: Data
+    training: Training = Training()
+    quantization: Quantization = Quantization()
+    budget: Budget = Budget()
+    targets: dict[str, TargetOptions] = {}
+
+    def threads(self, target: str) -> int | None:
+        """Give the CPU threads asked for on a target; None for the default."""
+        return self.targets[target].threads if target in self.targets else None
+
+
+def read(path: Path, *, precision: str | None = None) -> Recipe:
+    """Read a recipe, `precision` in place of its own if given.
+
+    Raises InputError with every fault in it, unknown keys with the nearest known one.
+    """
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"recipe {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"recipe {path} cannot be read: {error}") from error
+    try:
+        fields |= {"precision": precision} if precision else {}
+        recipe = Recipe.model_validate(fields, context={"folder": path.parent})
+    except ValidationError as error:
+        faults = [_fault(dict(detail), fields) for detail in error.errors()]
+        raise InputError(f"recipe {path}: {'; '.join(faults)}") from None
+    for name in recipe.targets:
+        targets.check_name(name)
+    return recipe
+
+
+def _fault(detail: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known_keys(detail["loc"][:-1])
+        close = get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key '{where}', {hint}"
+    if detail["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
+        return f"the key '{where}' is missing"
+    return f"{where}: {detail['msg'].removeprefix('Value error, ')} (found {detail['input']!r})"
+
+
+def _known_keys(where: tuple[str | int, ...]) -> list[str]:
+    """List the keys that may stand in the recipe's table at `where`."""
+    if not where:
+        return list(Recipe.model_fields)
+    if where[0] == "preprocessing":
+        return list(Preprocessing.__dataclass_fields__)
+    if where[0] == "targets":
+        return list(TargetOptions.model_fields)
+    section = Recipe.model_fields[str(where[0])].annotation
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

@@ -1,0 +1,71 @@
+"""Train the recipe's architecture on its training images: seeded, so that the same recipe gives the same weights."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from device.errors import StageFailed
+from pipeline import cache, progress
+from pipeline.artifacts import Split, Weights
+from pipeline.load import Deployable, architecture
+from pipeline.recipe import Recipe
+from targets import cpu_isa, usable_cpus
+
+BFLOAT16_CPUS = {"amx_bf16", "avx512_bf16"}
+
+
+def train(recipe: Recipe, data: Split, build: cache.Cache, *, folder: Path = Path()) -> Weights:
+    """Train from scratch with AdamW and the one-cycle schedule (Smith & Topin 2018)."""
+    bfloat16 = bool(BFLOAT16_CPUS & set(cpu_isa()))
+    key = cache.key(
+        "train",
+        code=__file__,
+        packages=("torch", "torchvision"),
+        model=recipe.model.model_dump(mode="json"),
+        contract=recipe.preprocessing,
+        classes=len(recipe.classes),
+        training=recipe.training.model_dump(),
+        data=data.key,
+        bfloat16=bfloat16,
+    )
+    done = build.folder("train", key, partial(_train, recipe, data, bfloat16, folder))
+    return Weights(done / "weights.safetensors", key)
+
+
+def _train(recipe: Recipe, data: Split, bfloat16: bool, folder: Path, out: Path) -> None:
+    settings = recipe.training
+    torch.set_num_threads(usable_cpus())
+    torch.manual_seed(settings.seed)
+    model = architecture(recipe, folder)
+    deployable = Deployable(model, recipe.preprocessing).train()
+    batches = max(1, len(data) // settings.batch_size)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.epochs * batches
+    )
+    images, labels = torch.from_numpy(data.images.copy()), torch.from_numpy(data.labels)
+    order = torch.cat([torch.randperm(len(data))[: batches * settings.batch_size] for _ in range(settings.epochs)])
+    steps = torch.split(order, min(settings.batch_size, len(data)))
+    for picked in progress.track(steps, "train", total=len(steps)):
+        batch = _flipped(images[picked]) if settings.horizontal_flip else images[picked]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            scores = deployable(batch)
+        loss = F.cross_entropy(scores.float(), labels[picked], label_smoothing=settings.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    if not bool(torch.isfinite(loss)):
+        raise StageFailed(f"training ended with a loss of {loss.item()}; lower training.learning_rate in the recipe")
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, out / "weights.safetensors")
+
+
+def _flipped(images: Tensor) -> Tensor:
+    """Mirror a random half of the images N×H×W×3 left to right."""
+    return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(2), images)

@@ -1,0 +1,67 @@
+"""Microsoft ONNX Runtime on the CPU: runs the simplified ONNX as it is."""
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime as ort
+
+from device.arrays import Images, Outputs, Predict
+from targets import Environment, Form, Precision, Scheme, cpu_isa, system
+
+CONSUMES: Form = "onnx"
+SUFFIX = ".onnx"
+SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None}
+
+INT8_KERNELS = {
+    "QLinearConv",
+    "QLinearMatMul",
+    "QGemm",
+    "ConvInteger",
+    "MatMulInteger",
+    "DynamicQuantizeMatMul",
+}
+FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose"}
+
+
+def environment() -> Environment:
+    return Environment("onnxruntime", ort.__version__, "CPU", cpu_isa(), system())
+
+
+def compile(model: Path, out: Path, *, precision: Precision) -> None:
+    shutil.copyfile(model, out)
+
+
+def load(path: Path, *, precision: Precision, threads: int | None = None) -> Predict:
+    session = ort.InferenceSession(path, _options(threads), providers=["CPUExecutionProvider"])
+    name: str = session.get_inputs()[0].name
+
+    def predict(images: Images) -> Outputs:
+        scores: Outputs = session.run(None, {name: images})[0]
+        return scores
+
+    return predict
+
+
+def executed(path: Path, *, precision: Precision) -> Mapping[str, int]:
+    import onnx  # noqa: PLC0415 - only the engineer's machine has it
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(None)
+        options.optimized_model_filepath = f"{folder}/optimized.onnx"
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(f"{folder}/optimized.onnx").graph.node
+    return Counter("int8" if n.op_type in INT8_KERNELS else "float32" for n in nodes if n.op_type in HEAVY)
+
+
+HEAVY = INT8_KERNELS | FLOAT_KERNELS
+
+
+def _options(threads: int | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options

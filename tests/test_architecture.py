@@ -1,0 +1,106 @@
+"""The house rules that a reader relies on: which way imports point, what stays small, what needs no torch."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(p for package in ("pipeline", "targets", "device") for p in (ROOT / package).glob("*.py"))
+# Rank in the direction that imports may point: only to a lower rank, or within the package.
+RANKS = {"pipeline": 3, "targets": 2, "device": 1}
+STAGES = {"train", "load", "quantize", "trace", "export", "compile", "verify", "bundle"}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """List the dotted names a file imports, those inside functions too unless `top_level`."""
+    found = set()
+    nodes = tree(path).body if top_level else list(ast.walk(tree(path)))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def functions() -> Iterator[tuple[Path, ast.FunctionDef]]:
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef):
+                yield path, node
+
+
+def lines(function: ast.FunctionDef) -> int:
+    return (function.end_lineno or 0) - function.lineno + 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports_point_one_way(path: Path) -> None:
+    rank = RANKS[path.parent.name]
+    upward = {name for name in imports(path) if RANKS.get(name.partition(".")[0], 0) > rank}
+    assert not upward, f"{path} imports {upward}"
+
+
+def test_stages_know_neither_the_run_nor_the_command_line() -> None:
+    for stage in STAGES:
+        used = imports(ROOT / f"pipeline/{stage}.py")
+        assert not {"pipeline.run", "pipeline.cli", "pipeline.report"} & used, stage
+
+
+def test_no_target_is_named_outside_its_own_file() -> None:
+    names = {path.stem for path in (ROOT / "targets").glob("*.py")} - {"__init__"}
+    for path in (ROOT / "pipeline").glob("*.py"):
+        compared = {
+            constant.value
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.Compare)
+            for constant in ast.walk(node)
+            if isinstance(constant, ast.Constant)
+        }
+        assert not names & compared, f"{path} decides by target name"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name != "pipeline"], ids=lambda p: p.stem)
+def test_device_and_targets_import_no_torch_at_the_top(path: Path) -> None:
+    heavy = {name.partition(".")[0] for name in imports(path, top_level=True)} & {"torch", "torchvision", "torchao"}
+    assert not heavy
+
+
+def test_the_help_loads_no_torch() -> None:
+    code = "import sys; import pipeline.cli; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+def test_functions_and_files_stay_small() -> None:
+    long_functions = [f"{p.name}:{f.name}" for p, f in functions() if lines(f) > 40]
+    long_files = [path.name for path in FILES if len(path.read_text().splitlines()) >= 300]
+    assert not long_functions
+    assert not long_files
+    assert statistics.median(lines(f) for _, f in functions()) < 12
+
+
+def test_every_file_and_public_function_says_what_it_is() -> None:
+    assert not [path.name for path in FILES if not ast.get_docstring(tree(path))]
+    silent = [
+        f"{path.name}:{node.name}"
+        for path in FILES
+        if path.parent.name != "targets" or path.stem == "__init__"
+        for node in tree(path).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert not [name for name in silent if name not in PLAIN]
+
+
+PLAIN = {"recipe.py:Section", "recipe.py:Training", "recipe.py:Quantization", "recipe.py:Budget",
+         "recipe.py:TargetOptions", "recipe.py:Recipe", "cli.py:options"}  # fmt: skip
