@@ -60,7 +60,7 @@ def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verdict: Verdi
     final = out / folder_name(recipe, compiled.target)
     temporary = out / f".{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    with progress.timed(f"bundle {compiled.target}"):
+    with progress.timed("bundle", compiled.target):
         shutil.copytree(compiled.path.parent, temporary)
         onnx = temporary / "model.onnx"
         if not onnx.exists():

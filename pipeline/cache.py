@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -74,14 +75,25 @@ def publish(temporary: Path, final: Path) -> None:
         temporary.rename(final)
 
 
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 @dataclass(frozen=True)
 class Cache:
     """The build folder of one recipe."""
 
     root: Path
 
-    def folder(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
+    def folder(self, stage: str, key: str, make: Callable[[Path], None], *, of: str = "") -> Path:
         """Return the stage's folder, calling `make` with an empty one to fill if this key was never made.
+
+        `of` says of what, for the line on stderr.
 
         A killed run leaves only a hidden folder, which the next one throws away. Two runs at once wait for
         each other here.
@@ -90,12 +102,12 @@ class Cache:
         own(self.root)
         with FileLock(self.root / f".{stage}.lock"):
             if final.is_dir():
-                progress.stage(stage, f"reused {final}")
+                progress.stage(stage, f"{of} reused from {final}".strip())
                 return final
             temporary = self.root / f".{stage}-{key}"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            with progress.timed(stage):
+            with progress.timed(stage, of), _removed_on_failure(temporary):
                 make(temporary)
             publish(temporary, final)
         return final

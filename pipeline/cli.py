@@ -4,6 +4,7 @@
 # ruff: noqa: PLC0415
 
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -256,8 +257,14 @@ def init(
         typer.echo(written)
 
 
+def _stop(*_: object) -> None:
+    typer.echo("stopped; what was finished is kept, run the same command to go on", err=True)
+    sys.exit(130)
+
+
 def main() -> None:
     """Run the command line; --quiet and --debug may stand anywhere."""
+    signal.signal(signal.SIGINT, _stop)
     anywhere = [a for a in sys.argv[1:] if a in ("--quiet", "-q", "--debug")]
     others = [a for a in sys.argv[1:] if a not in anywhere]
     try:
@@ -267,9 +274,6 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped; what was finished is kept, run the same command to go on", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

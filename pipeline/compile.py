@@ -17,13 +17,14 @@ def compile(source: Simplified | Traced, name: str, build: cache.Cache, *, threa
     target = targets.get(name)
     environment = target.environment()
     key = cache.key(
-        f"compile-{name}",
+        "compile",
+        target=name,
         code=targets.source(name),
         source=source.key,
         precision=source.precision,
         environment=environment,
     )
-    done = build.folder(f"compile-{name}", key, partial(_compile, target, source))
+    done = build.folder("compile", key, partial(_compile, target, source), of=name)
     path = done / f"model{target.SUFFIX}"
     return Compiled(path, name, source.precision, source, threads or targets.usable_cpus(), key)
 

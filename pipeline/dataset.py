@@ -52,7 +52,7 @@ def split(name: str, source: Path, classes: Sequence[str], contract: Preprocessi
         contract=contract,
         samples=[(digest, sample.label) for digest, sample in zip(hashes, samples, strict=True)],
     )
-    folder = build.folder("data", key, partial(_decode, name, samples, contract))
+    folder = build.folder("data", key, partial(_decode, name, samples, contract), of=name)
     return Split(
         name=name,
         images=np.load(folder / "images.npy", mmap_mode="r"),

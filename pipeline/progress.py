@@ -14,16 +14,16 @@ console = Console(stderr=True, highlight=False)
 
 def stage(name: str, text: str) -> None:
     """Say in one line what a stage did."""
-    console.print(f"[bold]{name:<11}[/bold] {text}", soft_wrap=True)
+    console.print(f"[bold]{name:<10}[/bold] {text}", soft_wrap=True)
 
 
 @contextmanager
-def timed(name: str) -> Iterator[None]:
-    """Say when a stage begins and how long it took."""
-    stage(name, "…")
+def timed(name: str, of: str = "") -> Iterator[None]:
+    """Say when a stage begins, and how long it took."""
+    stage(name, f"{of} …".strip())
     start = time.perf_counter()
     yield
-    stage(name, f"done in {time.perf_counter() - start:.1f} s")
+    stage(name, f"{of} done in {time.perf_counter() - start:.1f} s".strip())
 
 
 def track(items: Iterable[T], text: str, *, total: int) -> Iterator[T]:

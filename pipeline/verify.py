@@ -39,7 +39,7 @@ def verify(model: FloatModel, compiled: Compiled, evaluation: Split, budget: Bud
     target = targets.get(compiled.target)
     predict = target.load(compiled.path, precision=compiled.precision, threads=compiled.threads)
     baseline = float_scores(model, evaluation, build)
-    with progress.timed(f"verify {compiled.target}"):
+    with progress.timed("verify", compiled.target):
         scores = _answer(predict, evaluation.images, f"evaluate {compiled.target}")
         accuracy = compare(baseline, scores, evaluation.labels, budget.confidence)
         timed = _time(eager(model.module()), predict, evaluation.images[:1].copy(), compiled.threads)

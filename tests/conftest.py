@@ -95,7 +95,9 @@ class Project:
         return lines[0]
 
 
-def subset(split: str, count: int, *, classes: int = 3, skip: int = 0) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
+def subset(
+    split: str, count: int, *, classes: int = 3, skip: int = 0
+) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
     """Take real images of the first classes out of an embedded split."""
     with np.load(EMBEDDED / f"{split}.npz") as arrays:
         images, labels = arrays["images"], arrays["labels"]

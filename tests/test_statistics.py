@@ -11,8 +11,8 @@ from pipeline.statistics import ratio_interval, sqnr_db, tango_interval, tango_s
 def constrained_statistic(lost: int, gained: int, images: int, difference: float) -> float:
     """Tango's statistic, p(gained) found by trying a fine grid of the likelihood instead of solving a quadratic."""
     q = np.linspace(max(0.0, -difference) + 1e-9, (1 - difference) / 2 - 1e-9, 400_001)
-    likelihood = lost * np.log(q + difference) + gained * np.log(q) + (images - lost - gained) * np.log1p(
-        -2 * q - difference
+    likelihood = (
+        lost * np.log(q + difference) + gained * np.log(q) + (images - lost - gained) * np.log1p(-2 * q - difference)
     )
     best = q[np.argmax(likelihood)]
     return float((lost - gained - images * difference) / math.sqrt(images * (2 * best + difference * (1 - difference))))

@@ -1,0 +1,149 @@
+"""What is shipped: complete, described, checked, and run where there is no PyTorch."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from device import runner
+from device.preprocess import Preprocessing
+from pipeline.bundle import write_runner
+from tests.conftest import EMBEDDED, Project, plain_environment, verdicts
+
+TARGETS = ("openvino", "onnxruntime")
+
+
+def bundle_of(project: Project, target: str) -> Path:
+    return project.folder / f"dist/small-{target}-1.0.0"
+
+
+def manifest_of(bundle: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
+    return manifest
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the two runtimes and Pillow, and nothing else of ours."""
+    folder = tmp_path_factory.mktemp("bare") / "venv"
+    uv = Path(sys.executable).with_name("uv")
+    packages = [f"{name}=={version(name)}" for name in ("openvino", "onnxruntime", "numpy", "pillow")]
+    environment = plain_environment(VIRTUAL_ENV=str(folder))
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True, env=environment)
+    subprocess.run([uv, "pip", "install", "--quiet", *packages], check=True, env=environment)
+    return folder / "bin/python"
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("photo") / "photo.png"
+    with np.load(EMBEDDED / "evaluation.npz") as arrays:
+        Image.fromarray(arrays["images"][np.flatnonzero(arrays["labels"] == 1)[0]]).save(path)
+    return path
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_manifest_lists_every_file_and_says_what_was_measured(deployed: Project, target: str) -> None:
+    bundle = bundle_of(deployed, target)
+    manifest = manifest_of(bundle)
+    present = {path.name for path in bundle.iterdir()} - {"manifest.json"}
+    assert set(manifest["files"]) == present
+    assert {"model.onnx", "run.pyz"} <= present
+    for name, entry in manifest["files"].items():
+        content = (bundle / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+    assert manifest["verdict"]["accuracy"] == verdicts(deployed)[target]["accuracy"]
+    assert manifest["verdict"]["passed"] is True
+    assert manifest["classes"] == ["T-shirt", "Trouser", "Pullover"]
+    assert Preprocessing.from_json(manifest["preprocessing"]).height == 16
+    assert manifest["versions"]["torch"] == version("torch")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_in_a_bundle_names_this_machine_s_folders(deployed: Project, target: str) -> None:
+    for path in bundle_of(deployed, target).iterdir():
+        assert str(deployed.folder).encode() not in path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_runner_predicts_without_torch(deployed: Project, bare: Path, photo: Path, target: str) -> None:
+    assert subprocess.run([bare, "-c", "import torch"], capture_output=True, check=False).returncode != 0
+    run: list[str | Path] = [bare, bundle_of(deployed, target) / "run.pyz", "predict", photo, "--json", "--top", "3"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=plain_environment(), cwd="/")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["classes"][0] == "Trouser"
+    assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-4)
+    here = deployed.bitferry("predict", f"dist/small-{target}-1.0.0", str(photo), "--json")
+    assert json.loads(here.stdout)["probabilities"] == pytest.approx(answer["probabilities"], abs=1e-5)
+
+
+def test_the_runner_tells_people_in_one_line(deployed: Project, bare: Path, photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("no picture")
+    run: list[str | Path] = [bare, bundle_of(deployed, "openvino") / "run.pyz", "predict"]
+    done = subprocess.run([*run, photo], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{photo}\tTrouser ")
+    for image, message in ((tmp_path / "text.jpg", "not an image"), (tmp_path / "nowhere.png", "No such file")):
+        done = subprocess.run([*run, image], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def copy(deployed: Project, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle_of(deployed, "openvino"), tmp_path / "copy"))
+
+
+def checked(bundle: Path, python: Path | str = sys.executable) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, bundle / "run.pyz", "check"], capture_output=True, text=True, check=False)
+
+
+def test_an_altered_bundle_is_refused_and_every_file_named(copy: Path, photo: Path) -> None:
+    assert checked(copy).returncode == 0
+    content = bytearray((copy / "model.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / "model.bin").write_bytes(content)
+    (copy / "model.onnx").unlink()
+    (copy / "extra.txt").write_text("x")
+    done = checked(copy)
+    assert done.returncode == 2
+    for told in ("missing: model.onnx", "changed: model.bin", "not in the manifest: extra.txt"):
+        assert told in done.stderr
+    predicted = subprocess.run(
+        [sys.executable, copy / "run.pyz", "predict", photo], capture_output=True, text=True, check=False
+    )
+    assert predicted.returncode == 2
+    assert predicted.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"format": "other"}', "{" * 5000, '{"format": "bitferry-bundle", "schema": 99}']
+)
+def test_a_manifest_that_is_none_is_refused(copy: Path, text: str) -> None:
+    (copy / "manifest.json").write_text(text)
+    done = checked(copy)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_runner_is_the_same_bytes_every_time(tmp_path: Path) -> None:
+    write_runner(tmp_path / "a.pyz", "openvino")
+    write_runner(tmp_path / "b.pyz", "openvino")
+    assert (tmp_path / "a.pyz").read_bytes() == (tmp_path / "b.pyz").read_bytes()
+    assert (tmp_path / "a.pyz").stat().st_size < 50_000
+
+
+def test_softmax_is_stable_for_large_scores() -> None:
+    probabilities = runner.softmax(np.array([[1000.0, 999.0, -1000.0]], dtype=np.float32))
+    assert probabilities[0] == pytest.approx([0.731059, 0.268941, 0.0], abs=1e-5)

@@ -1,0 +1,227 @@
+"""The command line as a person meets it: help, output, exit codes, bad input, bring your own model."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from tests.conftest import BITFERRY, EMBEDDED, Project, subset, write_project
+
+COMMANDS = (
+    "deploy",
+    "train",
+    "quantize",
+    "trace",
+    "export",
+    "compile",
+    "verify",
+    "bundle",
+    "predict",
+    "targets",
+    "init",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    done = subprocess.run([BITFERRY, command, "--help"], capture_output=True, text=True, check=True)
+    assert re.search(r"Example: bitferry \w+", done.stdout)
+    assert len(done.stdout) > 300
+
+
+def test_the_help_lists_every_command() -> None:
+    done = subprocess.run([BITFERRY, "--help"], capture_output=True, text=True, check=True)
+    listed = re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE)
+    assert tuple(name for name in listed if name in COMMANDS) == COMMANDS
+
+
+def test_a_second_run_repeats_only_verification(deployed: Project, tmp_path: Path) -> None:
+    again = Project(Path(shutil.copytree(deployed.folder, tmp_path / "again")))
+    done = again.bitferry("deploy", "small.toml", "--target", "openvino", "--json")
+    assert done.returncode == 0, done.stderr
+    worked = {line.split()[0] for line in done.stderr.splitlines() if " done in " in line}
+    assert worked == {"verify", "bundle"}
+
+
+def test_stage_commands_print_where_their_output_is(deployed: Project) -> None:
+    for command, name in (
+        ("train", "weights.safetensors"),
+        ("quantize", "program.pt2"),
+        ("trace", "model.ts"),
+        ("export", "model.onnx"),
+        ("compile", "model.xml"),
+    ):
+        options = [] if command == "train" else ["--target", "openvino"]
+        done = deployed.bitferry("--quiet", command, "small.toml", *options)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        (line,) = done.stdout.splitlines()
+        assert (deployed.folder / line.split("\t")[1]).name == name
+        assert (deployed.folder / line.split("\t")[1]).is_file()
+
+
+def test_the_table_is_on_stdout_and_the_talk_on_stderr(deployed: Project) -> None:
+    done = deployed.bitferry("verify", "small.toml", "--target", "onnxruntime")
+    assert done.returncode == 0
+    assert "drop at most (95% sure)" in done.stdout
+    assert "3 int8" in done.stdout
+    assert "reused from" in done.stderr
+    assert "reused from" not in done.stdout
+
+
+def test_a_missed_budget_is_exit_1_and_no_bundle(deployed: Project, tmp_path: Path) -> None:
+    strict = Project(Path(shutil.copytree(deployed.folder, tmp_path / "strict")))
+    strict.edit(("accuracy_drop_pp = 5.0", "accuracy_drop_pp = 5.0\nmin_speedup = 1000.0"))
+    done = strict.bitferry("deploy", "small.toml", "--target", "openvino", "--out", "new", "--json")
+    assert done.returncode == 1
+    (verdict,) = json.loads(done.stdout)
+    assert verdict["outcome"] == "fail"
+    assert verdict["bundle"] is None
+    assert not list((strict.folder / "new").glob("small-*"))
+
+
+def test_too_few_images_are_undecided_and_exit_1(deployed: Project, tmp_path: Path) -> None:
+    few = Project(Path(shutil.copytree(deployed.folder, tmp_path / "few")))
+    np.savez(few.folder / "evaluation.npz", **subset("evaluation", 20))  # type: ignore[arg-type]
+    done = few.bitferry("verify", "small.toml", "--target", "openvino")
+    assert done.returncode == 1
+    assert "undecided" in done.stdout
+    assert "evaluate on more images" in done.stdout
+
+
+class TestBadInput:
+    """Each one clear line and exit 2, before any long work."""
+
+    def test_unknown_target(self, project: Project) -> None:
+        line = project.refused("deploy", "small.toml", "--target", "opnvino")
+        assert "unknown target 'opnvino'; did you mean 'openvino'?" in line
+        assert not (project.folder / "build").exists()
+
+    def test_unknown_recipe_key(self, project: Project) -> None:
+        project.edit(("accuracy_drop_pp", "accuracy_drop"))
+        line = project.refused("deploy", "small.toml")
+        assert "unknown key 'budget.accuracy_drop', did you mean 'accuracy_drop_pp'?" in line
+
+    def test_missing_weights(self, project: Project) -> None:
+        project.edit(('source = "module', 'weights = "gone.pth"\nsource = "module'))
+        assert "gone.pth do not exist; put the file there or change `weights`" in project.refused(
+            "deploy", "small.toml"
+        )
+
+    def test_a_state_dict_of_another_model(self, project: Project) -> None:
+        torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), project.folder / "other.pth")
+        project.edit(('source = "module', 'weights = "other.pth"\nsource = "module'))
+        line = project.refused("deploy", "small.toml")
+        assert "is not a state dict of this model: 13 missing: first.0.weight" in line
+        assert "unexpected: conv1.weight" in line
+
+    def test_an_empty_image_folder(self, project: Project) -> None:
+        (project.folder / "empty").mkdir()
+        project.edit(('evaluation = "evaluation.npz"', 'evaluation = "empty"'))
+        assert "has no class folders; expected" in project.refused("deploy", "small.toml")
+
+    def test_a_text_file_named_jpg(self, project: Project) -> None:
+        (project.folder / "pictures/Trouser").mkdir(parents=True)
+        (project.folder / "pictures/Trouser/a.jpg").write_text("hello")
+        project.edit(('evaluation = "evaluation.npz"', 'evaluation = "pictures"'))
+        assert "a.jpg: not an image (5 bytes that begin with b'hello')" in project.refused("deploy", "small.toml")
+
+    def test_an_evaluation_image_that_is_also_in_calibration(self, project: Project) -> None:
+        both = {
+            k: np.concatenate([subset("evaluation", 30)[k], subset("calibration", 2)[k]]) for k in ("images", "labels")
+        }
+        np.savez(project.folder / "evaluation.npz", **both)  # type: ignore[arg-type]
+        line = project.refused("deploy", "small.toml")
+        assert "2 evaluation images are also in the calibration data, for example evaluation.npz[30]" in line
+
+    def test_an_output_folder_that_is_not_ours(self, project: Project) -> None:
+        (project.folder / "papers").mkdir()
+        (project.folder / "papers/thesis.txt").write_text("dear")
+        line = project.refused("deploy", "small.toml", "--out", "papers")
+        assert "papers is not empty and bitferry did not make it" in line
+        assert [p.name for p in (project.folder / "papers").iterdir()] == ["thesis.txt"]
+
+    def test_a_bundle_s_place_that_is_taken(self, deployed: Project, tmp_path: Path) -> None:
+        taken = Project(Path(shutil.copytree(deployed.folder, tmp_path / "taken")))
+        (taken.folder / "dist/small-openvino-1.0.0/manifest.json").unlink()
+        line = taken.refused("--quiet", "deploy", "small.toml", "--target", "openvino")
+        assert "small-openvino-1.0.0 exists and is no bundle of bitferry's" in line
+        assert (taken.folder / "dist/small-openvino-1.0.0/model.xml").exists()
+
+    def test_an_output_that_cannot_be_written(self, project: Project) -> None:
+        (project.folder / "file").write_text("")
+        assert "cannot be written to" in project.refused("deploy", "small.toml", "--out", "file/dist")
+
+    def test_a_precision_the_target_does_not_run(self, deployed: Project) -> None:
+        line = deployed.refused("-q", "compile", "small.toml", "-t", "onnxruntime", "--precision", "bfloat16")
+        assert "target 'onnxruntime' cannot run bfloat16; it runs int8, float32" in line
+
+    def test_a_folder_that_is_no_bundle(self, project: Project) -> None:
+        assert "is not a bundle: it has no manifest.json" in project.refused("predict", ".", "photo.png")
+
+    def test_debug_shows_the_traceback(self, project: Project) -> None:
+        done = project.bitferry("deploy", "small.toml", "--target", "nothing", "--debug")
+        assert done.returncode != 0
+        assert "Traceback" in done.stderr
+
+
+def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    project = write_project(tmp_path / "project")
+    command: list[str | Path] = [BITFERRY, "train", "small.toml"]
+    with subprocess.Popen(command, cwd=project.folder, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith("train"):
+                break
+        time.sleep(0.3)
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read()
+    assert running.returncode == 130
+    assert rest.strip().splitlines()[-1].startswith("stopped; what was finished is kept")
+    assert "Traceback" not in rest
+    assert not [path for path in (project.folder / "build/small").iterdir() if "train-" in path.name]
+    assert project.bitferry("train", "small.toml").returncode == 0
+
+
+def test_init_writes_a_recipe_that_deploys(tmp_path: Path) -> None:
+    """A stranger's checkpoint and image folder: the model is told from the checkpoint's names and shapes."""
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(num_classes=3).state_dict(), tmp_path / "mine.pth")
+    with np.load(EMBEDDED / "evaluation.npz") as arrays:
+        for label, name in enumerate(("shirt", "trouser", "pullover")):
+            (tmp_path / "photos" / name).mkdir(parents=True)
+            for index in np.flatnonzero(arrays["labels"] == label)[:40]:
+                Image.fromarray(arrays["images"][index]).save(tmp_path / f"photos/{name}/{index}.png")
+    user = Project(tmp_path)
+    done = user.bitferry("init", "mine.pth", "photos", "--output", "small.toml", "--size", "64")
+    assert done.returncode == 0, done.stderr
+    written = user.recipe.read_text()
+    assert 'source = "torchvision:squeezenet1_1"' in written
+    assert "A GUESS" in written
+    assert "overwrite" not in user.refused("init", "mine.pth", "photos", "--output", "small.toml")
+    lists = [
+        set((tmp_path / f"small-{part}.tsv").read_text().splitlines()[1:]) for part in ("calibration", "evaluation")
+    ]
+    assert [len(lines) for lines in lists] == [30, 90]
+    assert not lists[0] & lists[1]
+    user.edit(("accuracy_drop_pp = 1.0", "accuracy_drop_pp = 100"))  # untrained: only the way matters here
+    done = user.bitferry("deploy", "small.toml", "--target", "onnxruntime")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "dist/small-onnxruntime-0.1.0/run.pyz").is_file()
+
+
+def test_init_says_when_it_cannot_tell_the_model(project: Project) -> None:
+    (project.folder / "photos/a").mkdir(parents=True)
+    torch.save({"strange.weight": torch.zeros(3)}, project.folder / "mine.pth")
+    assert "has 1 class folders; expected at least two" in project.refused("init", "mine.pth", "photos")
+    (project.folder / "photos/b").mkdir()
+    assert "say what it is with --source" in project.refused("init", "mine.pth", "photos")

@@ -1,0 +1,132 @@
+"""Splits from folders, lists and arrays; broken data and leaks are refused by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from device.errors import InputError
+from device.preprocess import Preprocessing
+from pipeline import dataset
+from pipeline.artifacts import Split
+from pipeline.cache import Cache
+from tests.conftest import subset
+
+CLASSES = ("cat", "dog")
+CONTRACT = Preprocessing(height=16, width=16)
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Write five PNG files for each class, in class folders."""
+    for name in CLASSES:
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(5):
+            pixels = RNG.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{index}.png")
+    return tmp_path / "pictures"
+
+
+def read(source: Path, tmp_path: Path, *, classes: tuple[str, ...] = CLASSES, name: str = "evaluation") -> Split:
+    return dataset.split(name, source, classes, CONTRACT, Cache(tmp_path / "build"))
+
+
+def test_a_folder_of_class_folders(pictures: Path, tmp_path: Path) -> None:
+    split = read(pictures, tmp_path)
+    assert split.images.shape == (10, 16, 16, 3)
+    assert split.labels.tolist() == [0] * 5 + [1] * 5
+    one = CONTRACT.load((pictures / "dog/3.png").read_bytes(), "x")
+    np.testing.assert_array_equal(split.images[8], one)
+    assert split.sources[8].endswith("dog/3.png")
+
+
+def test_a_list_names_files_beside_it_with_indices_or_names(pictures: Path, tmp_path: Path) -> None:
+    listed = pictures / "list.tsv"
+    listed.write_text("file\tlabel\tnote\ncat/1.png\t0\tx\ndog/2.png\tdog\n\n")
+    split = read(listed, tmp_path)
+    assert split.labels.tolist() == [0, 1]
+    np.testing.assert_array_equal(split.images[1], read(pictures, tmp_path).images[7])
+
+
+def test_arrays_are_resized_like_files(tmp_path: Path) -> None:
+    arrays = subset("evaluation", 20, classes=2)
+    np.savez(tmp_path / "data.npz", **arrays)  # type: ignore[arg-type]
+    split = read(tmp_path / "data.npz", tmp_path)
+    np.testing.assert_array_equal(split.images[4], CONTRACT.fit(arrays["images"][4]))
+
+
+def test_what_was_decoded_is_kept_by_content_not_by_name(pictures: Path, tmp_path: Path) -> None:
+    first = read(pictures, tmp_path)
+    assert read(pictures, tmp_path).key == first.key
+    pixels = RNG.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(pictures / "cat/0.png")  # the same name, another picture
+    changed = read(pictures, tmp_path)
+    assert changed.key != first.key
+    assert not np.array_equal(changed.images[0], first.images[0])
+
+
+def test_folders_of_other_names_are_taken_in_order_only_when_none_matches(pictures: Path, tmp_path: Path) -> None:
+    assert read(pictures, tmp_path, classes=("first", "second")).labels.tolist() == [0] * 5 + [1] * 5
+    with pytest.raises(InputError, match="folders that are no class of this recipe: dog"):
+        read(pictures, tmp_path, classes=("cat", "horse"))
+
+
+def test_the_same_picture_in_two_splits_is_refused_even_as_another_file(pictures: Path, tmp_path: Path) -> None:
+    evaluation = read(pictures, tmp_path)
+    other = tmp_path / "other"
+    (other / "cat").mkdir(parents=True)
+    Image.open(pictures / "cat/2.png").save(other / "cat/copy.bmp")
+    calibration = read(other, tmp_path, name="calibration", classes=("cat", "dog"))
+    with pytest.raises(InputError, match=r"1 evaluation images are also in the calibration data.*2\.png = .*copy\.bmp"):
+        dataset.refuse_leaks(calibration, evaluation)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="has no class folders; expected .*empty/cat/"):
+        read(tmp_path / "empty", tmp_path)
+    (tmp_path / "empty/cat").mkdir()
+    with pytest.raises(InputError, match="the evaluation data .* holds no images"):
+        read(tmp_path / "empty", tmp_path)
+
+
+def test_a_text_file_named_jpg_is_refused_by_name_and_nothing_is_kept(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "cat/9.jpg").write_text("not a picture")
+    with pytest.raises(InputError, match=r"cat/9\.jpg: not an image \(13 bytes that begin with b'not a pictur'\)"):
+        read(pictures, tmp_path)
+    assert not list((tmp_path / "build").glob("*data-*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("cat/1.png 0", "list.tsv:1: expected `file<TAB>label`, found 'cat/1.png 0'"),
+        ("cat/1.png\t2", "label 2 is out of range; there are 2 classes"),
+        ("cat/1.png\thorse", "'horse' is neither a class of this recipe"),
+        ("cat/nowhere.png\t0", "nowhere.png cannot be read: No such file"),
+    ],
+)
+def test_a_wrong_line_in_a_list_is_named(pictures: Path, tmp_path: Path, line: str, message: str) -> None:
+    (pictures / "list.tsv").write_text(line + "\n")
+    with pytest.raises(InputError, match=message):
+        read(pictures / "list.tsv", tmp_path)
+
+
+def test_arrays_of_another_shape_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((4, 8), np.uint8), labels=np.zeros(4, np.int64))
+    with pytest.raises(InputError, match=r"expected `images` N×H×W .* found uint8 \(4, 8\)"):
+        read(tmp_path / "a.npz", tmp_path)
+    np.savez(tmp_path / "b.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.array([0, 7]))
+    with pytest.raises(InputError, match=r"labels out of range \(7\)"):
+        read(tmp_path / "b.npz", tmp_path)
+    (tmp_path / "c.npz").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="is not an .npz with arrays"):
+        read(tmp_path / "c.npz", tmp_path)
+
+
+def test_a_class_name_that_stands_twice_needs_indices(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "list.tsv").write_text("cat/1.png\tcrane\n")
+    with pytest.raises(InputError, match="'crane' stands for 2 classes; use indices"):
+        read(pictures / "list.tsv", tmp_path, classes=("crane", "dog", "crane"))

@@ -1,0 +1,177 @@
+"""Model sources and weights: every kind loads, every misfit is named, nothing in a checkpoint is run."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from device.errors import InputError
+from pipeline import checkpoint, recipe
+from pipeline.load import load
+from tests.conftest import Project
+
+Recipe = recipe.Recipe
+
+
+def of(source: str, classes: int = 10, size: int = 32, options: dict[str, Any] | None = None) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "classes": classes,
+            "model": {"source": source, "options": options or {}},
+            "preprocessing": {"height": size, "width": size, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]},
+            "data": {"calibration": "c", "evaluation": "e"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("weights")
+    state = torchvision.models.resnet18(num_classes=10).state_dict()
+    torch.save(state, folder / "weights.pth")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, folder / "wrapped.pth")
+    save_file(state, folder / "weights.safetensors")
+    (folder / "safetensors.jpg").write_bytes((folder / "weights.safetensors").read_bytes())
+    return folder
+
+
+def test_the_contract_is_inside_the_graph(weights: Path) -> None:
+    model = load(of("torchvision:resnet18"), weights / "weights.pth")
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    plain = torchvision.models.resnet18(num_classes=10).eval()
+    plain.load_state_dict(torch.load(weights / "weights.pth", weights_only=True))
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+    by_hand = ((torch.from_numpy(images).float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(model.module()(torch.from_numpy(images)), plain(by_hand), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wrapped.pth", "weights.safetensors", "safetensors.jpg"])
+def test_every_way_to_store_a_state_dict_gives_the_same_model(weights: Path, name: str) -> None:
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = load(of("torchvision:resnet18"), weights / "weights.pth").module()(images)
+        found = load(of("torchvision:resnet18"), weights / name).module()(images)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+def test_timm_and_own_code(project: Project) -> None:
+    assert load(of("timm:resnet10t"), None).module().training is False
+    assert load(of("module:smallmodel:make", classes=3), None, folder=project.folder).key
+    wider = load(of("module:smallmodel:make", classes=4, options={"classes": 4}), None, folder=project.folder)
+    assert wider.module()(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 4)
+
+
+def test_an_exported_program_needs_trust(tmp_path: Path) -> None:
+    plain = timm.create_model("resnet10t", num_classes=10).eval()
+    batch = {0: torch.export.Dim.DYNAMIC}
+    torch.export.save(
+        torch.export.export(plain, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=(batch,)), tmp_path / "model.pt2"
+    )
+    with pytest.raises(InputError, match="can run code when it is loaded; pass --trust"):
+        load(of("pt2:model.pt2"), None, folder=tmp_path)
+    model = load(of("pt2:model.pt2"), None, folder=tmp_path, trust=True)
+    assert model.module()(torch.zeros(5, 32, 32, 3, dtype=torch.uint8)).shape == (5, 10)
+    (tmp_path / "broken.pt2").write_bytes(b"PK no")
+    with pytest.raises(InputError, match="broken.pt2 is not an exported program"):
+        load(of("pt2:broken.pt2"), None, folder=tmp_path, trust=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("torchvision:resnet81", r"no image classifier called 'resnet81', did you mean 'torchvision:resnet18'\?"),
+        ("torchvision:fcn_resnet50", "no image classifier called 'fcn_resnet50'"),
+        ("timm:resnt10t", r"did you mean 'timm:resnet10t'\?"),
+        ("module:nowhere:make", "cannot be imported .*No module named 'nowhere'"),
+        ("module:json:make", "cannot be imported .*has no attribute 'make'"),
+        ("module:json", "names no function; expected module:package.file:function"),
+        ("module:json:dumps", "cannot be built with {}: "),
+    ],
+)
+def test_an_unknown_source_is_named(source: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(of(source), None)
+
+
+def test_options_that_the_constructor_does_not_know_are_told() -> None:
+    with pytest.raises(InputError, match="cannot be built with {'depth': 3}.*unexpected keyword argument 'depth'"):
+        load(of("torchvision:resnet18", options={"depth": 3}), None)
+
+
+def test_a_state_dict_of_another_model_lists_what_differs(weights: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(of("torchvision:resnet50"), weights / "weights.pth")
+    text = str(caught.value)
+    assert "is not a state dict of this model" in text
+    assert "missing: layer1.0.conv3.weight" in text
+    assert "misshapen: layer1.0.conv1.weight [64, 64, 3, 3] where the model has [64, 64, 1, 1]" in text
+    assert "more" in text
+    assert len(text) < 1500
+
+
+def test_another_class_count_is_told(weights: Path) -> None:
+    with pytest.raises(InputError, match=r"fc.weight \[10, 512\] where the model has \[7, 512\]"):
+        load(of("torchvision:resnet18", classes=7), weights / "weights.pth")
+
+
+def test_a_model_that_does_not_give_a_score_per_class_is_told() -> None:
+    with pytest.raises(InputError, match=r"gives \(2, 5\) for 2 images; the recipe has 10 classes"):
+        load(of("torchvision:resnet18", options={"num_classes": 5}), None)
+
+
+class Evil:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return (_write, (str(self.path), "run"))
+
+
+def _write(path: str, text: str) -> None:
+    Path(path).write_text(text)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors", "weights.jpg"])
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, name: str) -> None:
+    trace = tmp_path / "trace"
+    (tmp_path / name).write_bytes(pickle.dumps(Evil(trace)))
+    with pytest.raises(InputError, match=name):
+        checkpoint.read(tmp_path / name)
+    torch.save({"weight": Evil(trace)}, tmp_path / name)
+    with pytest.raises(InputError, match="holds more than tensors, so it was not opened"):
+        checkpoint.read(tmp_path / name)
+    assert not trace.exists()
+
+
+def test_files_that_are_no_state_dict_are_named(tmp_path: Path, weights: Path) -> None:
+    with pytest.raises(InputError, match=r"the weights .*nowhere.pth do not exist"):
+        checkpoint.read(tmp_path / "nowhere.pth")
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")  # type: ignore[no-untyped-call]
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    whole = (weights / "weights.pth").read_bytes()
+    for length in (0, 1, 8, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / f"cut{length}.pt").write_bytes(whole[:length])
+    for path in sorted(tmp_path.glob("*.pt")):
+        with pytest.raises(InputError, match=path.name):
+            checkpoint.read(path)
+
+
+def test_nan_weights_are_named(tmp_path: Path, weights: Path) -> None:
+    state = checkpoint.read(weights / "weights.pth")
+    state["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(InputError, match=r"nan.pth has NaN or infinity in layer1.0.conv1.weight"):
+        load(of("torchvision:resnet18"), tmp_path / "nan.pth")

@@ -1,0 +1,57 @@
+"""kill -9 at every stage, and run again: the result is that of an undisturbed run."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from tests.conftest import BITFERRY, Project, write_project
+
+STAGES = ("data", "train", "quantize", "trace", "export", "simplify", "compile", "baseline", "verify", "bundle")
+COMMAND = (BITFERRY, "deploy", "small.toml", "--target", "openvino")
+
+
+def digests(project: Project) -> dict[str, str]:
+    """Hash what a deployment made; verdicts hold times, so they and the manifest are left out."""
+    kept = sorted((project.folder / "build/small").glob("[a-z]*/*")) + sorted((project.folder / "dist").glob("*/*"))
+    return {
+        str(path.relative_to(project.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in kept
+        if path.is_file() and path.name != "manifest.json" and not path.name.endswith((".pt2", ".ts"))
+    }
+
+
+def kill_when(stage: str, project: Project) -> None:
+    """Start a deployment and kill it, with everything it started, as soon as it says that `stage` began."""
+    with subprocess.Popen(
+        COMMAND,
+        cwd=project.folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith(stage) and line.rstrip().endswith("…"):
+                break
+        else:
+            raise AssertionError(f"the run ended without beginning {stage}")
+        time.sleep(0.05)
+        os.killpg(running.pid, signal.SIGKILL)
+    assert running.returncode == -signal.SIGKILL
+
+
+def test_killed_at_every_stage_the_result_is_the_same(tmp_path: Path) -> None:
+    undisturbed, killed = write_project(tmp_path / "undisturbed"), write_project(tmp_path / "killed")
+    done = undisturbed.bitferry(*map(str, COMMAND[1:]))
+    assert done.returncode == 0, done.stderr
+    for stage in STAGES:
+        kill_when(stage, killed)
+        assert not list(killed.folder.glob("dist/small-*/manifest.json"))
+    done = killed.bitferry(*map(str, COMMAND[1:]))
+    assert done.returncode == 0, done.stderr
+    assert digests(killed) == digests(undisturbed)
+    assert len(digests(killed)) > 10
