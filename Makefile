@@ -43,6 +43,7 @@ nightly: ## the nightly accuracy and latency matrix (not yet)
 clean: ## remove the environment, the builds and the bundles
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
 
+# Bytecode is compiled at once: without it importing PyTorch takes twice as long wherever Python may not write.
 # Made once, and again when pyproject.toml or the lock changes.
 $(STAMP): pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 is needed, and no python3 was found"; exit 2; }
@@ -52,6 +53,6 @@ $(STAMP): pyproject.toml requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "error: python's venv module is missing; on Debian and Ubuntu: apt install python3.11-venv"; rm -rf $(VENV); exit 2; }
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	@VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+	@VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/uv pip sync --quiet --require-hashes --compile-bytecode requirements.lock
 	@VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

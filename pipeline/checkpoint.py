@@ -1,8 +1,10 @@
 """State dicts: read without running anything in them, and put into a model that they must fit."""
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -22,10 +24,11 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     try:
         with path.open("rb") as stream:
-            head = stream.read(9)
-        if head[8:9] == b"{":
-            return load_file(path)
-        stored: object = torch.load(path, map_location="cpu", weights_only=True)
+            if stream.read(9)[8:] == b"{":
+                return load_file(path)
+            _refuse_torchscript(stream, path)
+            stream.seek(0)  # and not the path: torch.load would go by its ending
+            stored: object = torch.load(stream, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(
             f"the weights {path} do not exist; put the file there or change `weights` in the recipe"
@@ -35,7 +38,7 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, so it was not opened: {_first_line(error)} "
             "Save it again with torch.save(model.state_dict(), …) or as .safetensors"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError) as error:
+    except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, OSError, LookupError) as error:
         raise InputError(
             f"{path} is not a readable state dict ({_first_line(error)}); "
             "expected torch.save(model.state_dict(), …) or .safetensors"
@@ -61,6 +64,12 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     if broken:
         raise InputError(f"{path} has NaN or infinity in {_some(broken)}; the checkpoint is broken")
     model.load_state_dict(state, strict=False)
+
+
+def _refuse_torchscript(stream: BinaryIO, path: Path) -> None:
+    """Keep torch.load from handing a TorchScript archive, which is code, to torch.jit.load."""
+    if zipfile.is_zipfile(stream) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(stream).namelist()):
+        raise InputError(f"{path} is a TorchScript program, not a state dict; save model.state_dict() instead")
 
 
 def _tensors(stored: object, path: Path) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import typer
 from device.errors import BitferryError
 
 if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
     from pipeline.run import Deployment, Run
 
 DEFAULT_RECIPE = Path("recipes/fashion-resnet18.toml")
@@ -55,20 +56,22 @@ class _State:
     debug = False
 
 
-def _run(recipe_path: Path, build: Path, trust: bool, precision: str | None = None) -> "Run":
-    from pipeline import recipe
+def _run(recipe: "Recipe", path: Path, build: Path, trust: bool) -> "Run":
     from pipeline.cache import Cache
-
-    chosen = recipe.read(recipe_path, precision=precision)
     from pipeline.run import Run
 
-    return Run(chosen, recipe_path.parent, Cache(build / chosen.name), trust)
+    return Run(recipe, path.parent, Cache(build / recipe.name), trust)
 
 
-def _each(run: "Run", names: str | None) -> "list[Deployment]":
-    from pipeline.run import Deployment, choose
+def _each(path: Path, names: str | None, build: Path, trust: bool, precision: str | None) -> "list[Deployment]":
+    from pipeline.recipe import choose_targets, read
 
-    return [Deployment(run, name) for name in choose(names, run.recipe)]
+    recipe = read(path, precision=precision)
+    chosen = choose_targets(names, recipe)  # faults in these are told before torch is imported
+    from pipeline.run import Deployment
+
+    run = _run(recipe, path, build, trust)
+    return [Deployment(run, name) for name in chosen]
 
 
 def _print_paths(paths: dict[str, Path], as_json: bool) -> None:
@@ -93,13 +96,17 @@ def deploy(
 
     Example: bitferry deploy recipes/fashion-resnet18.toml --target openvino
     """
+    from pipeline.bundle import check_output
+    from pipeline.recipe import choose_targets, read
+
+    chosen = read(recipe, precision=precision)
+    names = choose_targets(target, chosen)
+    check_output(chosen, names, out)  # these faults are told before torch is imported
     from pipeline import report
-    from pipeline.run import choose
     from pipeline.run import deploy as deploy_
 
-    run = _run(recipe, build, trust, precision)
-    results = deploy_(run, choose(target, run.recipe), out)
-    report.show(run.recipe, results, as_json=json_)
+    results = deploy_(_run(chosen, recipe, build, trust), names, out)
+    report.show(chosen, results, as_json=json_)
     raise typer.Exit(report.exit_code(results))
 
 
@@ -109,7 +116,9 @@ def train(recipe: RecipePath = DEFAULT_RECIPE, build: BuildFolder = Path("build"
 
     Example: bitferry train recipes/fashion-resnet18.toml
     """
-    _print_paths({"weights": _run(recipe, build, trust=False).weights.path}, json_)
+    from pipeline.recipe import read
+
+    _print_paths({"weights": _run(read(recipe), recipe, build, trust=False).weights.path}, json_)
 
 
 @app.command()
@@ -126,7 +135,7 @@ def quantize(
     """
     from pipeline.artifacts import Quantized
 
-    made = {one.name: one.program for one in _each(_run(recipe, build, trust, "int8"), target)}
+    made = {one.name: one.program for one in _each(recipe, target, build, trust, "int8")}
     _print_paths({name: program.path for name, program in made.items() if isinstance(program, Quantized)}, json_)
 
 
@@ -143,7 +152,7 @@ def trace(
 
     Example: bitferry trace recipes/fashion-resnet18.toml --target openvino
     """
-    deployments = _each(_run(recipe, build, trust, precision), target)
+    deployments = _each(recipe, target, build, trust, precision)
     _print_paths({one.name: one.traced.path for one in deployments}, json_)
 
 
@@ -160,7 +169,7 @@ def export(
 
     Example: bitferry export recipes/fashion-resnet18.toml --target openvino
     """
-    deployments = _each(_run(recipe, build, trust, precision), target)
+    deployments = _each(recipe, target, build, trust, precision)
     _print_paths({one.name: one.simplified.path for one in deployments}, json_)
 
 
@@ -177,7 +186,7 @@ def compile_(
 
     Example: bitferry compile recipes/fashion-resnet18.toml --target openvino,onnxruntime
     """
-    deployments = _each(_run(recipe, build, trust, precision), target)
+    deployments = _each(recipe, target, build, trust, precision)
     _print_paths({one.name: one.compiled.path for one in deployments}, json_)
 
 
@@ -196,9 +205,9 @@ def verify(
     """
     from pipeline import report
 
-    run = _run(recipe, build, trust, precision)
-    verdicts = [one.verdict for one in _each(run, target)]
-    report.show(run.recipe, verdicts, as_json=json_)
+    deployments = _each(recipe, target, build, trust, precision)
+    verdicts = [one.verdict for one in deployments]
+    report.show(deployments[0].run.recipe, verdicts, as_json=json_)
     raise typer.Exit(report.exit_code(verdicts))
 
 

@@ -1,6 +1,7 @@
 """A checkpoint and an image folder → a commented recipe with two disjoint image lists."""
 
 import random
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,10 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from device.errors import InputError
-from pipeline import checkpoint
+from pipeline import checkpoint, progress
 
 CALIBRATION_SHARE = 0.25
 MOST_CALIBRATION = 512
+UNGUESSED = ("googlenet", "inception", "regnet")
+"""Training heads make the first two's state dict depend on options; regnet cannot be built without its numbers."""
 
 
 def init(checkpoint_path: Path, images: Path, output: Path, *, source: str | None, size: int) -> list[Path]:
@@ -51,13 +54,12 @@ def guess(state: Mapping[str, Tensor], classes: int) -> str:
     from torchvision import models  # noqa: PLC0415 - a second to import, only when nothing was told
 
     wanted = {key: tuple(t.shape) for key, t in state.items() if not key.endswith("num_batches_tracked")}
-    for name in models.list_models(module=models):
-        if name in (
-            "googlenet",
-            "inception_v3",
-        ):  # their training heads make the state dict depend on options
+    known = models.list_models(module=models)
+    for name in progress.track(known, "which model is it?", total=len(known)):
+        if name.startswith(UNGUESSED):
             continue
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             own = models.get_model(name, weights=None, num_classes=classes).state_dict()
         if {k: tuple(t.shape) for k, t in own.items() if not k.endswith("num_batches_tracked")} == wanted:
             return f"torchvision:{name}"

@@ -1,5 +1,6 @@
 """Float model → PyTorch int8 (PT2E): observers see the calibration images, a target's scheme says what is quantized."""
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -48,14 +49,21 @@ def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedPro
 
 def read_program(path: Path) -> nn.Module:
     """Load a program that `quantize` wrote."""
+    _quiet_imports()
     import torchao.quantization.pt2e  # noqa: F401, PLC0415 - seconds to import; registers the quantized operators
 
     module: nn.Module = torch.export.load(path).module()
     return module
 
 
+def _quiet_imports() -> None:
+    """Keep a notice about torchao's own enum, logged on import by torch 2.14, off the user's screen."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
 def _quantize(model: FloatModel, data: Split, count: int, scheme: Scheme, settings: Quantization, out: Path) -> None:
     # torchao takes seconds to import, which a run that finds this stage in the cache is spared
+    _quiet_imports()
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e  # noqa: PLC0415
 
     from pipeline.annotate import SchemeQuantizer  # noqa: PLC0415

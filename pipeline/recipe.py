@@ -18,8 +18,9 @@ from pydantic import (
 )
 
 import targets
-from device.errors import InputError
+from device.errors import InputError, TargetUnavailable
 from device.preprocess import Preprocessing
+from pipeline import progress
 from targets import Precision
 
 
@@ -108,6 +109,35 @@ class Recipe(Section):
     def threads(self, target: str) -> int | None:
         """Give the CPU threads asked for on a target; None for the default."""
         return self.targets[target].threads if target in self.targets else None
+
+
+def choose_targets(text: str | None, recipe: Recipe) -> list[str]:
+    """Turn `openvino,onnxruntime`, `all` or nothing (the recipe's own list) into targets that are ready here.
+
+    A target that was named must be ready; `all` leaves out those that are not, and says so.
+    """
+    if text == "all":
+        wanted = [name for name in targets.names() if _ready(name)]
+    elif text is None:
+        wanted = list(recipe.targets)
+    else:
+        wanted = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not wanted:
+        raise InputError(f"no target: name some of {', '.join(targets.names())}")
+    for name in wanted:
+        schemes = targets.get(name).SCHEMES
+        if recipe.precision not in schemes:
+            raise InputError(f"target '{name}' cannot run {recipe.precision}; it runs {', '.join(schemes)}")
+    return wanted
+
+
+def _ready(name: str) -> bool:
+    try:
+        targets.get(name).environment()
+    except TargetUnavailable as error:
+        progress.stage("skip", str(error))
+        return False
+    return True
 
 
 def read(path: Path, *, precision: str | None = None) -> Recipe:

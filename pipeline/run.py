@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import targets
-from device.errors import InputError, TargetUnavailable
+from device.errors import InputError
 from pipeline import dataset, progress
 from pipeline.artifacts import (
     Bundle,
@@ -93,10 +93,7 @@ class Deployment:
     @cached_property
     def program(self) -> Program:
         run, recipe = self.run, self.run.recipe
-        schemes = targets.get(self.name).SCHEMES
-        if recipe.precision not in schemes:
-            raise InputError(f"target '{self.name}' cannot run {recipe.precision}; it runs {', '.join(schemes)}")
-        scheme = schemes[recipe.precision]
+        scheme = targets.get(self.name).SCHEMES[recipe.precision]
         if scheme is None:
             return replace(run.model, precision=recipe.precision)
         return quantize(run.model, run.calibration, scheme, recipe.quantization, run.build)
@@ -128,30 +125,3 @@ class Deployment:
             progress.stage("bundle", f"none for {self.name}: {self.verdict.outcome}")
             return self.verdict
         return bundle(self.run.recipe, self.run.model, self.compiled, self.verdict, out)
-
-
-def choose(text: str | None, recipe: Recipe) -> list[str]:
-    """Turn `openvino,onnxruntime`, `all` or nothing (the recipe's own list) into targets that are ready here.
-
-    A target that was named must be ready; `all` leaves out those that are not, and says so.
-    """
-    if text is None:
-        wanted = list(recipe.targets)
-    elif text == "all":
-        wanted = [name for name in targets.names() if _ready(name)]
-    else:
-        wanted = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not wanted:
-        raise InputError(f"no target: name some of {', '.join(targets.names())}")
-    for name in wanted:
-        targets.get(name)
-    return wanted
-
-
-def _ready(name: str) -> bool:
-    try:
-        targets.get(name).environment()
-    except TargetUnavailable as error:
-        progress.stage("skip", str(error))
-        return False
-    return True

@@ -1,7 +1,10 @@
 """What several tests share: a small model of a user's own, a small data set, and the default recipe deployed once."""
 
+import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from pipeline import cli
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "calibration_data/fashion_mnist"
@@ -77,11 +82,25 @@ class Project:
             text = text.replace(old, new)
         self.recipe.write_text(text)
 
-    def bitferry(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Run the command line in this folder, as a user does."""
-        return subprocess.run(
-            [BITFERRY, *arguments], cwd=self.folder, capture_output=True, text=True, timeout=timeout, check=False
-        )
+    def bitferry(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line in this folder: its own `main`, in this process to be spared importing torch."""
+        stdout, stderr, before = io.StringIO(), io.StringIO(), Path.cwd()
+        handler, argv, sys.argv = signal.getsignal(signal.SIGINT), sys.argv, ["bitferry", *arguments]
+        os.chdir(self.folder)
+        try:
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        finally:
+            os.chdir(before)
+            sys.argv = argv
+            signal.signal(signal.SIGINT, handler)
+        return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
+
+    def bitferry_process(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line in this folder as a user does, in a process of its own."""
+        return subprocess.run([BITFERRY, *arguments], cwd=self.folder, capture_output=True, text=True, check=False)
 
     def refused(self, *arguments: str) -> str:
         """Run a command that must end with 2 and one line of error; return the line."""

@@ -73,7 +73,7 @@ def test_the_table_is_on_stdout_and_the_talk_on_stderr(deployed: Project) -> Non
     done = deployed.bitferry("verify", "small.toml", "--target", "onnxruntime")
     assert done.returncode == 0
     assert "drop at most (95% sure)" in done.stdout
-    assert "3 int8" in done.stdout
+    assert "2 int8, 1 float32" in done.stdout
     assert "reused from" in done.stderr
     assert "reused from" not in done.stdout
 
@@ -121,7 +121,7 @@ class TestBadInput:
         torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), project.folder / "other.pth")
         project.edit(('source = "module', 'weights = "other.pth"\nsource = "module'))
         line = project.refused("deploy", "small.toml")
-        assert "is not a state dict of this model: 13 missing: first.0.weight" in line
+        assert "is not a state dict of this model: 12 missing: first.0.weight" in line
         assert "unexpected: conv1.weight" in line
 
     def test_an_empty_image_folder(self, project: Project) -> None:
@@ -169,7 +169,7 @@ class TestBadInput:
         assert "is not a bundle: it has no manifest.json" in project.refused("predict", ".", "photo.png")
 
     def test_debug_shows_the_traceback(self, project: Project) -> None:
-        done = project.bitferry("deploy", "small.toml", "--target", "nothing", "--debug")
+        done = project.bitferry_process("deploy", "small.toml", "--target", "nothing", "--debug")
         assert done.returncode != 0
         assert "Traceback" in done.stderr
 
