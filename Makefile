@@ -8,7 +8,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.made-from-pyproject
-STATIC := pipeline targets device calibration_data tests
 
 .DEFAULT_GOAL := help
 .PHONY: help deploy test check format static bench nightly clean

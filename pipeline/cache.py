@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from device.errors import InputError
 from pipeline import progress
@@ -61,18 +61,32 @@ def own(folder: Path) -> None:
 
 def publish(temporary: Path, final: Path) -> None:
     """Rename a finished folder into place, its bytes on disk first, replacing an older one."""
+    old = final.with_name(f".{final.name}.old")
     for path in sorted(temporary.rglob("*")):
         if path.is_file():
             with path.open("rb+") as stream:
                 os.fsync(stream.fileno())
     if final.exists():
-        old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
         temporary.rename(final)
-        shutil.rmtree(old)
     else:
         temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path, stage: str) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        progress.stage(stage, "waits for another run of this recipe")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -100,7 +114,7 @@ class Cache:
         """
         final = self.root / f"{stage}-{key}"
         own(self.root)
-        with FileLock(self.root / f".{stage}.lock"):
+        with _locked(self.root / f".{stage}.lock", stage):
             if final.is_dir():
                 progress.stage(stage, f"{of} reused from {final}".strip())
                 return final

@@ -283,6 +283,11 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be read
+        if _State.debug:
+            raise
+        typer.echo(f"error: {error.filename or 'the disk'}: {error.strerror or error}", err=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

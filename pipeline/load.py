@@ -43,6 +43,8 @@ def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: 
     """
     kind, _, name = recipe.model.source.partition(":")
     if kind == "pt2":
+        if weights is not None:
+            raise InputError(f"the exported program {name} holds its weights; take `weights` out of the recipe")
         model, digest = _exported(folder / name, trust)
     else:
         model = architecture(recipe, folder)
@@ -50,7 +52,8 @@ def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: 
         if weights is not None:
             checkpoint.fill(model, checkpoint.read(weights), weights)
             digest += hashlib.sha256(weights.read_bytes()).hexdigest()
-    deployable = Deployable(model, recipe.preprocessing).eval() if kind != "pt2" else _wrap(model, recipe)
+        model.eval()  # which an exported program refuses; it is what it was exported as
+    deployable = Deployable(model, recipe.preprocessing)
     _check_scores(deployable, recipe)
     return FloatModel(
         eager=deployable,
@@ -142,11 +145,6 @@ def _exported(path: Path, trust: bool) -> tuple[nn.Module, str]:
     except Exception as error:
         raise InputError(f"{path} is not an exported program (.pt2): {error}") from error
     return program.module(), hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _wrap(program: nn.Module, recipe: Recipe) -> nn.Module:
-    """Put the contract around an exported program, whose module refuses `eval()`."""
-    return Deployable(program, recipe.preprocessing)
 
 
 def _check_scores(model: nn.Module, recipe: Recipe) -> None:
