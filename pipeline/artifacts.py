@@ -168,6 +168,8 @@ class Latency:
     speedup_lower: float
     speedup_upper: float
     """Two-sided 95 % bootstrap interval of the ratio over blocks."""
+    suspicions: tuple[str, ...]
+    """What may have disturbed the measurement, each with its remedy."""
 
 
 Outcome = Literal["pass", "fail", "undecided"]

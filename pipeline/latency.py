@@ -1,8 +1,11 @@
 """Time several models against each other in one process: blocks in random order, nothing clipped."""
 
+import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +34,34 @@ def interleave(calls: Mapping[str, Callable[[], object]], *, seconds: float = 4.
         for name in order.sample(sorted(calls), len(calls)):
             series[name][block] = _turn(calls[name], count)
     return series
+
+
+@contextmanager
+def other_load() -> Iterator[Callable[[], float | None]]:
+    """Give a function that says, once the block is over, which share of all CPUs others used (Linux; else None).
+
+    Others are the other processes, and the host where this is a virtual machine.
+    """
+    before = _cpu_seconds()
+    shares: list[float | None] = []
+    yield lambda: shares[0]
+    after = _cpu_seconds()
+    if before is None or after is None or after[1] <= before[1]:
+        shares.append(None)
+    else:
+        shares.append(max(0.0, (after[0] - before[0]) / (after[1] - before[1])))
+
+
+def _cpu_seconds() -> tuple[float, float] | None:
+    """Give the CPU seconds that others have used, and all that there were, since the machine started."""
+    try:
+        counts = [int(count) for count in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except OSError:
+        return None
+    ticks = os.sysconf("SC_CLK_TCK")
+    idle = counts[3] + counts[4]
+    times = os.times()
+    return (sum(counts) - idle) / ticks - times.user - times.system, sum(counts) / ticks
 
 
 def _turn(call: Callable[[], object], count: int) -> list[float]:

@@ -34,6 +34,8 @@ def show(recipe: Recipe, results: Sequence[Bundle | Verdict], *, as_json: bool) 
             + "; ".join(verdict.reasons),
             soft_wrap=True,
         )
+        for suspicion in verdict.latency.suspicions:
+            console.print(f"     [yellow]suspicious:[/] {suspicion}", soft_wrap=True)
         if isinstance(result, Bundle):
             console.print(f"     {result.path}", soft_wrap=True)
 

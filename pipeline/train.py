@@ -15,6 +15,8 @@ from pipeline.load import Deployable, architecture
 from pipeline.recipe import Recipe
 from targets import cpu_isa, usable_cpus
 
+WARM_UP_SHARE = 0.2
+BETAS = (0.9, 0.99)  # 0.999 remembers the first, useless gradients for longer than a short training lasts
 BFLOAT16_CPUS = {"amx_bf16", "avx512_bf16"}
 
 
@@ -43,12 +45,12 @@ def _train(recipe: Recipe, data: Split, bfloat16: bool, folder: Path, out: Path)
     model = architecture(recipe, folder)
     deployable = Deployable(model, recipe.preprocessing).train()
     batches = max(1, len(data) // settings.batch_size)
+    rate = settings.learning_rate
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        model.parameters(), lr=rate, betas=BETAS, weight_decay=settings.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.epochs * batches
-    )
+    total = settings.epochs * batches
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total, pct_start=WARM_UP_SHARE)
     images, labels = torch.from_numpy(data.images.copy()), torch.from_numpy(data.labels)
     order = torch.cat([torch.randperm(len(data))[: batches * settings.batch_size] for _ in range(settings.epochs)])
     steps = torch.split(order, min(settings.batch_size, len(data)))

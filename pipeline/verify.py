@@ -28,6 +28,8 @@ from pipeline.recipe import Budget
 from pipeline.statistics import ratio_interval, tango_interval
 
 BATCH = 64
+MOST_OTHER_LOAD = 0.1
+"""Of all CPUs. PyTorch's threads spin while they wait for each other, so one busy neighbour slows it manyfold."""
 Check = tuple[Outcome, str]
 
 
@@ -141,7 +143,8 @@ def _answer(predict: Predict, images: Images, text: str) -> Outputs:
 
 def _time(float_predict: Predict, predict: Predict, image: Images, threads: int) -> Latency:
     torch.set_num_threads(threads)
-    series = latency.interleave({"float": lambda: float_predict(image), "artifact": lambda: predict(image)})
+    with latency.other_load() as others:
+        series = latency.interleave({"float": lambda: float_predict(image), "artifact": lambda: predict(image)})
     low, high = ratio_interval(series["float"], series["artifact"])
     return Latency(
         threads=threads,
@@ -150,7 +153,15 @@ def _time(float_predict: Predict, predict: Predict, image: Images, threads: int)
         speedup=float(np.median(series["float"]) / np.median(series["artifact"])),
         speedup_lower=low,
         speedup_upper=high,
+        suspicions=_suspicions(others()),
     )
+
+
+def _suspicions(others: float | None) -> tuple[str, ...]:
+    if others is None or others <= MOST_OTHER_LOAD:
+        return ()
+    return (f"other processes used {others:.0%} of the CPUs while timing; the latencies are too high and their ratio "
+            "is not to be trusted; stop them and verify again",)  # fmt: skip
 
 
 def _timing(series: latency.Series) -> Timing:
