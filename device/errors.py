@@ -7,6 +7,12 @@ BitferryError
 """
 
 
+def first_line(error: BaseException) -> str:
+    """Give the first line of a foreign error's text, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class BitferryError(Exception):
     """A failure whose text says what was found, what was expected and what to do."""
 

@@ -1,7 +1,9 @@
 """Image bytes → uint8 array: the only implementation, used in calibration, verification and on the device."""
 
+import hashlib
 import io
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -53,7 +55,14 @@ class Preprocessing:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Preprocessing":
         """Rebuild the contract from a manifest's `preprocessing` entry."""
-        return cls(**(fields | {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])}))
+        try:
+            return cls(**(fields | {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the manifest's preprocessing contract cannot be used: {error}") from error
+
+    def sha256(self) -> str:
+        """Hash the contract, so that a change in it shows."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def load(self, content: bytes, name: str) -> Images:
         """Turn the bytes of an image file into one H×W×3 array; `name` is for the message if they are broken."""
@@ -88,13 +97,21 @@ def decode(content: bytes, name: str) -> Image.Image:
             if image.width * image.height > MOST_PIXELS:
                 raise InputError(f"{name}: {image.width}×{image.height} pixels, more than the {MOST_PIXELS} allowed")
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):
-                upright = Image.fromarray((np.asarray(upright).astype(np.uint32) >> 8).astype(np.uint8))
-            return upright.convert("RGB")
+            return _eight_bits(upright, name).convert("RGB")
     except UnidentifiedImageError:
         raise InputError(f"{name}: not an image ({_seen(content)}); JPEG, PNG and other formats are read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{name}: a broken image ({error})") from error
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """Keep the top 8 bits of 16-bit pixels; refuse pixels of no known range."""
+    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+        return image
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+        raise InputError(f"{name}: pixels of mode {image.mode} have no fixed range; save it with 8 or 16 bits")
+    return Image.fromarray((pixels.astype(np.uint32) >> 8).astype(np.uint8))
 
 
 def _seen(content: bytes) -> str:

@@ -18,6 +18,15 @@ from device.preprocess import Preprocessing
 
 FORMAT = "bitferry-bundle"
 SCHEMA = 1
+FIELDS = {
+    "target": str,
+    "model": dict,
+    "preprocessing": dict,
+    "preprocessing_sha256": str,
+    "classes": list,
+    "files": dict,
+}
+"""What a manifest must have for the runner to use it."""
 
 
 class Runtime(Protocol):
@@ -49,11 +58,17 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a bitferry manifest")
     if manifest.get("schema") != SCHEMA:
         raise InputError(f"{path} has schema {manifest.get('schema')!r}; this runner reads schema {SCHEMA}")
+    missing = [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]
+    if missing:
+        raise InputError(f"{path} has no usable {', '.join(missing)}; copy the bundle again")
     return manifest
 
 
 def check(bundle: Path, manifest: dict[str, Any]) -> None:
-    """Compare every file with the manifest's sha256; raise InputError naming each missing, changed or extra one."""
+    """Compare every file with the manifest's sha256; raise InputError naming each missing, changed or extra one.
+
+    This finds damage, not forgery: whoever can write the files can write the manifest.
+    """
     listed: dict[str, dict[str, Any]] = manifest["files"]
     present = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if not p.is_dir()} - {"manifest.json"}
     both = present & set(listed)
@@ -65,7 +80,11 @@ def check(bundle: Path, manifest: dict[str, Any]) -> None:
     }
     found = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in faults.items() if names)
     if found:
-        raise InputError(f"{bundle} is not as it was built ({found}); copy the bundle again")
+        raise InputError(
+            f"{bundle} is not as it was built ({found}); take out what does not belong, or copy the bundle again"
+        )
+    if Preprocessing.from_json(manifest["preprocessing"]).sha256() != manifest["preprocessing_sha256"]:
+        raise InputError(f"{bundle}/manifest.json has another preprocessing contract than the model was verified with")
 
 
 def softmax(scores: Outputs) -> Outputs:
@@ -112,6 +131,13 @@ def text(answer: Answer) -> str:
     return f"{answer.image}\t" + "  ".join(f"{name} {p:.1%}" for name, p in ranked)
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
 def main(runtime: Runtime, bundle: Path, arguments: Sequence[str] | None = None) -> int:
     """Run the command line of a bundle's `run.pyz`; return the exit code."""
     parser = argparse.ArgumentParser(
@@ -122,8 +148,8 @@ def main(runtime: Runtime, bundle: Path, arguments: Sequence[str] | None = None)
     commands = parser.add_subparsers(dest="command", required=True)
     predict = commands.add_parser("predict", help="classify image files")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    predict.add_argument("--top", type=int, default=3, help="how many classes to print (default: 3)")
-    predict.add_argument("--threads", type=int, help="CPU threads (default: as verified)")
+    predict.add_argument("--top", type=_positive, default=3, help="how many classes to print (default: 3)")
+    predict.add_argument("--threads", type=_positive, help="CPU threads (default: as verified)")
     predict.add_argument("--json", action="store_true", help="print one JSON object per image")
     commands.add_parser("check", help="compare every file with the manifest")
     options = parser.parse_args(arguments)

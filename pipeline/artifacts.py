@@ -53,6 +53,10 @@ class Program(Protocol):
     def key(self) -> str: ...
     @property
     def precision(self) -> Precision: ...
+    @property
+    def baseline(self) -> "FloatModel":
+        """Give the float model it was made from, itself if it is that."""
+
     def module(self) -> "nn.Module":
         """Give the model, uint8 N×H×W×3 in and scores N×K out, in evaluation mode."""
 
@@ -67,6 +71,10 @@ class FloatModel:
     key: str
     precision: Precision = "float32"
 
+    @property
+    def baseline(self) -> "FloatModel":
+        return self
+
     def module(self) -> "nn.Module":
         return self.eager
 
@@ -76,6 +84,7 @@ class Quantized:
     """A PyTorch int8 program made by PT2E for one scheme, as a `.pt2` file."""
 
     path: Path
+    baseline: FloatModel
     scheme: Scheme
     calibration_images: int
     key: str
@@ -101,7 +110,7 @@ class Onnx:
     """An ONNX file as exported, batch dynamic, compared with its program."""
 
     path: Path
-    precision: Precision
+    program: Program
     key: str
 
 

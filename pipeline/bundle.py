@@ -1,6 +1,5 @@
 """A passed artifact → the folder that is shipped: model, ONNX, manifest and a runner without torch."""
 
-import hashlib
 import json
 import shutil
 import zipfile
@@ -50,17 +49,17 @@ def check_output(recipe: Recipe, names: list[str], out: Path) -> None:
     cache.own(out)
     for name in names:
         place = out / folder_name(recipe, name)
-        if place.exists() and not _is_bundle(place):
+        if place.is_symlink() or (place.exists() and not _is_bundle(place)):
             raise InputError(f"{place} exists and is no bundle of bitferry's; move it away or name another OUT")
 
 
 def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verdict: Verdict, out: Path) -> Bundle:
-    """Write OUT/<recipe>-<target>-<version>/, replacing an older build of the same version in one step."""
+    """Write OUT/<recipe>-<target>-<version>/, replacing an older build of the same version."""
     check_output(recipe, [compiled.target], out)
     final = out / folder_name(recipe, compiled.target)
     temporary = out / f".{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with progress.timed("bundle", compiled.target):
+    with cache.locked(out / ".lock", "bundle"), progress.timed("bundle", compiled.target):
+        shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(compiled.path.parent, temporary)
         onnx = temporary / "model.onnx"
         if not onnx.exists():
@@ -69,7 +68,7 @@ def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verdict: Verdi
         manifest = _manifest(recipe, model, compiled, verdict, temporary)
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         cache.publish(temporary, final)
-    size = sum(path.stat().st_size for path in final.iterdir())
+    size = sum(path.stat().st_size for path in final.rglob("*"))
     progress.stage("bundle", f"{final} ({size / 1e6:.1f} MB)")
     return Bundle(final, verdict, size)
 
@@ -88,7 +87,6 @@ def write_runner(path: Path, target: str) -> None:
 def _manifest(
     recipe: Recipe, model: FloatModel, compiled: Compiled, verdict: Verdict, folder: Path
 ) -> Mapping[str, object]:
-    contract = asdict(model.preprocessing)
     return {
         "format": runner.FORMAT,
         "schema": runner.SCHEMA,
@@ -96,19 +94,17 @@ def _manifest(
         "version": recipe.version,
         "target": compiled.target,
         "model": {"file": compiled.path.name, "precision": compiled.precision, "threads": compiled.threads},
-        "preprocessing": contract,
-        "preprocessing_sha256": hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest(),
+        "preprocessing": asdict(model.preprocessing),
+        "preprocessing_sha256": model.preprocessing.sha256(),
         "classes": model.classes,
         "verdict": asdict(verdict) | {"passed": verdict.passed},
         "recipe": _recipe(recipe),
         "versions": {name: version(name) for name in PACKAGES}
         | {verdict.environment.runtime: verdict.environment.version},
         "files": {
-            path.name: {
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                "size_bytes": path.stat().st_size,
-            }
-            for path in sorted(folder.iterdir())
+            path.relative_to(folder).as_posix(): {"sha256": cache.file_hash(path), "size_bytes": path.stat().st_size}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
         },
     }
 

@@ -76,12 +76,13 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, stage: str) -> Iterator[None]:
+def locked(path: Path, stage: str) -> Iterator[None]:
+    """Hold a lock file, saying so when another run holds it."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        progress.stage(stage, "waits for another run of this recipe")
+        progress.stage(stage, "waits for another run")
         lock.acquire()
     try:
         yield
@@ -114,7 +115,7 @@ class Cache:
         """
         final = self.root / f"{stage}-{key}"
         own(self.root)
-        with _locked(self.root / f".{stage}.lock", stage):
+        with locked(self.root / f".{stage}.lock", stage):
             if final.is_dir():
                 progress.stage(stage, f"{of} reused from {final}".strip())
                 return final

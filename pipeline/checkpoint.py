@@ -11,9 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from device.errors import InputError
+from device.errors import InputError, first_line
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
+PREFIXES = ("_orig_mod.", "module.")
+"""What torch.compile and DataParallel put before every key."""
 SHOWN = 5
 
 
@@ -35,12 +37,12 @@ def read(path: Path) -> dict[str, Tensor]:
         ) from None
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} holds more than tensors, so it was not opened: {_first_line(error)} "
+            f"{path} holds more than tensors, so it was not opened: {first_line(error)} "
             "Save it again with torch.save(model.state_dict(), …) or as .safetensors"
         ) from error
     except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, OSError, LookupError) as error:
         raise InputError(
-            f"{path} is not a readable state dict ({_first_line(error)}); "
+            f"{path} is not a readable state dict ({first_line(error)}); "
             "expected torch.save(model.state_dict(), …) or .safetensors"
         ) from error
     return _tensors(stored, path)
@@ -73,20 +75,22 @@ def _refuse_torchscript(stream: BinaryIO, path: Path) -> None:
 
 
 def _tensors(stored: object, path: Path) -> dict[str, Tensor]:
-    """Find the state dict in what was stored: itself, or under one of the usual names; drop DataParallel's prefix."""
+    """Find the state dict in what was stored: itself, or under a usual name; drop known prefixes."""
     for name in WRAPPERS:
         if isinstance(stored, dict) and isinstance(stored.get(name), dict):
             stored = stored[name]
-    if not isinstance(stored, dict) or not stored or not all(isinstance(t, Tensor) for t in stored.values()):
-        raise InputError(f"{path} holds a {type(stored).__name__}, expected a state dict of names and tensors")
-    if all(str(key).startswith("module.") for key in stored):
-        return {str(key).removeprefix("module."): tensor for key, tensor in stored.items()}
-    return {str(key): tensor for key, tensor in stored.items()}
+    if not isinstance(stored, dict) or not stored or not all(_is_dense(t) for t in stored.values()):
+        raise InputError(f"{path} holds a {type(stored).__name__}, expected a state dict of names and dense tensors")
+    state = {str(key): tensor for key, tensor in stored.items()}
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
 
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,6 +6,7 @@
 import json
 import signal
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -271,6 +272,13 @@ def _stop(*_: object) -> None:
     sys.exit(130)
 
 
+def _fail(error: Exception) -> None:
+    if _State.debug:
+        traceback.print_exception(error)
+    typer.echo(f"error: {error}", err=True)
+    sys.exit(2)
+
+
 def main() -> None:
     """Run the command line; --quiet and --debug may stand anywhere."""
     signal.signal(signal.SIGINT, _stop)
@@ -279,15 +287,9 @@ def main() -> None:
     try:
         app([*anywhere, *others])
     except BitferryError as error:
-        if _State.debug:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _fail(error)
     except OSError as error:  # a full disk, a folder that may not be read
-        if _State.debug:
-            raise
-        typer.echo(f"error: {error.filename or 'the disk'}: {error.strerror or error}", err=True)
-        sys.exit(2)
+        _fail(error)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import targets
-from device.errors import BitferryError, StageFailed
+from device.errors import BitferryError, StageFailed, first_line
 from pipeline import cache
 from pipeline.artifacts import Compiled, Simplified, Traced
 
@@ -35,6 +35,4 @@ def _compile(target: targets.Target, source: Simplified | Traced, out: Path) -> 
     except BitferryError:
         raise
     except Exception as error:
-        raise StageFailed(
-            f"the target's compiler refused {source.path}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise StageFailed(f"the target's compiler refused {source.path}: {first_line(error)}") from error

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import open_memmap
-from PIL import Image
 
+from device import preprocess
 from device.arrays import Images
 from device.errors import InputError
 from device.preprocess import Preprocessing
@@ -21,6 +22,9 @@ from pipeline.artifacts import Labels, Split
 from targets import usable_cpus
 
 CHUNK = 256
+ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"}
+MOST_COPIES = 0.01
+"""Share of a split's images that may be copies of others in it; each counts as evidence, and a copy is none."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def split(name: str, source: Path, classes: Sequence[str], contract: Preprocessi
         "data",
         code=__file__,
         packages=("pillow",),
-        preprocess=_source_hash(),
+        preprocess=cache.file_hash(Path(preprocess.__file__)),
         contract=contract,
         samples=[(digest, sample.label) for digest, sample in zip(hashes, samples, strict=True)],
     )
@@ -64,9 +68,14 @@ def split(name: str, source: Path, classes: Sequence[str], contract: Preprocessi
 
 
 def refuse_leaks(*splits: Split) -> None:
-    """Raise InputError when one image, by its pixels, is in two splits."""
+    """Raise InputError when one image, by its pixels, is in two splits, or too often in one."""
     seen: dict[bytes, tuple[Split, str]] = {}
     for part in splits:
+        copies = len(part) - len(set(part.digests))
+        if copies > MOST_COPIES * len(part):
+            raise InputError(
+                f"{copies} of the {len(part)} {part.name} images are copies of others among them; remove them"
+            )
         leaks = []
         for digest, source in zip(part.digests, part.sources, strict=True):
             first, other = seen.setdefault(digest, (part, source))
@@ -82,10 +91,6 @@ def refuse_leaks(*splits: Split) -> None:
 
 def _content_hash(sample: Sample) -> str:
     return hashlib.sha256(sample.content()).hexdigest()
-
-
-def _source_hash() -> str:
-    return hashlib.sha256(Path(__file__).parents[1].joinpath("device/preprocess.py").read_bytes()).hexdigest()
 
 
 def _decode(name: str, samples: Sequence[Sample], contract: Preprocessing, folder: Path) -> None:
@@ -115,17 +120,21 @@ def _samples(source: Path, classes: Sequence[str], contract: Preprocessing) -> l
 
 def _from_folder(root: Path, classes: Sequence[str], contract: Preprocessing) -> list[Sample]:
     """Read root/CLASS/**/IMAGE, the layout of torchvision's ImageFolder."""
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise InputError(f"{root} has no class folders; expected {root}/{classes[0]}/… with images, or use a list file")
     labels = _folder_labels([folder.name for folder in folders], classes, root)
-    known = set(Image.registered_extensions())
     return [
         _file_sample(path, label, contract)
         for folder, label in zip(folders, labels, strict=True)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix.lower() in known
+        for path in image_files(folder)
     ]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """List the images below a folder by their endings, in order; what is hidden is left out."""
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS and path.is_file())
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _folder_labels(names: Sequence[str], classes: Sequence[str], root: Path) -> list[int]:
@@ -144,7 +153,7 @@ def _folder_labels(names: Sequence[str], classes: Sequence[str], root: Path) -> 
 def _from_list(path: Path, classes: Sequence[str], contract: Preprocessing) -> list[Sample]:
     """Read lines of `file<TAB>label`: the label an index or a class name, the file relative to the list."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a list: expected text lines of `file<TAB>label` ({error.reason})") from None
     samples = []
@@ -164,10 +173,10 @@ def _from_arrays(path: Path, classes: Sequence[str], contract: Preprocessing) ->
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not an .npz with arrays `images` and `labels`: {error}") from error
     fits = images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3))
-    if not fits or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+    if not fits or 0 in images.shape[1:] or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise InputError(
             f"{path}: expected `images` N×H×W or N×H×W×3 uint8 and `labels` N integers, found "
             f"{images.dtype} {images.shape} and {labels.dtype} {labels.shape}"
@@ -191,8 +200,8 @@ def _file_sample(path: Path, label: int, contract: Preprocessing) -> Sample:
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"the image {path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"the image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _label(text: str, classes: Sequence[str], where: str) -> int:

@@ -1,16 +1,16 @@
 """A checkpoint and an image folder → a commented recipe with two disjoint image lists."""
 
 import random
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from device.errors import InputError
-from pipeline import checkpoint, progress
+from pipeline import cache, checkpoint, dataset, progress
 
 CALIBRATION_SHARE = 0.25
 MOST_CALIBRATION = 512
@@ -29,6 +29,8 @@ def init(checkpoint_path: Path, images: Path, output: Path, *, source: str | Non
         if path.exists():
             raise InputError(f"{path} exists; move it away or name another with --output")
     classes = _classes(images)
+    if source and source.startswith("pt2:"):
+        raise InputError('an exported program holds its weights; write `source = "pt2:FILE"` into a recipe by hand')
     state = checkpoint.read(checkpoint_path)
     guessed = source or guess(state, len(classes))
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,9 +38,9 @@ def init(checkpoint_path: Path, images: Path, output: Path, *, source: str | Non
         lists[name].write_text("file\tlabel\n" + "".join(f"{path.resolve()}\t{label}\n" for path, label in lines))
     output.write_text(
         TEMPLATE.format(
-            name=output.stem,
+            name=_named(output.stem),
             classes=", ".join(_quoted(name) for name in classes),
-            source=guessed,
+            source=_quoted(guessed),
             told="as told" if source else "its names and shapes are those of the checkpoint",
             weights=_quoted(str(checkpoint_path.resolve())),
             size=size,
@@ -72,7 +74,7 @@ def guess(state: Mapping[str, Tensor], classes: int) -> str:
 def _classes(images: Path) -> list[str]:
     if not images.is_dir():
         raise InputError(f"the image folder {images} does not exist")
-    classes = sorted(path.name for path in images.iterdir() if path.is_dir())
+    classes = sorted(path.name for path in images.iterdir() if path.is_dir() and path.name[0] != ".")
     if len(classes) < 2:
         raise InputError(f"{images} has {len(classes)} class folders; expected at least two, each with images")
     return classes
@@ -80,10 +82,10 @@ def _classes(images: Path) -> list[str]:
 
 def _split(images: Path, classes: list[str]) -> dict[str, list[tuple[Path, int]]]:
     """Take a quarter of each class, seeded, for calibration and the rest for evaluation."""
-    known = set(Image.registered_extensions())
     parts: dict[str, list[tuple[Path, int]]] = {"calibration": [], "evaluation": []}
     for label, name in enumerate(classes):
-        files = sorted(p for p in (images / name).rglob("*") if p.is_file() and p.suffix.lower() in known)
+        by_content = {cache.file_hash(path): path for path in reversed(dataset.image_files(images / name))}
+        files = sorted(by_content.values())  # a copy in the other list would be a leak
         if len(files) < 2:
             raise InputError(f"{images / name} has {len(files)} images; expected two or more, for two lists")
         random.Random(label).shuffle(files)  # noqa: S311 - a split, not a secret
@@ -91,6 +93,11 @@ def _split(images: Path, classes: list[str]) -> dict[str, list[tuple[Path, int]]
         parts["calibration"] += [(path, label) for path in files[:count]]
         parts["evaluation"] += [(path, label) for path in files[count:]]
     return parts
+
+
+def _named(stem: str) -> str:
+    """Make a recipe name of a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "model"
 
 
 def _quoted(text: str) -> str:
@@ -109,7 +116,7 @@ precision = "int8"                 # or float32, bfloat16
 classes = [{classes}]
 
 [model]
-source = "{source}"    # {told}
+source = {source}    # {told}
 weights = {weights}
 
 [preprocessing]                    # A GUESS: must be what the model was trained with, or accuracy is lost

@@ -1,6 +1,5 @@
 """A recipe's model source and weights → the float model, with the contract's arithmetic inside."""
 
-import hashlib
 import importlib
 import sys
 from difflib import get_close_matches
@@ -10,11 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from device.errors import InputError, TargetUnavailable
+from device.errors import BitferryError, InputError, TargetUnavailable, first_line
 from device.preprocess import Preprocessing
 from pipeline import cache, checkpoint
 from pipeline.artifacts import FloatModel
 from pipeline.recipe import Recipe
+
+PACKAGES = {
+    "torchvision": ("torch", "torchvision"),
+    "timm": ("torch", "timm"),
+    "module": ("torch", "torchvision"),
+    "pt2": ("torch",),
+}
+"""Whose versions decide what a source gives."""
 
 
 class Deployable(nn.Module):
@@ -43,17 +50,16 @@ def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: 
     """
     kind, _, name = recipe.model.source.partition(":")
     if kind == "pt2":
-        if weights is not None:
-            raise InputError(f"the exported program {name} holds its weights; take `weights` out of the recipe")
-        model, digest = _exported(folder / name, trust)
+        model = _exported(folder / name, trust, recipe)
+        digest = cache.file_hash(folder / name)
     else:
         model = architecture(recipe, folder)
-        digest = _code_hash(model)
         if weights is not None:
             checkpoint.fill(model, checkpoint.read(weights), weights)
-            digest += hashlib.sha256(weights.read_bytes()).hexdigest()
-        model.eval()  # which an exported program refuses; it is what it was exported as
+        digest = cache.file_hash(weights) if weights is not None else ""
     deployable = Deployable(model, recipe.preprocessing)
+    if kind != "pt2":  # an exported program refuses: it stays what it was exported as
+        deployable.eval()
     _check_scores(deployable, recipe)
     return FloatModel(
         eager=deployable,
@@ -62,11 +68,12 @@ def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: 
         key=cache.key(
             "load",
             code=__file__,
-            packages=("torch", "torchvision"),
+            packages=PACKAGES[kind],
             model=recipe.model.model_dump(mode="json", exclude={"weights"}),
             classes=recipe.classes,
             contract=recipe.preprocessing,
             weights=digest,
+            own_code=own_code(recipe, folder),
         ),
     )
 
@@ -81,8 +88,10 @@ def architecture(recipe: Recipe, folder: Path = Path()) -> nn.Module:
         if kind == "timm":
             return _timm(name, {"num_classes": len(recipe.classes)} | options)
         return _factory(name, options, folder)
-    except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
-        raise InputError(f"the model '{recipe.model.source}' cannot be built with {options}: {error}") from error
+    except BitferryError:
+        raise
+    except (Exception, SystemExit) as error:  # the constructor is somebody else's code and may raise anything
+        raise InputError(f"the model '{recipe.model.source}' cannot be built with {options}: {_told(error)}") from error
 
 
 def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
@@ -119,9 +128,9 @@ def _factory(name: str, options: dict[str, Any], folder: Path) -> nn.Module:
         sys.path.insert(0, str(folder.resolve()))
     try:
         factory = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise InputError(
-            f"model source 'module:{name}' cannot be imported (looked in {folder} first): {error}"
+            f"model source 'module:{name}' cannot be imported (looked in {folder} first): {_told(error)}"
         ) from error
     model = factory(**options)
     if not isinstance(model, nn.Module):
@@ -129,22 +138,40 @@ def _factory(name: str, options: dict[str, Any], folder: Path) -> nn.Module:
     return model
 
 
-def _code_hash(model: nn.Module) -> str:
-    """Hash the source file of the model's class, so that a user's edit is a new model."""
-    file = getattr(sys.modules.get(type(model).__module__), "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+def own_code(recipe: Recipe, folder: Path = Path()) -> dict[str, str]:
+    """Hash each file that a `module:` source has loaded from beside itself, so that an edit makes a new model.
+
+    Installed packages are left out; their versions are in the keys.
+    """
+    kind, _, name = recipe.model.source.partition(":")
+    if kind != "module":
+        return {}
+    top = name.partition(":")[0].partition(".")[0]
+    if top not in sys.modules:
+        architecture(recipe, folder)
+    files = {Path(file) for m in list(sys.modules.values()) if (file := getattr(m, "__file__", None))}
+    home = Path(sys.modules[top].__file__ or folder).resolve().parent
+    home = home.parent if hasattr(sys.modules[top], "__path__") else home
+    beside = {f for f in files if f.resolve().is_relative_to(home) and "site-packages" not in f.parts}
+    return {str(f.resolve().relative_to(home)): cache.file_hash(f) for f in sorted(beside) if f.suffix == ".py"}
 
 
-def _exported(path: Path, trust: bool) -> tuple[nn.Module, str]:
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _exported(path: Path, trust: bool, recipe: Recipe) -> nn.Module:
+    if recipe.model.weights or recipe.model.options:
+        raise InputError(f"the exported program {path} is whole; take `weights` and `options` out of the recipe")
     if not trust:
         raise InputError(f"{path}: an exported program can run code when it is loaded; pass --trust if you trust it")
     try:
-        program = torch.export.load(path)
+        module: nn.Module = torch.export.load(path).module()
     except FileNotFoundError:
         raise InputError(f"the model {path} does not exist") from None
-    except Exception as error:
-        raise InputError(f"{path} is not an exported program (.pt2): {error}") from error
-    return program.module(), hashlib.sha256(path.read_bytes()).hexdigest()
+    except Exception as error:  # torch raises a dozen kinds on a file that is no .pt2
+        raise InputError(f"{path} is not an exported program (.pt2): {first_line(error)}") from error
+    return module
 
 
 def _check_scores(model: nn.Module, recipe: Recipe) -> None:
@@ -153,9 +180,11 @@ def _check_scores(model: nn.Module, recipe: Recipe) -> None:
     try:
         with torch.no_grad():
             scores: object = model(images)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except (Exception, SystemExit) as error:  # the model is somebody else's code and may raise anything
+        hint = "; export it with a dynamic batch" if recipe.model.source.startswith("pt2:") else ""
         raise InputError(
-            f"the model '{recipe.model.source}' cannot take 2 images of {contract.height}×{contract.width}: {error}"
+            f"the model '{recipe.model.source}' cannot take 2 images of {contract.height}×{contract.width}: "
+            f"{_told(error)}{hint}"
         ) from error
     wanted = (2, len(recipe.classes))
     if not isinstance(scores, Tensor) or tuple(scores.shape) != wanted:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
@@ -14,7 +15,7 @@ console = Console(stderr=True, highlight=False)
 
 def stage(name: str, text: str) -> None:
     """Say in one line what a stage did."""
-    console.print(f"[bold]{name:<10}[/bold] {text}", soft_wrap=True)
+    console.print(f"[bold]{name:<10}[/bold] {escape(text)}", soft_wrap=True)
 
 
 @contextmanager

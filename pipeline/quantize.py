@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from device.errors import InputError, StageFailed
+from device.errors import InputError, StageFailed, first_line
 from pipeline import cache, progress
 from pipeline.artifacts import FloatModel, Quantized, Split
 from pipeline.recipe import Quantization
@@ -33,7 +33,7 @@ def quantize(
         settings=settings.model_dump(),
     )
     done = build.folder("quantize", key, partial(_quantize, model, calibration, count, scheme, settings))
-    return Quantized(done / "program.pt2", scheme, count, key)
+    return Quantized(done / "program.pt2", model, scheme, count, key)
 
 
 def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
@@ -42,8 +42,7 @@ def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedPro
         return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     except Exception as error:  # torch.export raises many kinds, some only once their own code gives up
         raise StageFailed(
-            f"torch.export cannot capture the model: {str(error).strip().splitlines()[0]} "
-            "(run with --debug for the line in the model)"
+            f"torch.export cannot capture the model: {first_line(error)} (run with --debug for the line in the model)"
         ) from error
 
 

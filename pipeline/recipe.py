@@ -31,17 +31,23 @@ def _beside_recipe(path: Path, info: ValidationInfo) -> Path:
 def _class_names(value: object, info: ValidationInfo) -> object:
     """Accept the names themselves, a text file with one per line, or just how many there are."""
     if isinstance(value, int) and not isinstance(value, bool):
+        if not 2 <= value <= MOST_CLASSES:
+            raise ValueError(f"a count of classes must be 2 to {MOST_CLASSES}")
         return [str(index) for index in range(value)]
     if isinstance(value, str):
         path = _beside_recipe(Path(value), info)
         if not path.is_file():
             raise ValueError(f"the file {path} does not exist")
-        return path.read_text().splitlines()
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").strip().splitlines()]
     return value
 
 
+ClassName = Annotated[str, Field(min_length=1)]
 Beside = Annotated[Path, AfterValidator(_beside_recipe)]
 """A path; a relative one starts at the recipe's own folder."""
+
+
+MOST_CLASSES = 100_000
 
 
 class Section(BaseModel):
@@ -96,7 +102,7 @@ class TargetOptions(Section):
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9._+-]*$")] = "0.1.0"
-    classes: Annotated[tuple[str, ...], Field(min_length=2), BeforeValidator(_class_names)]
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=2), BeforeValidator(_class_names)]
     precision: Precision = "int8"
     model: Model
     preprocessing: Preprocessing
@@ -117,7 +123,7 @@ def choose_targets(text: str | None, recipe: Recipe) -> list[str]:
     A target that was named must be ready; `all` leaves out those that are not, and says so.
     """
     if text == "all":
-        wanted = [name for name in targets.names() if _ready(name)]
+        wanted = [name for name in targets.names() if _ready(name, recipe.precision)]
     elif text is None:
         wanted = list(recipe.targets)
     else:
@@ -131,13 +137,16 @@ def choose_targets(text: str | None, recipe: Recipe) -> list[str]:
     return wanted
 
 
-def _ready(name: str) -> bool:
+def _ready(name: str, precision: Precision) -> bool:
     try:
-        targets.get(name).environment()
+        target = targets.get(name)
+        target.environment()
     except TargetUnavailable as error:
         progress.stage("skip", str(error))
         return False
-    return True
+    if precision not in target.SCHEMES:
+        progress.stage("skip", f"target '{name}' does not run {precision}")
+    return precision in target.SCHEMES
 
 
 def read(path: Path, *, precision: str | None = None) -> Recipe:
@@ -146,7 +155,7 @@ def read(path: Path, *, precision: str | None = None) -> Recipe:
     Raises InputError with every fault in it, unknown keys with the nearest known one.
     """
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"recipe {path} does not exist") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

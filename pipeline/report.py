@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import targets
@@ -37,7 +38,7 @@ def show(recipe: Recipe, results: Sequence[Bundle | Verdict], *, as_json: bool) 
         for suspicion in verdict.latency.suspicions:
             console.print(f"     [yellow]suspicious:[/] {suspicion}", soft_wrap=True)
         if isinstance(result, Bundle):
-            console.print(f"     {result.path}", soft_wrap=True)
+            console.print(f"     {escape(str(result.path))}", soft_wrap=True)
 
 
 def show_targets(*, as_json: bool) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from device.errors import StageFailed
+from device.errors import StageFailed, first_line
 from pipeline import cache
 from pipeline.artifacts import Program, Split, Traced
 
@@ -32,7 +32,7 @@ def _trace(program: Program, calibration: Split, out: Path) -> None:
         try:
             traced = torch.jit.trace(module, (images[:2].contiguous(),), check_trace=False)  # type: ignore[no-untyped-call]
         except Exception as error:
-            raise StageFailed(f"torch.jit.trace cannot trace the model: {str(error).splitlines()[0]}") from error
+            raise StageFailed(f"torch.jit.trace cannot trace the model: {first_line(error)}") from error
         expected, found = module(images), traced(images)
         traced.save(str(out / "model.ts"))
     difference = float((expected - found).abs().max() / expected.abs().max().clamp(min=1))

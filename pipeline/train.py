@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from device.errors import StageFailed
-from pipeline import cache, progress
+from pipeline import cache, load, progress
 from pipeline.artifacts import Split, Weights
-from pipeline.load import Deployable, architecture
+from pipeline.load import PACKAGES, Deployable, architecture
 from pipeline.recipe import Recipe
 from targets import cpu_isa, usable_cpus
 
@@ -26,7 +26,9 @@ def train(recipe: Recipe, data: Split, build: cache.Cache, *, folder: Path = Pat
     key = cache.key(
         "train",
         code=__file__,
-        packages=("torch", "torchvision"),
+        packages=PACKAGES[recipe.model.source.partition(":")[0]],
+        load=cache.file_hash(Path(load.__file__)),
+        own_code=load.own_code(recipe, folder),
         model=recipe.model.model_dump(mode="json"),
         contract=recipe.preprocessing,
         classes=len(recipe.classes),

@@ -147,3 +147,28 @@ def test_the_runner_is_the_same_bytes_every_time(tmp_path: Path) -> None:
 def test_softmax_is_stable_for_large_scores() -> None:
     probabilities = runner.softmax(np.array([[1000.0, 999.0, -1000.0]], dtype=np.float32))
     assert probabilities[0] == pytest.approx([0.731059, 0.268941, 0.0], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["files", "classes", "preprocessing"])
+def test_a_manifest_that_lacks_something_is_refused(copy: Path, name: str) -> None:
+    manifest = manifest_of(copy)
+    del manifest[name]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    done = checked(copy)
+    assert done.returncode == 2
+    assert f"has no usable {name}" in done.stderr
+
+
+def test_another_preprocessing_than_was_verified_is_refused(copy: Path) -> None:
+    manifest = manifest_of(copy)
+    manifest["preprocessing"]["color"] = "BGR"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert "another preprocessing contract" in checked(copy).stderr
+
+
+@pytest.mark.parametrize("option", [("--threads", "0"), ("--threads", "-1"), ("--top", "0")])
+def test_an_impossible_option_is_refused(copy: Path, photo: Path, option: tuple[str, str]) -> None:
+    command = [sys.executable, str(copy / "run.pyz"), "predict", str(photo), *option]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "must be 1 or more" in done.stderr

@@ -130,3 +130,35 @@ def test_a_class_name_that_stands_twice_needs_indices(pictures: Path, tmp_path: 
     (pictures / "list.tsv").write_text("cat/1.png\tcrane\n")
     with pytest.raises(InputError, match="'crane' stands for 2 classes; use indices"):
         read(pictures / "list.tsv", tmp_path, classes=("crane", "dog", "crane"))
+
+
+def test_copies_are_no_further_evidence(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "list.tsv").write_text("cat/1.png\t0\ncat/2.png\t0\ncat/1.png\t0\n")
+    with pytest.raises(InputError, match="1 of the 3 evaluation images are copies of others among them"):
+        dataset.refuse_leaks(read(pictures / "list.tsv", tmp_path))
+
+
+def test_hidden_files_and_other_files_beside_images_are_left_out(pictures: Path, tmp_path: Path) -> None:
+    for name in ("cat/._1.jpg", "cat/notes.txt", "cat/paper.pdf"):
+        (pictures / name).write_text("no picture")
+    (pictures / ".cache").mkdir()
+    assert len(read(pictures, tmp_path)) == 10
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_list(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "list.tsv").write_bytes(b"\xef\xbb\xbfcat/1.png\t0\r\ndog/1.png\tdog\r\n")
+    assert read(pictures / "list.tsv", tmp_path).labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "npy"])
+def test_a_damaged_array_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, **subset("evaluation", 20))  # type: ignore[arg-type]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    if damage == "npy":
+        np.save(tmp_path / "x.npy", np.zeros(4))
+        content = bytearray((tmp_path / "x.npy").read_bytes())
+    path.write_bytes(content[:-200] if damage == "truncated" else content)
+    with pytest.raises(InputError, match="data.npz is not an .npz with arrays"):
+        read(path, tmp_path)

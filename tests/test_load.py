@@ -1,6 +1,7 @@
 """Model sources and weights: every kind loads, every misfit is named, nothing in a checkpoint is run."""
 
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,55 @@ def test_nan_weights_are_named(tmp_path: Path, weights: Path) -> None:
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(InputError, match=r"nan.pth has NaN or infinity in layer1.0.conv1.weight"):
         load(of("torchvision:resnet18"), tmp_path / "nan.pth")
+
+
+HELPED = "import torch\nimport helper\n\ndef make():\n    return helper.Net()\n"
+HELPER = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 2)
+    def forward(self, x):
+        return self.fc(x.mean((2, 3))) * SCALE
+SCALE = 1.0
+"""
+
+
+def test_an_edit_in_any_file_of_one_s_own_model_is_a_new_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    keys = []
+    for text in (HELPER, HELPER, HELPER.replace("1.0", "2.0")):
+        for name in ("helped", "helper"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / "helped.py").write_text(HELPED)
+        (tmp_path / "helper.py").write_text(text)
+        torch.manual_seed(0)
+        keys.append(load(of("module:helped:make", classes=2), None, folder=tmp_path).key)
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise RuntimeError('boom')", "cannot be imported .*RuntimeError: boom"),
+        ("import sys; sys.exit(0)", "cannot be imported .*SystemExit: 0"),
+        ("def make(:", "cannot be imported .*SyntaxError"),
+        ("def make(): return [][0]", "cannot be built with {}: IndexError"),
+        ("def make(): return 3", "gave a int, expected a torch.nn.Module"),
+        ("def make(size): pass", "cannot be built with {}: TypeError: .*missing 1 required"),
+        (
+            "import torch\nclass N(torch.nn.Module):\n  def forward(self, x): return x.nothing\ndef make(): return N()",
+            "cannot take 2 images of 32×32: AttributeError",
+        ),
+    ],
+)
+def test_whatever_the_user_s_code_raises_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "wild", raising=False)
+    (tmp_path / "wild.py").write_text(code)
+    with pytest.raises(InputError, match=message) as caught:
+        load(of("module:wild:make"), None, folder=tmp_path)
+    assert "\n" not in str(caught.value)

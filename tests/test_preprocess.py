@@ -104,3 +104,10 @@ def test_a_decompression_bomb_is_refused_before_decoding() -> None:
 def test_an_impossible_contract_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be|is not between"):
         Preprocessing(**({"height": 8, "width": 8} | fields))
+
+
+def test_pixels_of_no_known_range_are_refused() -> None:
+    with pytest.raises(InputError, match=r"depth\.tiff: pixels of mode F have no fixed range"):
+        Preprocessing(height=8, width=8).load(
+            encoded(Image.fromarray(RNG.random((8, 8), dtype=np.float32)), "TIFF"), "depth.tiff"
+        )
