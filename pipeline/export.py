@@ -12,7 +12,6 @@ from typing import cast
 import numpy as np
 import onnx
 import onnxruntime as ort
-import onnxsim
 import torch
 
 from device.arrays import Images, Outputs
@@ -81,6 +80,8 @@ def _export(program: Program, calibration: Split, out: Path) -> None:
 
 
 def _simplify(model: Onnx, calibration: Split, out: Path) -> None:
+    import onnxsim  # noqa: PLC0415 - a second to import, which a run that finds this stage in the cache is spared
+
     try:
         simplified, _ = onnxsim.simplify(onnx.load(model.path))
         _strip(simplified)

@@ -20,7 +20,7 @@ Series = NDArray[np.float64]
 """Seconds per call, blocks × calls."""
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], *, seconds: float = 4.0) -> dict[str, Series]:
+def interleave(calls: Mapping[str, Callable[[], object]], *, seconds: float = 3.0) -> dict[str, Series]:
     """Time each call in every block, in an order shuffled per block, for about `seconds` in all.
 
     The first calls of a turn are not counted: they pay for the other model's threads and caches. At least 72
