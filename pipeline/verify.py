@@ -160,8 +160,10 @@ def _time(float_predict: Predict, predict: Predict, image: Images, threads: int)
 def _suspicions(others: float | None) -> tuple[str, ...]:
     if others is None or others <= MOST_OTHER_LOAD:
         return ()
-    return (f"other processes used {others:.0%} of the CPUs while timing; the latencies are too high and their ratio "
-            "is not to be trusted; stop them and verify again",)  # fmt: skip
+    return (
+        f"other processes, or this machine's host, used {others:.0%} of the CPUs while timing, so the latencies are "
+        "too high and their ratio may be off; verify again when it is quiet",
+    )
 
 
 def _timing(series: latency.Series) -> Timing:

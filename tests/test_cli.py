@@ -14,6 +14,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from pipeline import progress
 from tests.conftest import BITFERRY, EMBEDDED, Project, subset, write_project
 
 COMMANDS = (
@@ -225,3 +226,9 @@ def test_init_says_when_it_cannot_tell_the_model(project: Project) -> None:
     assert "has 1 class folders; expected at least two" in project.refused("init", "mine.pth", "photos")
     (project.folder / "photos/b").mkdir()
     assert "say what it is with --source" in project.refused("init", "mine.pth", "photos")
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    progress.console.quiet = False
+    progress.stage("bundle", "dist[red]/a[/nope]b")
+    assert "dist[red]/a[/nope]b" in capsys.readouterr().err
