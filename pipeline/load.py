@@ -22,6 +22,7 @@ PACKAGES = {
     "pt2": ("torch",),
 }
 """Whose versions decide what a source gives."""
+OURS = ("pipeline", "targets", "device", "__main__")
 
 
 class Deployable(nn.Module):
@@ -149,11 +150,13 @@ def own_code(recipe: Recipe, folder: Path = Path()) -> dict[str, str]:
     top = name.partition(":")[0].partition(".")[0]
     if top not in sys.modules:
         architecture(recipe, folder)
-    files = {Path(file) for m in list(sys.modules.values()) if (file := getattr(m, "__file__", None))}
+    others = {name: m for name, m in list(sys.modules.items()) if name.partition(".")[0] not in OURS}
+    files = {Path(file) for m in others.values() if (file := getattr(m, "__file__", None))}
     home = Path(sys.modules[top].__file__ or folder).resolve().parent
     home = home.parent if hasattr(sys.modules[top], "__path__") else home
     beside = {f for f in files if f.resolve().is_relative_to(home) and "site-packages" not in f.parts}
-    return {str(f.resolve().relative_to(home)): cache.file_hash(f) for f in sorted(beside) if f.suffix == ".py"}
+    # torch.classes names a file "_classes.py" that does not exist
+    return {str(f.resolve().relative_to(home)): cache.file_hash(f) for f in sorted(beside) if f.is_file()}
 
 
 def _told(error: BaseException) -> str:

@@ -58,14 +58,14 @@ class Run:
 
     @cached_property
     def training(self) -> Split:
-        if self.recipe.model.source.startswith("pt2:"):
-            raise InputError(f"recipe '{self.recipe.name}' has an exported program, which is not trained")
         if self.recipe.data.train is None:
             raise InputError(f"recipe '{self.recipe.name}' has neither model.weights nor data.train")
         return self._split("train", self.recipe.data.train)
 
     @cached_property
     def weights(self) -> Weights:
+        if self.recipe.model.source.startswith("pt2:"):
+            raise InputError(f"recipe '{self.recipe.name}' has an exported program, which is not trained")
         self.check_data()
         return train(self.recipe, self.training, self.build, folder=self.folder)
 
