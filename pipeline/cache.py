@@ -122,7 +122,7 @@ class Cache:
             temporary = self.root / f".{stage}-{key}"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            with progress.timed(stage, of), _removed_on_failure(temporary):
+            with _removed_on_failure(temporary), progress.timed(stage, of):
                 make(temporary)
             publish(temporary, final)
         return final

@@ -1,5 +1,6 @@
 """Intel OpenVINO on the CPU: ONNX → IR with batch 1."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ def compile(model: Path, out: Path, *, precision: Precision) -> None:
     # Batch 1 fixed: 2026.4 answers some int8 graphs wrongly when the batch is dynamic
     # (docs/decisions/0006-openvino-batch-1.md), and it is faster besides.
     graph.reshape([1, *(dimension.get_length() for dimension in list(graph.input(0).get_partial_shape())[1:])])
+    _name_by_position(graph)
     ov.save_model(graph, out, compress_to_fp16=False)
 
 
@@ -50,6 +52,13 @@ def executed(path: Path, *, precision: Precision) -> Mapping[str, int]:
         if str(info["layerType"].value) in HEAVY:
             layers[_NAMES.get(str(info["runtimePrecision"].value), str(info["runtimePrecision"].value))] += 1
     return layers
+
+
+def _name_by_position(graph: ov.Model) -> None:
+    """Replace the names that OpenVINO made by counting what this process has built; the same model, the same file."""
+    for position, operation in enumerate(graph.get_ordered_ops()):
+        if re.fullmatch(r"\w+_\d+", operation.get_friendly_name()):
+            operation.set_friendly_name(f"{operation.get_type_name()}_{position}")
 
 
 _NAMES = {"u8": "int8", "i8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}

@@ -177,6 +177,7 @@ class TestBadInput:
 
 def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(tmp_path: Path) -> None:
     project = write_project(tmp_path / "project")
+    project.edit(("epochs = 6", "epochs = 60"))  # seconds, so that the signal comes before the end
     command: list[str | Path] = [BITFERRY, "train", "small.toml"]
     with subprocess.Popen(command, cwd=project.folder, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None

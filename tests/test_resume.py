@@ -47,7 +47,7 @@ def kill_when(stage: str, project: Project) -> None:
             raise AssertionError(f"the run ended without beginning {stage}")
         time.sleep(0 if stage == "bundle" else 0.05)  # into the stage; the last takes milliseconds
         os.killpg(running.pid, signal.SIGKILL)
-    assert running.returncode == -signal.SIGKILL
+    assert running.returncode == -signal.SIGKILL or stage == "bundle"  # which may be done before the kill arrives
 
 
 def test_killed_at_every_stage_the_result_is_the_same(tmp_path: Path) -> None:
