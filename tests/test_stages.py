@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from device.errors import InputError, StageFailed
 from device.preprocess import Preprocessing
-from pipeline import dataset
+from pipeline import dataset, progress
 from pipeline.artifacts import FloatModel, Quantized, Split
 from pipeline.cache import Cache
 from pipeline.export import answer, export, simplify
@@ -160,11 +160,26 @@ def test_a_trace_that_bakes_in_a_branch_is_caught(images: Split, build: Cache) -
     class Branch(torch.nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             x = pixels.float().mean((1, 2))
-            return x if pixels.shape[0] == 2 else -x  # the tracer sees the first only
+            return x if int(pixels.sum()) % 2 else -x  # the tracer sees one of the two only
 
     program = FloatModel(Branch(), CONTRACT, ("a", "b", "c"), key="branch")
     with pytest.raises(StageFailed, match="the TorchScript model answers 16 images differently"):
         trace(program, images, build)
+
+
+def test_a_trace_that_bakes_in_the_batch_is_made_for_batch_1(
+    images: Split, build: Cache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.float().mean((1, 2)) + torch.ones(int(pixels.shape[0]), 3).cumsum(0)
+
+    program = FloatModel(Fixed(), CONTRACT, ("a", "b", "c"), key="fixed")
+    progress.console.quiet = False
+    loaded = torch.jit.load(str(trace(program, images, build).path))  # type: ignore[no-untyped-call]
+    assert "the TorchScript file is for batch 1" in capsys.readouterr().err
+    one = images.images[3:4].copy()
+    np.testing.assert_array_equal(eager(loaded)(one), eager(program.module())(one))
 
 
 def test_a_model_that_cannot_be_captured_is_told_in_one_line(images: Split, build: Cache) -> None:
