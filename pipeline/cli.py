@@ -286,9 +286,7 @@ def main() -> None:
     others = [a for a in sys.argv[1:] if a not in anywhere]
     try:
         app([*anywhere, *others])
-    except BitferryError as error:
-        _fail(error)
-    except OSError as error:  # a full disk, a folder that may not be read
+    except (BitferryError, OSError) as error:  # OSError: a full disk, a folder that may not be read
         _fail(error)
 
 
