@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
 
 from device import preprocess
 from device.arrays import Images
@@ -19,6 +21,7 @@ from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import cache, progress
 from pipeline.artifacts import Labels, Split
+from pipeline.metrics import Task
 from targets import usable_cpus
 
 CHUNK = 256
@@ -32,18 +35,27 @@ class Sample:
     """One image before decoding."""
 
     source: str
-    label: int
+    labels: tuple[int, ...]
+    """The indices of its classes: one, or for multi-label data any number."""
     content: Callable[[], bytes]
     """Its encoded bytes, or its raw pixels when it comes from an array."""
     fit: Callable[[bytes], Images]
 
 
-def split(name: str, source: Path, classes: Sequence[str], contract: Preprocessing, build: cache.Cache) -> Split:
+def split(
+    name: str,
+    source: Path,
+    classes: Sequence[str],
+    contract: Preprocessing,
+    build: cache.Cache,
+    *,
+    task: Task = "classification",
+) -> Split:
     """Read a split, decoding every image by `contract`; the result is kept by content, not by file name.
 
     Raises InputError when there are no images, one is broken, or a label does not fit the classes.
     """
-    samples = _samples(source, classes, contract)
+    samples = _samples(source, classes, contract, task)
     if not samples:
         raise InputError(f"the {name} data {source} holds no images")
     with ThreadPoolExecutor(usable_cpus()) as pool:
@@ -54,17 +66,27 @@ def split(name: str, source: Path, classes: Sequence[str], contract: Preprocessi
         packages=("pillow",),
         preprocess=cache.file_hash(Path(preprocess.__file__)),
         contract=contract,
-        samples=[(digest, sample.label) for digest, sample in zip(hashes, samples, strict=True)],
+        task=task,
+        samples=[(digest, sample.labels) for digest, sample in zip(hashes, samples, strict=True)],
     )
     folder = build.folder("data", key, partial(_decode, name, samples, contract), of=name)
     return Split(
         name=name,
         images=np.load(folder / "images.npy", mmap_mode="r"),
-        labels=np.array([sample.label for sample in samples], dtype=np.int64),
+        labels=_label_array(samples, len(classes), task),
         sources=tuple(sample.source for sample in samples),
         digests=tuple(bytes.fromhex(d) for d in json.loads((folder / "digests.json").read_text())),
         key=key,
     )
+
+
+def _label_array(samples: Sequence[Sample], classes: int, task: Task) -> Labels:
+    if task == "classification":
+        return np.array([sample.labels[0] for sample in samples], dtype=np.int64)
+    labels = np.zeros((len(samples), classes), dtype=np.int64)
+    for row, sample in zip(labels, samples, strict=True):
+        row[list(sample.labels)] = 1
+    return labels
 
 
 def refuse_leaks(*splits: Split) -> None:
@@ -108,14 +130,19 @@ def _decode(name: str, samples: Sequence[Sample], contract: Preprocessing, folde
     (folder / "digests.json").write_text(json.dumps(digests))
 
 
-def _samples(source: Path, classes: Sequence[str], contract: Preprocessing) -> list[Sample]:
+def _samples(source: Path, classes: Sequence[str], contract: Preprocessing, task: Task) -> list[Sample]:
+    if source.is_dir() and task == "multilabel":
+        raise InputError(
+            f"{source} is a folder, whose layout can name only one class per image; for task 'multilabel' give "
+            "a list of `file<TAB>A|B` lines, or an .npz with `labels` N×K of 0 and 1"
+        )
     if source.is_dir():
         return _from_folder(source, classes, contract)
     if not source.is_file():
         raise InputError(f"the data {source} does not exist")
     if source.suffix == ".npz":
-        return _from_arrays(source, classes, contract)
-    return _from_list(source, classes, contract)
+        return _from_arrays(source, classes, contract, task)
+    return _from_list(source, classes, contract, task)
 
 
 def _from_folder(root: Path, classes: Sequence[str], contract: Preprocessing) -> list[Sample]:
@@ -125,7 +152,7 @@ def _from_folder(root: Path, classes: Sequence[str], contract: Preprocessing) ->
         raise InputError(f"{root} has no class folders; expected {root}/{classes[0]}/… with images, or use a list file")
     labels = _folder_labels([folder.name for folder in folders], classes, root)
     return [
-        _file_sample(path, label, contract)
+        _file_sample(path, (label,), contract)
         for folder, label in zip(folders, labels, strict=True)
         for path in image_files(folder)
     ]
@@ -150,8 +177,11 @@ def _folder_labels(names: Sequence[str], classes: Sequence[str], root: Path) -> 
     )
 
 
-def _from_list(path: Path, classes: Sequence[str], contract: Preprocessing) -> list[Sample]:
-    """Read lines of `file<TAB>label`: the label an index or a class name, the file relative to the list."""
+def _from_list(path: Path, classes: Sequence[str], contract: Preprocessing, task: Task) -> list[Sample]:
+    """Read lines of `file<TAB>label`: an index or a class name, the file relative to the list.
+
+    A multi-label line has any number of them with `|` between; none when the image is of no class.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -162,39 +192,61 @@ def _from_list(path: Path, classes: Sequence[str], contract: Preprocessing) -> l
             continue
         name, tab, rest = line.partition("\t")
         if not tab:
-            raise InputError(f"{path}:{number}: expected `file<TAB>label`, found {line!r}")
-        label = _label(rest.split("\t")[0].strip(), classes, f"{path}:{number}")
-        samples.append(_file_sample(path.parent / name, label, contract))
+            wanted = (
+                "`file<TAB>A|B`, nothing after the tab for no label" if task == "multilabel" else "`file<TAB>label`"
+            )
+            raise InputError(f"{path}:{number}: expected {wanted}, found {line!r}")
+        text = rest.split("\t")[0].strip()
+        parts = [text] if task == "classification" else [part.strip() for part in text.split("|") if text]
+        labels = tuple(_label(part, classes, f"{path}:{number}") for part in parts)
+        samples.append(_file_sample(path.parent / name, labels, contract))
     return samples
 
 
-def _from_arrays(path: Path, classes: Sequence[str], contract: Preprocessing) -> list[Sample]:
-    """Read `images` (N×H×W grey or N×H×W×3 RGB, uint8) and `labels` (N integers) of an .npz file."""
+def _from_arrays(path: Path, classes: Sequence[str], contract: Preprocessing, task: Task) -> list[Sample]:
+    """Read `images` (N×H×W grey or N×H×W×3 RGB, uint8) and `labels` of an .npz file."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not an .npz with arrays `images` and `labels`: {error}") from error
-    fits = images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3))
-    if not fits or 0 in images.shape[1:] or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise InputError(
-            f"{path}: expected `images` N×H×W or N×H×W×3 uint8 and `labels` N integers, found "
-            f"{images.dtype} {images.shape} and {labels.dtype} {labels.shape}"
-        )
-    _refuse_strange_labels(labels.astype(np.int64), classes, path)
+    if images.dtype != np.uint8 or not (images.ndim == 3 or images.shape[3:] == (3,)) or 0 in images.shape[1:]:
+        raise InputError(f"{path}: expected `images` N×H×W or N×H×W×3 uint8, found {images.dtype} {images.shape}")
     fit = partial(_fit, contract, images.shape[1:])
     return [
-        Sample(f"{path.name}[{i}]", int(label), image.tobytes, fit)
-        for i, (image, label) in enumerate(zip(images, labels, strict=True))
+        Sample(f"{path.name}[{i}]", sample_labels, image.tobytes, fit)
+        for i, (image, sample_labels) in enumerate(
+            zip(images, _array_labels(labels, len(images), classes, path, task), strict=True)
+        )
     ]
+
+
+def _array_labels(
+    labels: NDArray[Any], images: int, classes: Sequence[str], path: Path, task: Task
+) -> list[tuple[int, ...]]:
+    """Read N integers, or for multi-label data N×K of 0 and 1, as the classes of each image."""
+    found = f"found {labels.dtype} {labels.shape}"
+    if task == "multilabel":
+        wanted = (images, len(classes))
+        if labels.shape != wanted or labels.dtype.kind not in "iub":
+            raise InputError(f"{path}: expected `labels` of shape {wanted}, 0 or 1 for each class, {found}")
+        strange = sorted(set(np.unique(labels).tolist()) - {0, 1})
+        if strange:
+            raise InputError(f"{path}: expected `labels` of 0 and 1 only, found {_some([str(v) for v in strange])}")
+        return [tuple(np.flatnonzero(row).tolist()) for row in labels]
+    if labels.shape != (images,) or labels.dtype.kind not in "iu":
+        hint = '; for several labels per image set task = "multilabel"' if labels.ndim == 2 else ""
+        raise InputError(f"{path}: expected `labels` of {images} integers, {found}{hint}")
+    _refuse_strange_labels(labels.astype(np.int64), classes, path)
+    return [(label,) for label in labels.tolist()]
 
 
 def _fit(contract: Preprocessing, shape: tuple[int, ...], content: bytes) -> Images:
     return contract.fit(np.frombuffer(content, np.uint8).reshape(shape))
 
 
-def _file_sample(path: Path, label: int, contract: Preprocessing) -> Sample:
-    return Sample(str(path), label, partial(_read, path), lambda content: contract.load(content, str(path)))
+def _file_sample(path: Path, labels: tuple[int, ...], contract: Preprocessing) -> Sample:
+    return Sample(str(path), labels, partial(_read, path), lambda content: contract.load(content, str(path)))
 
 
 def _read(path: Path) -> bytes:
@@ -208,7 +260,8 @@ def _label(text: str, classes: Sequence[str], where: str) -> int:
     if text in classes:
         return _by_name(text, classes)
     if not text.isdecimal():
-        raise InputError(f"{where}: '{text}' is neither a class of this recipe ({_some(classes)}) nor an index")
+        hint = '; for several labels per image set task = "multilabel"' if "|" in text else ""
+        raise InputError(f"{where}: '{text}' is neither a class of this recipe ({_some(classes)}) nor an index{hint}")
     if int(text) >= len(classes):
         raise InputError(f"{where}: label {text} is out of range; there are {len(classes)} classes, counted from 0")
     return int(text)

@@ -1,7 +1,7 @@
 """TOML → a typed, validated recipe: everything that decides what is built, and how it is judged."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,12 +15,14 @@ from pydantic import (
     JsonValue,
     ValidationError,
     ValidationInfo,
+    model_validator,
 )
 
 import targets
 from device.errors import InputError, TargetUnavailable
 from device.preprocess import Preprocessing
-from pipeline import progress
+from pipeline import metrics, progress
+from pipeline.metrics import COUNTED, TORCHMETRICS, Task
 from targets import Precision
 
 
@@ -64,7 +66,7 @@ class Model(Section):
 
 
 class Data(Section):
-    """Each an image folder, a `file<TAB>label` list or an `.npz` with `images` and `labels`."""
+    """Each an image folder (not if multi-label), a `file<TAB>label` list or an `.npz` with `images` and `labels`."""
 
     calibration: Beside
     evaluation: Beside
@@ -89,7 +91,12 @@ class Quantization(Section):
 
 
 class Budget(Section):
+    metric: Annotated[str, Field(min_length=1)] | None = None
+    """`top-1`, `top-5`, `mAP`, `AUC` or `torchmetrics:CLASS`; None for the task's first (`Recipe.metric`)."""
+    metric_options: dict[str, JsonValue] = {}
+    """Keyword arguments of the torchmetrics class."""
     accuracy_drop_pp: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Of the metric · 100."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     min_speedup: Annotated[float, Field(gt=0)] | None = None
     """Over the eager float model, at the same thread count."""
@@ -103,6 +110,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9._+-]*$")] = "0.1.0"
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2), BeforeValidator(_class_names)]
+    task: Task = "classification"
     precision: Precision = "int8"
     model: Model
     preprocessing: Preprocessing
@@ -112,9 +120,49 @@ class Recipe(Section):
     budget: Budget = Budget()
     targets: dict[str, TargetOptions] = {}
 
+    @property
+    def metric(self) -> str:
+        """Give the metric that the budget is about."""
+        return self.budget.metric or COUNTED[self.task][0]
+
+    @model_validator(mode="after")
+    def _fits_its_task(self) -> "Recipe":
+        faults = [*_metric_faults(self)]
+        if self.task == "multilabel" and self.training.label_smoothing:
+            faults.append("training.label_smoothing is for classification only; take it out for task 'multilabel'")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
     def threads(self, target: str) -> int | None:
         """Give the CPU threads asked for on a target; None for the default."""
         return self.targets[target].threads if target in self.targets else None
+
+
+def _metric_faults(recipe: Recipe) -> Iterator[str]:
+    """Say what is wrong with the judged metric; a torchmetrics class is made and tried."""
+    name, options = recipe.metric, recipe.budget.metric_options
+    if name.startswith(TORCHMETRICS):
+        try:
+            metrics.build(name, options, recipe.task, len(recipe.classes))
+        except InputError as error:
+            yield f"budget.metric: {error}"
+        return
+    known = [*COUNTED[recipe.task], f"{TORCHMETRICS}ClassName"]
+    if name in known and name == "top-5" and len(recipe.classes) <= 5:
+        yield f"budget.metric: 'top-5' needs more than 5 classes; this recipe has {len(recipe.classes)}"
+    elif name not in known:
+        owner = next((task for task, names in COUNTED.items() if name in names), None)
+        hint = f"it is for task '{owner}'" if owner else _nearest_metric(name, known)
+        yield f"budget.metric: '{name}' is no metric for task '{recipe.task}' ({', '.join(known)}); {hint}"
+    if options:
+        yield f"budget.metric_options are for a '{TORCHMETRICS}' metric; take them out for '{name}'"
+
+
+def _nearest_metric(name: str, known: Sequence[str]) -> str:
+    by_lower = {one.lower(): one for one in known}
+    close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f"did you mean '{by_lower[close[0]]}'?" if close else "name one of these"
 
 
 def choose_targets(text: str | None, recipe: Recipe) -> list[str]:
@@ -173,6 +221,8 @@ def read(path: Path, *, precision: str | None = None) -> Recipe:
 
 def _fault(detail: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in detail["loc"])
+    if not where:
+        return str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(detail["loc"][:-1])
         close = get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)

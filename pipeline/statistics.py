@@ -9,6 +9,13 @@ from numpy.typing import NDArray
 
 from device.arrays import Outputs
 
+Indices = NDArray[np.int64]
+"""Positions of images; one may come several times."""
+
+RELOAD = 0.01
+"""What a ratio changes by when a model is merely loaded again into other memory, which no number of calls averages
+out: a standard deviation of 0.7 % in `benchmarks/self_ratio.py`, allowed for in every interval."""
+
 
 def tango_interval(lost: int, gained: int, images: int, confidence: float) -> tuple[float, float]:
     """Bound the paired difference lost/n − gained/n from both sides, each side at `confidence`.
@@ -28,15 +35,19 @@ def tango_statistic(lost: int, gained: int, images: int, difference: float) -> f
 
     The variance uses the maximum-likelihood p(gained) under the hypothesis, the root of a quadratic.
     """
-    a = 2 * images
-    b = -lost - gained + (2 * images - lost + gained) * difference
-    c = -gained * difference * (1 - difference)
-    p_gained = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
-    variance = images * (2 * p_gained + difference * (1 - difference))
+    variance = images * _null_variance(lost / images, gained / images, difference)
     excess = lost - gained - images * difference
     if variance <= 0:
         return math.copysign(math.inf, excess) if excess else 0.0
     return excess / math.sqrt(variance)
+
+
+def _null_variance(p_lost: float, p_gained: float, difference: float) -> float:
+    """Give the variance of one image's lost − gained where p(lost) − p(gained) = `difference` fits the rates best."""
+    b = (2 - p_lost + p_gained) * difference - p_lost - p_gained
+    c = -p_gained * difference * (1 - difference)
+    likeliest = (math.sqrt(max(b * b - 8 * c, 0.0)) - b) / 4
+    return 2 * likeliest + difference * (1 - difference)
 
 
 def _solve(falling: Callable[[float], float], low: float, high: float) -> float:
@@ -49,11 +60,84 @@ def _solve(falling: Callable[[float], float], low: float, high: float) -> float:
     return (low + high) / 2
 
 
+def images_to_decide(
+    lost: int,
+    gained: int,
+    images: int,
+    allowed: float,
+    confidence: float,
+    *,
+    power: float = 0.8,
+    most: int = 100_000_000,
+) -> int | None:
+    """Give how many further images let Tango's interval decide about `allowed`, a fraction, if these rates are true.
+
+    N = ((z·σ₀ + z_power·σ₁) / gap)²: the sample size of a score test, σ₀² the variance at `allowed` and σ₁² that of
+    the observed rates. At least 1; None when the whole N is above `most`.
+    """
+    p_lost, p_gained = lost / images, gained / images
+    drop = p_lost - p_gained
+    normal = NormalDist()
+    null = normal.inv_cdf(confidence) * math.sqrt(max(_null_variance(p_lost, p_gained, allowed), 0.0))
+    own = normal.inv_cdf(power) * math.sqrt(p_lost + p_gained - drop**2)
+    gap = abs(allowed - drop)
+    if null + own >= gap * math.sqrt(most):
+        return None
+    return max(math.ceil(((null + own) / gap) ** 2) - images, 1)
+
+
+def mcnemar_mid_p(lost: int, gained: int) -> float:
+    """Give the two-sided mid-p value of McNemar's test that lost and gained are equally likely.
+
+    Exact binomial, half the observed count's probability (Fagerland, Lydersen & Laake, BMC Med. Res. Methodol. 2013).
+    """
+    flips, fewer = lost + gained, min(lost, gained)
+    if lost == gained:
+        return 1.0
+    count = np.arange(1, fewer + 1)
+    logs = np.cumsum(np.log((flips - count + 1) / count)) - flips * math.log(2)
+    chances = np.exp(np.concatenate([[-flips * math.log(2)], logs]))
+    return float(2 * chances.sum() - chances[-1])
+
+
+def paired_bootstrap(
+    metric: Callable[[Indices], tuple[float, float]],
+    images: int,
+    confidence: float,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Bound the first minus the second value of a metric from both sides, each side at `confidence`.
+
+    The percentile bootstrap over images (Efron & Tibshirani 1993): `metric` gets the positions of the images drawn.
+    A draw on which it is NaN counts as the worst one for both bounds, so they are infinite when many are.
+    """
+    rng = np.random.default_rng(seed)
+    pairs = np.array([metric(rng.integers(images, size=images)) for _ in range(draws)])
+    differences = pairs[:, 0] - pairs[:, 1]
+    undefined = np.isnan(differences)
+    lower = np.quantile(np.where(undefined, -np.inf, differences), 1 - confidence, method="lower")
+    upper = np.quantile(np.where(undefined, np.inf, differences), confidence, method="higher")
+    return float(lower), float(upper)
+
+
 def sqnr_db(reference: Outputs, found: Outputs) -> float:
     """Give the signal-to-quantization-noise ratio in decibels: 10·log10(Σ reference² / Σ (reference − found)²)."""
     noise = float(np.sum((reference.astype(np.float64) - found) ** 2))
     signal = float(np.sum(reference.astype(np.float64) ** 2))
     return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def noise_share(reference: Outputs, found: Outputs) -> float:
+    """Give noise power over signal power, Σ (reference − found)² / Σ reference²: what SQNR is the logarithm of."""
+    noise = float(np.sum((reference.astype(np.float64) - found) ** 2))
+    return noise / max(float(np.sum(reference.astype(np.float64) ** 2)), 1e-30)
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """Give a power ratio in decibels, None when there is no noise; as JSON can hold it."""
+    return None if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -999.0
 
 
 def ratio_interval(
@@ -62,15 +146,51 @@ def ratio_interval(
     *,
     confidence: float = 0.95,
     draws: int = 2000,
-) -> tuple[float, float]:
-    """Bound the ratio of medians of two interleaved series, blocks × calls each, by a bootstrap over blocks.
+) -> tuple[float, float, float]:
+    """Estimate the ratio of two interleaved candidates from their medians per block; (value, lower, upper).
 
-    Blocks are drawn, not calls, because calls next to each other share the machine's state (Kalibera & Jones 2013).
+    A bootstrap over blocks, because calls next to each other share the machine's state (Kalibera & Jones 2013); the
+    pair of one block is kept together, because it shares the neighbours' load. The centre is the 10 %-trimmed mean of
+    the log ratios, the interval a symmetric bootstrap-t (Hall 1988), widened by `RELOAD` on either side.
     """
     rng = np.random.default_rng(0)
-    picked = rng.integers(len(numerator), size=(draws, len(numerator)))
-    above = np.median(numerator[picked].reshape(draws, -1), axis=1)
-    below = np.median(denominator[picked].reshape(draws, -1), axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(above / below, [tail, 1 - tail])
-    return float(low), float(high)
+    logs = np.log(numerator) - np.log(denominator)
+    drawn = logs[rng.integers(len(logs), size=(draws, len(logs)))]
+    (centre,), (error,) = _trimmed(logs[None])
+    centres, errors = _trimmed(drawn)
+    deviations = np.abs(centres - centre) / np.maximum(errors, 1e-12)
+    reach = float(np.quantile(deviations, confidence)) * error + RELOAD
+    return math.exp(centre), math.exp(centre - reach), math.exp(centre + reach)
+
+
+def _trimmed(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Give each row's 10 %-trimmed mean and its standard error, from the winsorized variance (Tukey & McLaughlin)."""
+    count = rows.shape[1]
+    cut = count // 10
+    ordered = np.sort(rows, axis=1)
+    kept = ordered[:, cut : count - cut]
+    winsorized = np.clip(ordered, kept[:, :1], kept[:, -1:])
+    error = winsorized.std(axis=1, ddof=1) * math.sqrt(count) / kept.shape[1]
+    return kept.mean(axis=1), error
+
+
+def order_statistic_bound(samples: int, quantile: float, *, confidence: float = 0.99) -> int | None:
+    """Say which of the largest samples bounds the quantile from above: the k-th largest; None when none does.
+
+    MLPerf's early stopping: with k − 1 samples above the bound allowed, the chance that the true quantile lies
+    beyond it is at most 1 − `confidence`. At least one sample must lie above it, hence 64 samples for a 90th
+    percentile and 662 for a 99th.
+    """
+    total, k = 0.0, 0
+    while k < samples:
+        total += math.exp(_log_binomial(samples, k, 1 - quantile))
+        if total > 1 - confidence:
+            break
+        k += 1
+    return k if k >= 2 else None
+
+
+def _log_binomial(trials: int, successes: int, chance: float) -> float:
+    """Give the logarithm of the binomial probability of exactly `successes`."""
+    ways = math.lgamma(trials + 1) - math.lgamma(successes + 1) - math.lgamma(trials - successes + 1)
+    return ways + successes * math.log(chance) + (trials - successes) * math.log1p(-chance)

@@ -13,16 +13,15 @@ from pipeline import cache, load, progress
 from pipeline.artifacts import Split, Weights
 from pipeline.load import PACKAGES, Deployable, architecture
 from pipeline.recipe import Recipe
-from targets import cpu_isa, usable_cpus
+from targets import has_bfloat16, usable_cpus
 
 WARM_UP_SHARE = 0.2
 BETAS = (0.9, 0.99)  # 0.999 remembers the first, useless gradients for longer than a short training lasts
-BFLOAT16_CPUS = {"amx_bf16", "avx512_bf16"}
 
 
 def train(recipe: Recipe, data: Split, build: cache.Cache, *, folder: Path = Path()) -> Weights:
     """Train from scratch with AdamW and the one-cycle schedule (Smith & Topin 2018)."""
-    bfloat16 = bool(BFLOAT16_CPUS & set(cpu_isa()))
+    bfloat16 = has_bfloat16()
     key = cache.key(
         "train",
         code=__file__,
@@ -32,6 +31,7 @@ def train(recipe: Recipe, data: Split, build: cache.Cache, *, folder: Path = Pat
         model=recipe.model.model_dump(mode="json"),
         contract=recipe.preprocessing,
         classes=len(recipe.classes),
+        task=recipe.task,
         training=recipe.training.model_dump(),
         data=data.key,
         bfloat16=bfloat16,
@@ -60,7 +60,7 @@ def _train(recipe: Recipe, data: Split, bfloat16: bool, folder: Path, out: Path)
         batch = _flipped(images[picked]) if settings.horizontal_flip else images[picked]
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             scores = deployable(batch)
-        loss = F.cross_entropy(scores.float(), labels[picked], label_smoothing=settings.label_smoothing)
+        loss = _loss(recipe, scores.float(), labels[picked])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -68,6 +68,13 @@ def _train(recipe: Recipe, data: Split, bfloat16: bool, folder: Path, out: Path)
     if not bool(torch.isfinite(loss)):
         raise StageFailed(f"training ended with a loss of {loss.item()}; lower training.learning_rate in the recipe")
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, out / "weights.safetensors")
+
+
+def _loss(recipe: Recipe, scores: Tensor, labels: Tensor) -> Tensor:
+    """Give the cross entropy of one class per image, or of each label on its own where there may be several."""
+    if recipe.task == "multilabel":
+        return F.binary_cross_entropy_with_logits(scores, labels.float())
+    return F.cross_entropy(scores, labels, label_smoothing=recipe.training.label_smoothing)
 
 
 def _flipped(images: Tensor) -> Tensor:

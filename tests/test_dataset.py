@@ -11,6 +11,7 @@ from device.preprocess import Preprocessing
 from pipeline import dataset
 from pipeline.artifacts import Split
 from pipeline.cache import Cache
+from pipeline.metrics import Task
 from tests.conftest import subset
 
 CLASSES = ("cat", "dog")
@@ -29,8 +30,15 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-def read(source: Path, tmp_path: Path, *, classes: tuple[str, ...] = CLASSES, name: str = "evaluation") -> Split:
-    return dataset.split(name, source, classes, CONTRACT, Cache(tmp_path / "build"))
+def read(
+    source: Path,
+    tmp_path: Path,
+    *,
+    classes: tuple[str, ...] = CLASSES,
+    name: str = "evaluation",
+    task: Task = "classification",
+) -> Split:
+    return dataset.split(name, source, classes, CONTRACT, Cache(tmp_path / "build"), task=task)
 
 
 def test_a_folder_of_class_folders(pictures: Path, tmp_path: Path) -> None:
@@ -118,6 +126,9 @@ def test_arrays_of_another_shape_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((4, 8), np.uint8), labels=np.zeros(4, np.int64))
     with pytest.raises(InputError, match=r"expected `images` N×H×W .* found uint8 \(4, 8\)"):
         read(tmp_path / "a.npz", tmp_path)
+    np.savez(tmp_path / "a.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.zeros(3, np.int64))
+    with pytest.raises(InputError, match=r"expected `labels` of 4 integers, found int64 \(3,\)"):
+        read(tmp_path / "a.npz", tmp_path)
     np.savez(tmp_path / "b.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.array([0, 7]))
     with pytest.raises(InputError, match=r"labels out of range \(7\)"):
         read(tmp_path / "b.npz", tmp_path)
@@ -162,3 +173,76 @@ def test_a_damaged_array_file_is_named(tmp_path: Path, damage: str) -> None:
     path.write_bytes(content[:-200] if damage == "truncated" else content)
     with pytest.raises(InputError, match="data.npz is not an .npz with arrays"):
         read(path, tmp_path)
+
+
+def test_a_multi_label_list_names_any_number_of_classes(pictures: Path, tmp_path: Path) -> None:
+    listed = pictures / "list.tsv"
+    listed.write_text("file\tlabels\ncat/1.png\tcat|dog\tnote\ndog/2.png\t1\ncat/3.png\t\ncat/4.png\t 0 | dog \n")
+    split = read(listed, tmp_path, task="multilabel")
+    assert split.labels.dtype == np.int64
+    assert split.labels.tolist() == [[1, 1], [0, 1], [0, 0], [1, 1]]
+    assert len(split) == 4
+    dataset.refuse_leaks(split)
+    listed.write_text(listed.read_text().replace("cat|dog", "cat"))
+    assert read(listed, tmp_path, task="multilabel").key != split.key
+
+
+def test_the_task_is_part_of_the_key(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "list.tsv").write_text("cat/1.png\tcat\ndog/2.png\tdog\n")
+    one, several = (read(pictures / "list.tsv", tmp_path, task=task) for task in ("classification", "multilabel"))
+    assert one.key != several.key
+    assert (one.labels.tolist(), several.labels.tolist()) == ([0, 1], [[1, 0], [0, 1]])
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.bool_, np.int32])
+def test_multi_label_arrays(tmp_path: Path, kind: type[np.generic]) -> None:
+    labels = np.array([[1, 0], [0, 0], [1, 1]]).astype(kind)
+    np.savez(tmp_path / "a.npz", images=RNG.integers(0, 256, (3, 8, 8), dtype=np.uint8), labels=labels)
+    split = read(tmp_path / "a.npz", tmp_path, task="multilabel")
+    assert split.labels.dtype == np.int64
+    assert split.labels.tolist() == labels.astype(int).tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(3, np.int64), r"expected `labels` of shape \(3, 2\), 0 or 1 for each class, found int64 \(3,\)"),
+        (np.zeros((3, 4), np.int64), r"expected `labels` of shape \(3, 2\), .* found int64 \(3, 4\)"),
+        (np.zeros((3, 2)), r"expected `labels` of shape \(3, 2\), .* found float64 \(3, 2\)"),
+        (np.array([[0, 1], [2, -1], [0, 0]]), "expected `labels` of 0 and 1 only, found -1, 2"),
+    ],
+)
+def test_other_arrays_are_no_multi_label_data(
+    tmp_path: Path, labels: np.ndarray[tuple[int, ...], np.dtype[np.int64]], message: str
+) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 8, 8), np.uint8), labels=labels)
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / "a.npz", tmp_path, task="multilabel")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("cat/1.png", r"list.tsv:1: expected `file<TAB>A\|B`, nothing after the tab for no label, found 'cat/1.png'"),
+        ("cat/1.png\tcat|horse", "list.tsv:1: 'horse' is neither a class of this recipe"),
+        ("cat/1.png\tcat|", "list.tsv:1: '' is neither a class of this recipe"),
+        ("cat/1.png\t0|2", "label 2 is out of range; there are 2 classes"),
+    ],
+)
+def test_a_wrong_line_in_a_multi_label_list_is_named(pictures: Path, tmp_path: Path, line: str, message: str) -> None:
+    (pictures / "list.tsv").write_text(line + "\n")
+    with pytest.raises(InputError, match=message):
+        read(pictures / "list.tsv", tmp_path, task="multilabel")
+
+
+def test_data_of_the_other_task_is_refused_with_the_way_out(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"is a folder, whose layout .* give a list of `file<TAB>A\|B` lines, or an .npz"
+    ):
+        read(pictures, tmp_path, task="multilabel")
+    (pictures / "list.tsv").write_text("cat/1.png\tcat|dog\n")
+    with pytest.raises(InputError, match='for several labels per image set task = "multilabel"'):
+        read(pictures / "list.tsv", tmp_path)
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.zeros((3, 2), np.int64))
+    with pytest.raises(InputError, match='of 3 integers, found .* set task = "multilabel"'):
+        read(tmp_path / "a.npz", tmp_path)

@@ -43,6 +43,58 @@ def test_a_fault_is_named(project: Project, old: str, new: str, message: str) ->
     assert "\n" not in str(caught.value)
 
 
+BUDGET = "accuracy_drop_pp = 5.0"
+
+
+@pytest.mark.parametrize(
+    ("task", "budget", "message"),
+    [
+        ("classification", 'metric = "top1"', r"'top1' is no metric for task 'classification' \(top-1, top-5, torchmetrics:ClassName\); did you mean 'top-1'\?"),
+        ("multilabel", 'metric = "map"', r"'map' is no metric for task 'multilabel' .* did you mean 'mAP'\?"),
+        ("multilabel", 'metric = "top-1"', "'top-1' is no metric for task 'multilabel' .* it is for task 'classification'"),
+        ("classification", 'metric = "AUC"', "'AUC' is no metric for task 'classification' .* it is for task 'multilabel'"),
+        ("classification", 'metric = "nothing"', "name one of these"),
+        ("classification", 'metric = "top-5"', "'top-5' needs more than 5 classes; this recipe has 3"),
+        ("classification", 'metric_options = {average = "micro"}', "metric_options are for a 'torchmetrics:' metric; take them out for 'top-1'"),
+        ("classification", 'metric = "torchmetrics:MulticlassF1"', "no multiclass metric called 'MulticlassF1', did you mean 'torchmetrics:MulticlassF1Score'"),
+        ("classification", 'metric = "torchmetrics:MultilabelF1Score"', "no multiclass metric called 'MultilabelF1Score'"),
+        ("multilabel", 'metric = "torchmetrics:CohenKappa"', "no multilabel metric called 'CohenKappa'"),
+        ("classification", 'metric = "torchmetrics:F1Score"\nmetric_options = {avrage = "macro"}', "cannot be used with {.*'avrage': 'macro'.*}: "),
+        ("classification", 'metric = "torchmetrics:Recall"\nmetric_options = {average = "none"}', "gives no single number .* set its `average`"),
+        ("classification", 'metric = "torchmetrics:MulticlassROC"', "gives no single number"),
+        ("detection", BUDGET, r"task: .*'classification' or 'multilabel' \(found 'detection'\)"),
+    ],
+)  # fmt: skip
+def test_a_metric_that_does_not_fit_is_refused(project: Project, task: str, budget: str, message: str) -> None:
+    project.edit(('name = "small"', f'name = "small"\ntask = "{task}"'), (BUDGET, budget))
+    with pytest.raises(InputError, match=message) as caught:
+        recipe.read(project.recipe)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "budget", "metric"),
+    [
+        ("classification", BUDGET, "top-1"),
+        ("multilabel", BUDGET, "mAP"),
+        ("multilabel", 'metric = "AUC"', "AUC"),
+        ("classification", 'metric = "torchmetrics:CohenKappa"', "torchmetrics:CohenKappa"),
+        ("multilabel", 'metric = "torchmetrics:F1Score"\nmetric_options = {average = "macro"}', "torchmetrics:F1Score"),
+    ],
+)  # fmt: skip
+def test_the_metric_is_the_one_named_or_the_first_of_the_task(
+    project: Project, task: str, budget: str, metric: str
+) -> None:
+    project.edit(('name = "small"', f'name = "small"\ntask = "{task}"'), (BUDGET, budget))
+    assert recipe.read(project.recipe).metric == metric
+
+
+def test_label_smoothing_is_not_for_several_labels(project: Project) -> None:
+    project.edit(('name = "small"', 'name = "small"\ntask = "multilabel"'), ("epochs = 6", "label_smoothing = 0.1"))
+    with pytest.raises(InputError, match="label_smoothing is for classification only; take it out"):
+        recipe.read(project.recipe)
+
+
 def test_several_faults_are_told_at_once(project: Project) -> None:
     project.edit(("epochs = 6", "epochs = 0"), ("height = 16", "heigth = 16"))
     with pytest.raises(InputError) as caught:

@@ -1,0 +1,183 @@
+"""Compare the artifact's answers with the float model's on the same images: how many, which, and how surely."""
+
+from dataclasses import replace
+from statistics import NormalDist
+
+import numpy as np
+
+from device.arrays import Outputs
+from device.errors import StageFailed
+from pipeline import metrics
+from pipeline.answers import (
+    Answers,
+    Flags,
+    answers,
+    class_changes,
+    confusions,
+    flips,
+    label_changes,
+    reliability,
+    worst,
+)
+from pipeline.artifacts import Labels, Split
+from pipeline.figures import Accuracy, Change
+from pipeline.metrics import COUNTED
+from pipeline.recipe import Recipe
+from pipeline.statistics import images_to_decide, paired_bootstrap, sqnr_db, tango_interval
+from pipeline.verdict import Outcome
+
+PLACES = {"top-1": 1, "top-5": 5}
+POWER = 0.8
+MOST_IMAGES = 100_000_000
+
+
+def measure(baseline: Outputs, scores: Outputs, evaluation: Split, recipe: Recipe) -> Accuracy:
+    """Compare the artifact's scores with the float model's, both N×K and in the order of the evaluation images.
+
+    Raises StageFailed when the scores are not finite or of another shape, or the judged metric has no value.
+    """
+    _refuse_strange(baseline, scores)
+    labels, classes, task = evaluation.labels, recipe.classes, recipe.task
+    before, after = answers(baseline, labels, task), answers(scores, labels, task)
+    several = task == "multilabel"
+    noise = sqnr_db(baseline, scores)
+    judged = _change(recipe.metric, before, after, labels, recipe)
+    others = [name for name in COUNTED[task] if name != recipe.metric and (name != "top-5" or len(classes) > 5)]
+    found = Accuracy(
+        images=len(labels),
+        judged=judged,
+        others=tuple(_change(name, before, after, labels, recipe) for name in others),
+        flips=flips(before, after),
+        classes=(label_changes if several else class_changes)(before, after, labels, classes),
+        confusions=() if several else confusions(before, after, labels, classes),
+        reliability=reliability(before, after),
+        sqnr_db=None if noise == np.inf else noise,
+        worst=worst(before, after, evaluation, classes),
+    )
+    return replace(found, further_images=judge_accuracy(found, recipe.budget.accuracy_drop_pp)[2])
+
+
+def percent(scores: Outputs, evaluation: Split, recipe: Recipe) -> float:
+    """Give the judged metric of one model's scores N×K, in percent and without bounds."""
+    labels, name = evaluation.labels, recipe.metric
+    if name in PLACES:
+        return 100 * float(_in_top(scores, labels, PLACES[name]).mean())
+    one = answers(scores, labels, recipe.task)
+    return 100 * _paired(name, one, one, labels, recipe)[0](np.arange(len(labels)))[0]
+
+
+def judge_accuracy(accuracy: Accuracy, allowed_pp: float) -> tuple[Outcome, str, int | None]:
+    """Pass when the drop's upper bound is allowed, fail when its lower bound is not, otherwise undecided.
+
+    Gives the reason in words and, when undecided, how many further images would decide it.
+    """
+    judged = accuracy.judged
+    sure = f"{'' if judged.metric == 'top-1' else f'in {judged.metric} '}at {judged.confidence:.0%} confidence"
+    if judged.drop_upper_pp <= allowed_pp:
+        return "pass", f"at most {judged.drop_upper_pp:.2f} pp worse {sure}, {allowed_pp:g} pp allowed", None
+    if judged.drop_lower_pp > allowed_pp:
+        return "fail", f"at least {judged.drop_lower_pp:.2f} pp worse {sure}, {allowed_pp:g} pp allowed", None
+    further = _further(accuracy, allowed_pp)
+    proved = f"{accuracy.images} images prove only that it is at most {judged.drop_upper_pp:.2f} pp worse {sure}"
+    remedy = (
+        "the drop is too near the allowed one for any practical number of images to decide"
+        if further is None
+        else f"about {further:,} further images would decide it ({POWER:.0%} power at the observed rates)"
+    )
+    return "undecided", f"{proved}, {allowed_pp:g} pp allowed; {remedy}", further
+
+
+def _further(accuracy: Accuracy, allowed_pp: float) -> int | None:
+    """Count the images still needed: by Tango's own test for top-1, else with the bound's width falling as 1/√n."""
+    judged, images = accuracy.judged, accuracy.images
+    if judged.metric == "top-1":
+        counts = accuracy.flips.lost, accuracy.flips.gained
+        allowed = allowed_pp / 100
+        return images_to_decide(*counts, images, allowed, judged.confidence, power=POWER, most=MOST_IMAGES)
+    gap = abs(allowed_pp - judged.drop_pp)
+    above = judged.drop_pp <= allowed_pp
+    width = judged.drop_upper_pp - judged.drop_pp if above else judged.drop_pp - judged.drop_lower_pp
+    quantile = NormalDist().inv_cdf(judged.confidence)
+    if quantile <= 0 or width <= 0 or gap == 0:
+        return None
+    needed = images * ((1 + NormalDist().inv_cdf(POWER) / quantile) * width / gap) ** 2
+    return None if needed > MOST_IMAGES else max(int(np.ceil(needed)) - images, 1)
+
+
+def _refuse_strange(baseline: Outputs, scores: Outputs) -> None:
+    for whose, found in (("float model", baseline), ("artifact", scores)):
+        if found.shape != baseline.shape or not np.isfinite(found).all():
+            what = f"shape {found.shape}" if found.shape != baseline.shape else "NaN or infinity"
+            raise StageFailed(f"the {whose}'s scores have {what}; expected finite scores of shape {baseline.shape}")
+    if not baseline.any():
+        raise StageFailed("the float model's scores are all zero; expected scores that tell the images apart")
+
+
+def _change(name: str, before: Answers, after: Answers, labels: Labels, recipe: Recipe) -> Change:
+    confidence = recipe.budget.confidence
+    if name in PLACES:
+        first, second = (_in_top(one.scores, labels, PLACES[name]) for one in (before, after))
+        return paired_change(name, first, second, confidence)
+    paired, higher_is_better = _paired(name, before, after, labels, recipe)
+    return _resampled(name, paired, len(labels), confidence, higher_is_better=higher_is_better)
+
+
+def _paired(name: str, before: Answers, after: Answers, labels: Labels, recipe: Recipe) -> tuple[metrics.Paired, bool]:
+    """Give a metric that is no count of images, and whether higher is better."""
+    if name in COUNTED["multilabel"]:
+        return metrics.ranked(name, metrics.rank(before.scores, labels), metrics.rank(after.scores, labels)), True
+    metric = metrics.build(name, recipe.budget.metric_options, recipe.task, len(recipe.classes))
+    paired = metrics.torchmetric(metric, before.probabilities, after.probabilities, labels)
+    return paired, bool(metric.higher_is_better)
+
+
+def _in_top(scores: Outputs, labels: Labels, places: int) -> Flags:
+    """Say whether each image's class is among the first `places`; of equal scores the lower index is first."""
+    own = np.take_along_axis(scores, labels[:, None], axis=1)
+    ahead = (scores > own).sum(axis=1)
+    level = np.flatnonzero((scores == own).sum(axis=1) > 1)
+    earlier = np.arange(scores.shape[1]) < labels[level, None]
+    ahead[level] += ((scores[level] == own[level]) & earlier).sum(axis=1)
+    return np.asarray(ahead < places)
+
+
+def paired_change(name: str, before: Flags, after: Flags, confidence: float) -> Change:
+    """Compare which images two models answer rightly, N each, by Tango's interval."""
+    lost, gained, images = int((before & ~after).sum()), int((after & ~before).sum()), len(before)
+    lower, upper = tango_interval(lost, gained, images, confidence)
+    return Change(
+        metric=name,
+        method="tango",
+        float_percent=100 * int(before.sum()) / images,
+        percent=100 * int(after.sum()) / images,
+        drop_pp=100 * (lost - gained) / images,
+        drop_lower_pp=100 * lower,
+        drop_upper_pp=100 * upper,
+        confidence=confidence,
+    )
+
+
+def _resampled(
+    name: str, metric: metrics.Paired, images: int, confidence: float, *, higher_is_better: bool = True
+) -> Change:
+    """Bound a metric by the bootstrap, never closer than Tango's bound for images none of which flipped.
+
+    A resample cannot show what no image showed: where nothing changed, its bound would be exactly zero.
+    """
+    before, after = metric(np.arange(images))
+    lower, upper = paired_bootstrap(metric, images, confidence)
+    if not np.isfinite([before, after, lower, upper]).all():
+        raise StageFailed(f"{name} has no value on these {images} images, or on many resamples of them; add images")
+    low, high = (lower, upper) if higher_is_better else (-upper, -lower)
+    drop = before - after if higher_is_better else after - before
+    unseen = tango_interval(0, 0, images, confidence)[1]
+    return Change(
+        metric=name,
+        method="bootstrap",
+        float_percent=100 * before,
+        percent=100 * after,
+        drop_pp=100 * drop,
+        drop_lower_pp=100 * min(low, drop - unseen),
+        drop_upper_pp=100 * max(high, drop + unseen),
+        confidence=confidence,
+    )
