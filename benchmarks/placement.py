@@ -81,13 +81,13 @@ def main() -> None:
         series = latency.interleave({name: partial(p, images[:1]) for name, p in predicts.items()}, seconds=20)
     print(f"{'':44}{'p50 ms':>8}{'SQNR dB':>9}")
     for name, samples in series.items():
-        print(f"{name:44}{np.median(samples) * 1e3:8.2f}{quality[name]:9.1f}")
+        print(f"{name:44}{np.median(samples.seconds) * 1e3:8.2f}{quality[name]:9.1f}")
     environment = targets.get("openvino").environment()
     result = {
         "environment": vars(environment),
         "threads": THREADS,
         "sqnr_db": quality,
-        "seconds": {name: samples.tolist() for name, samples in series.items()},
+        "seconds": {name: samples.seconds.tolist() for name, samples in series.items()},
     }
     machine = "-".join(environment.isa[-1:]) or "cpu"
     path = HERE / f"results/{datetime.now(UTC):%Y-%m-%d}-placement-{machine}.json"

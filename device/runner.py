@@ -3,12 +3,13 @@
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from device.preprocess import Preprocessing
 
 FORMAT = "bitferry-bundle"
 SCHEMA = 1
+Task = Literal["classification", "multilabel"]
 FIELDS = {
     "target": str,
     "model": dict,
@@ -87,6 +89,13 @@ def check(bundle: Path, manifest: dict[str, Any]) -> None:
         raise InputError(f"{bundle}/manifest.json has another preprocessing contract than the model was verified with")
 
 
+def probabilities(scores: Outputs, task: Task) -> Outputs:
+    """Turn scores N×K into probabilities N×K: of one class against the others, or each class for itself."""
+    if task == "multilabel":
+        return np.asarray(0.5 + 0.5 * np.tanh(scores / 2), np.float32)
+    return softmax(scores)
+
+
 def softmax(scores: Outputs) -> Outputs:
     """Turn scores N×K into probabilities N×K."""
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -101,7 +110,9 @@ class Runner:
         manifest = read_manifest(bundle)
         check(bundle, manifest)
         model = manifest["model"]
+        self.manifest = manifest
         self.classes: list[str] = manifest["classes"]
+        self.task: Task = "multilabel" if manifest.get("task") == "multilabel" else "classification"
         self.preprocessing = Preprocessing.from_json(manifest["preprocessing"])
         self.predict = runtime.load(
             bundle / model["file"], precision=model["precision"], threads=threads or model["threads"]
@@ -114,15 +125,44 @@ class Runner:
             content = path.read_bytes()
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        probabilities = softmax(self.predict(self.preprocessing.load(content, str(path))[None]))[0]
+        scores = self.predict(self.preprocessing.load(content, str(path))[None])
+        likely = probabilities(scores, self.task)[0]
         milliseconds = (time.perf_counter() - start) * 1e3
-        best = np.argsort(-probabilities, kind="stable")[:top]
+        best = np.argsort(-likely, kind="stable")[:top]
         return Answer(
             image=str(path),
             classes=tuple(self.classes[i] for i in best),
-            probabilities=tuple(round(float(probabilities[i]), 6) for i in best),
+            probabilities=tuple(round(float(likely[i]), 6) for i in best),
             milliseconds=round(milliseconds, 3),
         )
+
+
+def golden(runner: Runner, bundle: Path) -> tuple[float, dict[str, float]]:
+    """Answer for each golden file; give the limit, and each file's largest difference as a share of the largest score.
+
+    The bytes take the same way as any image's: decoded, resized, answered.
+    """
+    expected = json.loads((bundle / "golden/expected.json").read_bytes())
+    differences = {}
+    for name, file in expected["files"].items():
+        pixels = runner.preprocessing.load((bundle / "golden" / name).read_bytes(), name)
+        wanted = np.array(file["scores"], np.float32)
+        found = runner.predict(pixels[None])[0]
+        same = found.shape == wanted.shape
+        differences[name] = float(np.abs(found - wanted).max() / max(1e-6, np.abs(wanted).max())) if same else math.inf
+    return expected["score_limit"], differences
+
+
+def _selftest(bundle: Path, runtime: Runtime, *, as_json: bool) -> int:
+    limit, differences = golden(Runner(bundle, runtime), bundle)
+    passed = all(difference <= limit for difference in differences.values())
+    if as_json:
+        print(json.dumps({"passed": passed, "score_limit": limit, "differences": differences}))
+        return 0 if passed else 1
+    for name, difference in differences.items():
+        print(f"{name}\t{difference:.2g} of the largest score, {limit:.2g} allowed")
+    print("every golden file is answered as it was verified" if passed else "this machine answers otherwise")
+    return 0 if passed else 1
 
 
 def text(answer: Answer) -> str:
@@ -152,12 +192,18 @@ def main(runtime: Runtime, bundle: Path, arguments: Sequence[str] | None = None)
     predict.add_argument("--threads", type=_positive, help="CPU threads (default: as verified)")
     predict.add_argument("--json", action="store_true", help="print one JSON object per image")
     commands.add_parser("check", help="compare every file with the manifest")
+    selftest = commands.add_parser(
+        "selftest", help="answer for the golden image files and compare with what is expected"
+    )
+    selftest.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     try:
         if options.command == "check":
             check(bundle, read_manifest(bundle))
             print("every file is as the manifest says")
             return 0
+        if options.command == "selftest":
+            return _selftest(bundle, runtime, as_json=options.json)
         runner = Runner(bundle, runtime, threads=options.threads)
         for image in options.images:
             answer = runner.answer(image, top=options.top)

@@ -4,21 +4,23 @@ Each carries the `key` of what it was made from (see `cache.py`). Models that a 
 they are loaded when a stage asks for them, not before.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from device.arrays import Images
+from device.arrays import Images, Outputs
 from device.preprocess import Preprocessing
-from targets import Environment, Precision, Scheme
+from pipeline.verdict import Verdict
+from targets import Precision, Scheme
 
 if TYPE_CHECKING:
     from torch import nn
 
 Labels = NDArray[np.int64]
+"""N class indices; for multi-label data N×K, 1 where an image is of the class and 0 where it is not."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Traced:
     path: Path
     precision: Precision
     key: str
+    batch: int | None = None
+    """1 where tracing fixed it; None for any."""
 
 
 @dataclass(frozen=True)
@@ -137,71 +141,17 @@ class Compiled:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Top-1 of the float model and of the artifact on the same images, paired."""
+class Verified:
+    """A verdict with the answers it was drawn from, image by image."""
 
-    images: int
-    float_correct: int
-    correct: int
-    lost: int
-    """Images the float model gets right and the artifact does not."""
-    gained: int
-    """Images the artifact gets right and the float model does not."""
-    flipped: int
-    """Images on which the two answers differ, right or wrong."""
-    drop_pp: float
-    drop_upper_pp: float
-    """One-sided upper confidence bound of the drop, in percentage points (Tango 1998)."""
-    drop_lower_pp: float
-    confidence: float
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds per image at batch 1."""
-
-    samples: int
-    p50_ms: float
-    p90_ms: float
-
-
-@dataclass(frozen=True)
-class Latency:
-    """The eager float model and the artifact, interleaved in one process with the same thread count."""
-
-    threads: int
-    eager_float: Timing
-    artifact: Timing
-    speedup: float
-    """Ratio of the medians, eager float over artifact."""
-    speedup_lower: float
-    speedup_upper: float
-    """Two-sided 95 % bootstrap interval of the ratio over blocks."""
-    suspicions: tuple[str, ...]
-    """What may have disturbed the measurement, each with its remedy."""
-
-
-Outcome = Literal["pass", "fail", "undecided"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether one artifact is inside the recipe's budget, with the figures that say so."""
-
-    target: str
-    precision: Precision
-    outcome: Outcome
-    reasons: tuple[str, ...]
-    accuracy: Accuracy
-    latency: Latency
-    executed: dict[str, int]
-    environment: Environment
-    compiled_key: str
-    measured_at: str = field(compare=False)
-
-    @property
-    def passed(self) -> bool:
-        return self.outcome == "pass"
+    verdict: Verdict
+    float_scores: Outputs
+    scores: Outputs
+    golden_scores: Outputs
+    """Of the golden files, in their order, from a fresh process."""
+    golden: Path
+    """The folder of golden files."""
+    evaluation: Split
 
 
 @dataclass(frozen=True)
@@ -209,5 +159,5 @@ class Bundle:
     """A folder that is shipped: the artifact, its ONNX, the manifest and the runner."""
 
     path: Path
-    verdict: Verdict
+    verified: Verified
     size_bytes: int

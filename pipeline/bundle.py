@@ -5,27 +5,15 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import targets
 from device import runner
 from device.errors import InputError
-from pipeline import cache, progress
-from pipeline.artifacts import Bundle, Compiled, FloatModel, Verdict
+from pipeline import cache, golden, progress, record
+from pipeline.artifacts import Bundle, Compiled, FloatModel, Verified
 from pipeline.recipe import Recipe
 
-PACKAGES = (
-    "bitferry",
-    "torch",
-    "torchvision",
-    "torchao",
-    "onnx",
-    "onnxsim",
-    "onnxruntime",
-    "numpy",
-    "pillow",
-)
 SOURCES = Path(__file__).parents[1]
 MAIN = """\"\"\"Wire the runner to this bundle's target.\"\"\"
 
@@ -53,7 +41,7 @@ def check_output(recipe: Recipe, names: list[str], out: Path) -> None:
             raise InputError(f"{place} exists and is no bundle of bitferry's; move it away or name another OUT")
 
 
-def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verdict: Verdict, out: Path) -> Bundle:
+def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Verified, out: Path) -> Bundle:
     """Write OUT/<recipe>-<target>-<version>/, replacing an older build of the same version."""
     check_output(recipe, [compiled.target], out)
     final = out / folder_name(recipe, compiled.target)
@@ -65,12 +53,16 @@ def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verdict: Verdi
         if not onnx.exists():
             shutil.copyfile(compiled.source.path, temporary / f"model{compiled.source.path.suffix}")
         write_runner(temporary / "run.pyz", compiled.target)
-        manifest = _manifest(recipe, model, compiled, verdict, temporary)
+        record.write_figures(verified, temporary, private=False)
+        shutil.copytree(verified.golden, temporary / "golden")
+        expected = golden.expected(verified.verdict.golden, verified.golden_scores)
+        (temporary / "golden/expected.json").write_text(expected)
+        manifest = _manifest(recipe, model, compiled, verified, temporary)
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         cache.publish(temporary, final)
     size = sum(path.stat().st_size for path in final.rglob("*"))
     progress.stage("bundle", f"{final} ({size / 1e6:.1f} MB)")
-    return Bundle(final, verdict, size)
+    return Bundle(final, verified, size)
 
 
 def write_runner(path: Path, target: str) -> None:
@@ -85,8 +77,9 @@ def write_runner(path: Path, target: str) -> None:
 
 
 def _manifest(
-    recipe: Recipe, model: FloatModel, compiled: Compiled, verdict: Verdict, folder: Path
+    recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Verified, folder: Path
 ) -> Mapping[str, object]:
+    verdict = verified.verdict
     return {
         "format": runner.FORMAT,
         "schema": runner.SCHEMA,
@@ -96,11 +89,12 @@ def _manifest(
         "model": {"file": compiled.path.name, "precision": compiled.precision, "threads": compiled.threads},
         "preprocessing": asdict(model.preprocessing),
         "preprocessing_sha256": model.preprocessing.sha256(),
+        "task": recipe.task,
         "classes": model.classes,
-        "verdict": asdict(verdict) | {"passed": verdict.passed},
+        "verdict": {"file": record.VERDICT, "outcome": verdict.outcome, "headline": verdict.headline},
+        "environment": asdict(verdict.environment),
         "recipe": _recipe(recipe),
-        "versions": {name: version(name) for name in PACKAGES}
-        | {verdict.environment.runtime: verdict.environment.version},
+        "versions": verdict.versions,
         "files": {
             path.relative_to(folder).as_posix(): {"sha256": cache.file_hash(path), "size_bytes": path.stat().st_size}
             for path in sorted(folder.rglob("*"))

@@ -7,15 +7,16 @@ import json
 import signal
 import sys
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from device.errors import BitferryError
+from device.errors import BitferryError, InputError
+from pipeline.cli_more import Json, commands
 
 if TYPE_CHECKING:
+    from pipeline.latency import Effort
     from pipeline.recipe import Recipe
     from pipeline.run import Deployment, Run
 
@@ -37,7 +38,8 @@ TargetNames = Annotated[
 ]
 BuildFolder = Annotated[Path, typer.Option("--build", help="Where stages keep their output.")]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Where bundles are written.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Time for a second and a half; no throughput.")]
+Thorough = Annotated[bool, typer.Option("--thorough", help="Time for a minute, enough for a 99th percentile.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Load a .pt2 program, which can run code.")]
 PrecisionName = Annotated[str | None, typer.Option("--precision", help="Instead of the recipe's: int8, float32, …")]
 
@@ -57,22 +59,30 @@ class _State:
     debug = False
 
 
-def _run(recipe: "Recipe", path: Path, build: Path, trust: bool) -> "Run":
+def _run(recipe: "Recipe", path: Path, build: Path, trust: bool, effort: "Effort" = "default") -> "Run":
     from pipeline.cache import Cache
     from pipeline.run import Run
 
-    return Run(recipe, path.parent, Cache(build / recipe.name), trust)
+    return Run(recipe, path, Cache(build / recipe.name), trust, effort)
 
 
-def _each(path: Path, names: str | None, build: Path, trust: bool, precision: str | None) -> "list[Deployment]":
+def _each(
+    path: Path, names: str | None, build: Path, trust: bool, precision: str | None, effort: "Effort" = "default"
+) -> "list[Deployment]":
     from pipeline.recipe import choose_targets, read
 
     recipe = read(path, precision=precision)
     chosen = choose_targets(names, recipe)  # faults in these are told before torch is imported
     from pipeline.run import Deployment
 
-    run = _run(recipe, path, build, trust)
-    return [Deployment(run, name) for name in chosen]
+    run = _run(recipe, path, build, trust, effort)
+    return [Deployment(run, name, recipe.precision) for name in chosen]
+
+
+def _effort(quick: bool, thorough: bool) -> "Effort":
+    if quick and thorough:
+        raise InputError("--quick and --thorough exclude each other")
+    return "quick" if quick else "thorough" if thorough else "default"
 
 
 def _print_paths(paths: dict[str, Path], as_json: bool) -> None:
@@ -91,6 +101,8 @@ def deploy(
     build: BuildFolder = Path("build"),
     precision: PrecisionName = None,
     trust: Trust = False,
+    quick: Quick = False,
+    thorough: Thorough = False,
     json_: Json = False,
 ) -> None:
     """Build, verify and bundle for every target named.
@@ -106,8 +118,8 @@ def deploy(
     from pipeline import report
     from pipeline.run import deploy as deploy_
 
-    results = deploy_(_run(chosen, recipe, build, trust), names, out)
-    report.show(chosen, results, as_json=json_)
+    results = deploy_(_run(chosen, recipe, build, trust, _effort(quick, thorough)), names, out)
+    report.show(results, as_json=json_)
     raise typer.Exit(report.exit_code(results))
 
 
@@ -193,78 +205,41 @@ def compile_(
 
 @app.command()
 def verify(
-    recipe: RecipePath = DEFAULT_RECIPE,
+    subject: Annotated[Path, typer.Argument(metavar="RECIPE|BUNDLE", help="What to verify.")] = DEFAULT_RECIPE,
     target: TargetNames = None,
     build: BuildFolder = Path("build"),
     precision: PrecisionName = None,
     trust: Trust = False,
+    quick: Quick = False,
+    thorough: Thorough = False,
+    data: Annotated[
+        Path | None, typer.Option(help="For a bundle: labelled images, as in a recipe, to measure its accuracy on.")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Measure accuracy and latency of each target against the float model.
+    """Measure accuracy and latency of each target against the float model; or prove a bundle anew on this machine.
 
-    Example: bitferry verify recipes/fashion-resnet18.toml --target openvino
+    Example: bitferry verify recipes/fashion-resnet18.toml --target openvino --thorough
     """
+    effort = _effort(quick, thorough)
+    if subject.is_dir():
+        from pipeline import recheck
+
+        raise typer.Exit(recheck.show(recheck.verify(subject, data, effort=effort), as_json=json_))
+    if data is not None:
+        raise InputError("--data is for a bundle; a recipe names its own data")
     from pipeline import report
 
-    deployments = _each(recipe, target, build, trust, precision)
-    verdicts = [one.verdict for one in deployments]
-    report.show(deployments[0].run.recipe, verdicts, as_json=json_)
-    raise typer.Exit(report.exit_code(verdicts))
+    deployments = _each(subject, target, build, trust, precision, effort)
+    results = [one.verified for one in deployments]
+    report.show(results, as_json=json_)
+    raise typer.Exit(report.exit_code(results))
 
 
 app.command(name="bundle")(deploy)
 
 
-@app.command()
-def predict(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
-    top: Annotated[int, typer.Option(help="How many classes to print.", min=1)] = 3,
-    json_: Json = False,
-) -> None:
-    """Answer for image files with a bundle, as its own run.pyz does.
-
-    Example: bitferry predict dist/fashion-resnet18-openvino-1.0.0 photo.png
-    """
-    import targets as registry
-    from device import runner
-
-    loaded = runner.Runner(bundle, registry.get(runner.read_manifest(bundle)["target"]))
-    for image in images:
-        answer = loaded.answer(image, top=top)
-        typer.echo(json.dumps(asdict(answer)) if json_ else runner.text(answer))
-
-
-@app.command()
-def targets(json_: Json = False) -> None:
-    """List every target: ready on this machine or not, its version and the precisions it runs.
-
-    Example: bitferry targets
-    """
-    from pipeline import report
-
-    report.show_targets(as_json=json_)
-
-
-@app.command()
-def init(
-    checkpoint: Annotated[Path, typer.Argument(help="A state dict: .pt, .pth or .safetensors.")],
-    images: Annotated[Path, typer.Argument(help="A folder with one folder of images per class.")],
-    source: Annotated[
-        str | None,
-        typer.Option(help="torchvision:NAME, timm:NAME or module:package.file:factory. Default: guessed."),
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.toml"),
-    size: Annotated[int, typer.Option(help="Height and width of the model's input, in pixels.", min=1)] = 224,
-) -> None:
-    """Write a commented recipe for a checkpoint and an image folder.
-
-    Example: bitferry init weights.pth photos/ --source torchvision:mobilenet_v2
-    """
-    from pipeline import init as init_
-
-    for written in init_.init(checkpoint, images, output, source=source, size=size):
-        typer.echo(written)
+app.add_typer(commands)
 
 
 def _stop(*_: object) -> None:

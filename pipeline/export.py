@@ -1,9 +1,11 @@
 """Program → ONNX → simplified ONNX, each compared with what it was made from on real calibration images."""
 
+import ast
 import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ TOLERANCE = 1e-4
 MOST_LOST_DB = 3.0
 """Of an int8 graph: how much further from the float model it may be than the one it was made from."""
 CHECKED_IMAGES = 32
+NAMED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
 def export(program: Program, calibration: Split, build: cache.Cache) -> Onnx:
@@ -83,7 +86,9 @@ def _simplify(model: Onnx, calibration: Split, out: Path) -> None:
     import onnxsim  # noqa: PLC0415 - a second to import, which a run that finds this stage in the cache is spared
 
     try:
-        simplified, _ = onnxsim.simplify(onnx.load(model.path))
+        named = onnx.load(model.path)
+        _name_by_module(named)
+        simplified, _ = onnxsim.simplify(named)
         _strip(simplified)
         onnx.checker.check_model(simplified, full_check=True)
     except Exception as error:
@@ -92,6 +97,29 @@ def _simplify(model: Onnx, calibration: Split, out: Path) -> None:
     images = calibration.images[:CHECKED_IMAGES]
     before, after = answer(model.path, images), answer(out / "model.onnx", images)
     _compare(before, after, images, model.program, "the simplified ONNX")
+
+
+def _name_by_module(model: onnx.ModelProto) -> None:
+    """Name each convolution and matrix product after the PyTorch module it came from, for the reader of a report.
+
+    A float weight still has its module's name; a quantized one does not, and there the exporter's note tells, which
+    in turn names the batch norm where a float convolution has swallowed one.
+    """
+    layers = [node for node in model.graph.node if node.op_type in NAMED]
+    modules = {node.name: _module(node) for node in layers}
+    shared = Counter(modules.values())
+    for node in layers:
+        module = modules[node.name]
+        if module:
+            node.name = module if shared[module] == 1 else f"{module}/{node.name}"
+
+
+def _module(node: onnx.NodeProto) -> str:
+    weights = [name for name in node.input[1:2] if name.endswith(".weight")]
+    notes = {note.key: note.value for note in node.metadata_props}
+    scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
+    path = weights[0].removesuffix(".weight") if weights else (scopes[-2] if len(scopes) > 1 else "")
+    return str(path).removeprefix("model.")
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -1,87 +1,125 @@
-"""Time several models against each other in one process: blocks in random order, nothing clipped."""
+"""Time several models against each other in one process: blocks in random order, warm-up found, nothing clipped."""
 
-import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import progress
+from pipeline.figures import Percentile, Timing
+from pipeline.statistics import order_statistic_bound
 
-BLOCKS = 24
-FEWEST_CALLS, MOST_CALLS = 3, 30
+Effort = Literal["quick", "default", "thorough"]
+SECONDS: Mapping[Effort, float] = {"quick": 1.5, "default": 3.0, "thorough": 60.0}
+"""Spent on the timed calls of all candidates together, where the slowest allows it."""
+BLOCKS = 40
+FEWEST_CALLS, MOST_CALLS = 3, 200
 SETTLING_CALLS = 2
+WINDOW = 5
+BINS = 40
 
-Series = NDArray[np.float64]
-"""Seconds per call, blocks × calls."""
+Call = Callable[[], object]
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], *, seconds: float = 3.0) -> dict[str, Series]:
+@dataclass(frozen=True)
+class Series:
+    """What was measured of one candidate."""
+
+    seconds: NDArray[np.float64]
+    """Per call, blocks × calls."""
+    first_seconds: float
+    warm_up_calls: int
+    settled: bool
+    """False when the calls were still getting faster when the warm-up's time was over."""
+
+    @property
+    def block_medians(self) -> NDArray[np.float64]:
+        medians: NDArray[np.float64] = np.median(self.seconds, axis=1)
+        return medians
+
+
+def interleave(calls: Mapping[str, Call], *, seconds: float = SECONDS["default"], seed: int = 0) -> dict[str, Series]:
     """Time each call in every block, in an order shuffled per block, for about `seconds` in all.
 
-    The first calls of a turn are not counted: they pay for the other model's threads and caches. At least 72
-    calls each are counted, more than the 64 that a 90th percentile needs (MLPerf's early-stopping bound).
+    Each candidate has the same share of the time, so a fast one is called more often; at least 120 calls each are
+    counted, more than the 64 that a 90th percentile needs. The first calls of a turn are not counted: they pay
+    for the threads and caches of the candidate before.
     """
-    once = {name: _warm_up(call) for name, call in calls.items()}
-    count = int(np.clip(seconds / BLOCKS / sum(once.values()) - SETTLING_CALLS, FEWEST_CALLS, MOST_CALLS))
-    series = {name: np.empty((BLOCKS, count)) for name in calls}
-    order = random.Random(0)  # noqa: S311 - an order, not a secret
-    for block in progress.track(range(BLOCKS), "time", total=BLOCKS):
+    warm = {name: _warm_up(call, seconds / 5) for name, call in calls.items()}
+    turn = seconds / BLOCKS / len(calls)
+    counts = {
+        name: int(np.clip(turn / best - SETTLING_CALLS, FEWEST_CALLS, MOST_CALLS)) for name, (best, *_) in warm.items()
+    }
+    taken: dict[str, list[list[float]]] = {name: [] for name in calls}
+    order = random.Random(seed)  # noqa: S311 - an order, not a secret
+    for _ in progress.track(range(BLOCKS), "time", total=BLOCKS):
         for name in order.sample(sorted(calls), len(calls)):
-            series[name][block] = _turn(calls[name], count)
-    return series
+            taken[name].append(_turn(calls[name], counts[name]))
+    return {name: Series(np.array(taken[name]), *warm[name][1:]) for name in calls}
 
 
-@contextmanager
-def other_load() -> Iterator[Callable[[], float | None]]:
-    """Give a function that says, once the block is over, which share of all CPUs others used (Linux; else None).
+def timing(series: Series) -> Timing:
+    """Summarize one candidate; a percentile is given only where the samples support it (MLPerf's early stopping)."""
+    samples = np.sort(series.seconds.ravel()) * 1e3
+    return Timing(
+        samples=samples.size,
+        blocks=len(series.seconds),
+        percentiles=tuple(found for percent in (50, 90, 99) if (found := _percentile(samples, percent))),
+        median_ms=float(np.median(samples)),
+        mean_ms=float(samples.mean()),
+        cov_percent=float(100 * samples.std() / samples.mean()),
+        first_ms=series.first_seconds * 1e3,
+        warm_up_calls=series.warm_up_calls,
+        histogram_ms=_histogram(samples),
+    )
 
-    Others are the other processes, and the host where this is a virtual machine.
-    """
-    before = _cpu_seconds()
-    shares: list[float | None] = []
-    yield lambda: shares[0]
-    after = _cpu_seconds()
-    if before is None or after is None or after[1] <= before[1]:
-        shares.append(None)
-    else:
-        shares.append(max(0.0, (after[0] - before[0]) / (after[1] - before[1])))
 
-
-def _cpu_seconds() -> tuple[float, float] | None:
-    """Give the CPU seconds that others have used, and all that there were, since the machine started."""
-    try:
-        counts = [int(count) for count in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    except OSError:
+def _percentile(samples: NDArray[np.float64], percent: int) -> Percentile | None:
+    above = order_statistic_bound(samples.size, percent / 100)
+    if above is None:
         return None
-    ticks = os.sysconf("SC_CLK_TCK")
-    idle = counts[3] + counts[4]
-    times = os.times()
-    return (sum(counts) - idle) / ticks - times.user - times.system, sum(counts) / ticks
+    return Percentile(percent, float(np.quantile(samples, percent / 100)), float(samples[-above]))
 
 
-def _turn(call: Callable[[], object], count: int) -> list[float]:
+def _histogram(samples: NDArray[np.float64]) -> tuple[tuple[float, int], ...]:
+    """Count in equal bins up to twice the 90th percentile, and everything slower in a last one."""
+    end = min(2 * float(np.quantile(samples, 0.9)), float(samples[-1]))
+    edges = np.linspace(samples[0], max(end, float(samples[0]) * 1.001), BINS + 1)
+    counts, _ = np.histogram(samples, np.append(edges[:-1], np.inf))
+    uppers = [*edges[1:-1].tolist(), float(samples[-1])]
+    return tuple(zip(uppers, counts.tolist(), strict=True))
+
+
+def _turn(call: Call, count: int) -> list[float]:
     for _ in range(SETTLING_CALLS):
         call()
     return [_seconds(call) for _ in range(count)]
 
 
-def _warm_up(call: Callable[[], object]) -> float:
-    """Call until three in a row are no faster than the best so far (20 at most); return the best time in seconds."""
-    best, since = float("inf"), 0
-    for _ in range(20):
-        taken = _seconds(call)
-        best, since = (taken, 0) if taken < best else (best, since + 1)
-        if since == 3:
-            break
-    return best
+def _warm_up(call: Call, longest: float) -> tuple[float, float, int, bool]:
+    """Call until a window of calls is no faster than the one before it, or `longest` seconds are over.
+
+    Returns the best time, the first one, the number of calls and whether it settled.
+    """
+    end = time.perf_counter() + longest
+    taken = [_seconds(call)]
+    while True:
+        taken.append(_seconds(call))
+        if len(taken) > 2 * WINDOW and _settled(taken):
+            return min(taken), taken[0], len(taken), True
+        if time.perf_counter() > end and len(taken) > WINDOW:
+            return min(taken), taken[0], len(taken), len(taken) <= 2 * WINDOW
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _settled(taken: list[float]) -> bool:
+    return float(np.median(taken[-WINDOW:])) >= 0.98 * float(np.median(taken[-2 * WINDOW : -WINDOW]))
+
+
+def _seconds(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

@@ -48,11 +48,15 @@ def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedPro
 
 def read_program(path: Path) -> nn.Module:
     """Load a program that `quantize` wrote."""
-    _quiet_imports()
-    import torchao.quantization.pt2e  # noqa: F401, PLC0415 - seconds to import; registers the quantized operators
-
+    register_quantized_operators()
     module: nn.Module = torch.export.load(path).module()
     return module
+
+
+def register_quantized_operators() -> None:
+    """Make torch know the operators of a quantized program, before one is loaded."""
+    _quiet_imports()
+    import torchao.quantization.pt2e  # noqa: F401, PLC0415 - seconds to import
 
 
 def _quiet_imports() -> None:

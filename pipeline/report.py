@@ -1,8 +1,7 @@
 """Verdicts for people: a table on stdout, or the same figures as JSON."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,33 +9,29 @@ from rich.table import Table
 
 import targets
 from device.errors import TargetUnavailable
-from pipeline.artifacts import Bundle, Verdict
-from pipeline.recipe import Recipe
+from pipeline import verdict
+from pipeline.artifacts import Bundle, Verified
+from pipeline.figures import Candidate, Ratio
+from pipeline.verdict import Verdict
 
 STYLES = {"pass": "green", "fail": "red", "undecided": "yellow"}
 
 
-def exit_code(results: Sequence[Bundle | Verdict]) -> int:
+def exit_code(results: Sequence[Bundle | Verified]) -> int:
     """Give 0 when every target is inside the budget, 1 when one is not or not provably."""
     return 0 if all(_verdict(result).passed for result in results) else 1
 
 
-def show(recipe: Recipe, results: Sequence[Bundle | Verdict], *, as_json: bool) -> None:
+def show(results: Sequence[Bundle | Verified], *, as_json: bool) -> None:
     """Print the verdict of each target on stdout."""
     if as_json:
-        print(json.dumps([_fields(result) for result in results], indent=2))
+        print(json.dumps([_fields(result) for result in results], indent=2, allow_nan=False))
         return
     console = Console()
-    console.print(_table(recipe, [_verdict(result) for result in results]))
+    console.print(_table([_verdict(result) for result in results]))
     for result in results:
-        verdict = _verdict(result)
-        console.print(
-            f"[{STYLES[verdict.outcome]}]{verdict.outcome}[/] {verdict.target} {verdict.precision}: "
-            + "; ".join(verdict.reasons),
-            soft_wrap=True,
-        )
-        for suspicion in verdict.latency.suspicions:
-            console.print(f"     [yellow]suspicious:[/] {suspicion}", soft_wrap=True)
+        for line in _told(_verdict(result)):
+            console.print(line, soft_wrap=True)
         if isinstance(result, Bundle):
             console.print(f"     {escape(str(result.path))}", soft_wrap=True)
 
@@ -69,49 +64,85 @@ def _target(name: str) -> dict[str, str]:
     }
 
 
-def _verdict(result: Bundle | Verdict) -> Verdict:
-    return result.verdict if isinstance(result, Bundle) else result
+def _verdict(result: Bundle | Verified) -> Verdict:
+    return result.verified.verdict if isinstance(result, Bundle) else result.verdict
 
 
-def _fields(result: Bundle | Verdict) -> dict[str, object]:
-    verdict = _verdict(result)
+def _fields(result: Bundle | Verified) -> dict[str, object]:
     path = str(result.path) if isinstance(result, Bundle) else None
-    return asdict(verdict) | {"passed": verdict.passed, "bundle": path}
+    return verdict.fields(_verdict(result)) | {"bundle": path}
 
 
-def _table(recipe: Recipe, verdicts: Sequence[Verdict]) -> Table:
+def _told(found: Verdict) -> Iterator[str]:
+    """Say the verdict, its reasons, what ran, where accuracy was lost and what to be suspicious of, a line each."""
+    yield f"[{STYLES[found.outcome]}]{found.outcome}[/] {escape(found.headline)}"
+    for reason in found.reasons:
+        yield f"     {escape(reason)}"
+    yield f"     {escape(found.execution.summary)}"
+    if found.ladder.lost_most and not found.passed:
+        layers = ", ".join(layer.name for layer in found.ladder.worst_layers)
+        yield f"     most is lost in {escape(found.ladder.lost_most)}" + (
+            f": layers {escape(layers)}" if layers else ""
+        )
+    for name in found.ladder.suspects:
+        yield f"     [yellow]suspicious:[/] the step {escape(name)} should change nothing, and does; see the report"
+    for suspicion in found.latency.suspicions:
+        yield f"     [yellow]suspicious:[/] {escape(suspicion.finding)}; {escape(suspicion.remedy)}"
+
+
+def _table(verdicts: Sequence[Verdict]) -> Table:
     """Lay out a column per target, so that the table fits a narrow terminal."""
-    table = Table(title=f"{recipe.name} {recipe.version}", caption=_caption(verdicts), caption_justify="left")
+    first = verdicts[0]
+    table = Table(title=f"{first.recipe} {first.version}", caption=_caption(first), caption_justify="left")
     table.add_column("")
-    for verdict in verdicts:
-        table.add_column(f"{verdict.target} {verdict.precision}", justify="right")
-    rows = [_cells(verdict) for verdict in verdicts]
-    for name in rows[0]:
-        table.add_row(name, *(row[name] for row in rows))
+    for found in verdicts:
+        table.add_column(f"{found.target} {found.precision}", justify="right")
+    rows = [_cells(found) for found in verdicts]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        table.add_row(name, *(row.get(name, "") for row in rows))
     return table
 
 
-def _cells(verdict: Verdict) -> dict[str, str]:
-    accuracy, latency = verdict.accuracy, verdict.latency
-    eager, artifact = latency.eager_float, latency.artifact
+def _cells(found: Verdict) -> dict[str, str]:
+    accuracy, latency = found.accuracy, found.latency
+    judged, flips, artifact = accuracy.judged, accuracy.flips, latency.artifact
     return {
-        "verdict": f"[{STYLES[verdict.outcome]}]{verdict.outcome}[/]",
-        "top-1, float": f"{accuracy.float_correct / accuracy.images:.2%}",
-        "top-1": f"{accuracy.correct / accuracy.images:.2%}",
-        "drop": f"{accuracy.drop_pp:.2f} pp",
-        f"drop at most ({accuracy.confidence:.0%} sure)": f"{accuracy.drop_upper_pp:.2f} pp",
-        "lost / gained": f"{accuracy.lost} / {accuracy.gained}",
-        "p50 / p90, eager float": f"{eager.p50_ms:.2f} / {eager.p90_ms:.2f} ms",
-        "p50 / p90": f"{artifact.p50_ms:.2f} / {artifact.p90_ms:.2f} ms",
-        "speed-up": f"{latency.speedup:.1f}×",
-        "speed-up (95 % interval)": f"{latency.speedup_lower:.1f} to {latency.speedup_upper:.1f}",
-        "layers really run as": ", ".join(f"{count} {name}" for name, count in verdict.executed.items()),
+        "verdict": f"[{STYLES[found.outcome]}]{found.outcome}[/]",
+        f"{judged.metric}, float": f"{judged.float_percent:.2f} %",
+        judged.metric: f"{judged.percent:.2f} %",
+        "drop": f"{judged.drop_pp:.2f} pp",
+        f"drop at most ({judged.confidence:.0%} sure)": f"{judged.drop_upper_pp:.2f} pp",
+        "lost / gained / flipped": f"{flips.lost} / {flips.gained} / {flips.flipped}",
+        "SQNR of the scores": "equal" if accuracy.sqnr_db is None else f"{accuracy.sqnr_db:.1f} dB",
+        "p50 / p90 / p99, eager float": _percentiles(latency.eager),
+        "p50 / p90 / p99": _percentiles(artifact),
+        "speed-up over eager float": _ratio(latency.speedup),
+        "speed-up over its own float": _ratio(latency.runtime_speedup),
+        "images/s at best": f"{artifact.throughput.images_per_second:.0f}" if artifact.throughput else "—",
+    } | _footprint(artifact)
+
+
+def _footprint(artifact: Candidate) -> dict[str, str]:
+    used = artifact.footprint
+    if used is None:
+        return {}
+    return {
+        "size / peak memory": f"{used.file_bytes / 1e6:.1f} / {used.peak_memory_bytes / 1e6:.0f} MB",
+        "load / first answer": f"{used.load_ms:.0f} / {used.first_answer_ms:.1f} ms",
     }
 
 
-def _caption(verdicts: Sequence[Verdict]) -> str:
-    first = verdicts[0]
+def _percentiles(candidate: Candidate) -> str:
+    found = {percentile.percent: f"{percentile.ms:.2f}" for percentile in candidate.timing.percentiles}
+    return " / ".join(found.get(percent, "—") for percent in (50, 90, 99)) + " ms"
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    return "—" if ratio is None else f"{ratio.value:.2f}× ({ratio.lower:.2f} to {ratio.upper:.2f})"
+
+
+def _caption(found: Verdict) -> str:
     return (
-        f"{first.accuracy.images} images, the same for both. Float is eager PyTorch float32. Batch 1, "
-        f"{first.latency.threads} threads, {first.latency.artifact.samples} calls each, interleaved."
+        f"{found.accuracy.images} images, the same for both. Batch 1, {found.latency.threads} threads, interleaved "
+        "blocks; intervals are 95 %. A percentile that too few calls support is left out (—)."
     )

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import targets
 from device.errors import InputError
-from pipeline import dataset, progress
+from pipeline import dataset, progress, record
 from pipeline.artifacts import (
     Bundle,
     Compiled,
@@ -17,25 +17,28 @@ from pipeline.artifacts import (
     Simplified,
     Split,
     Traced,
-    Verdict,
+    Verified,
     Weights,
 )
 from pipeline.bundle import bundle, check_output
 from pipeline.cache import Cache
 from pipeline.compile import compile
-from pipeline.export import export, simplify
+from pipeline.export import answer, export, simplify
+from pipeline.ladder import Steps
+from pipeline.latency import Effort
 from pipeline.load import load
 from pipeline.quantize import quantize
 from pipeline.recipe import Recipe
-from pipeline.trace import trace
+from pipeline.trace import torchscript, trace
 from pipeline.train import train
-from pipeline.verify import verify
+from pipeline.verify import Way, eager, load_artifact, verify
+from targets import Precision
 
 
-def deploy(run: "Run", names: Sequence[str], out: Path) -> list[Bundle | Verdict]:
+def deploy(run: "Run", names: Sequence[str], out: Path) -> list[Bundle | Verified]:
     """Take the recipe's model to every target named; outside the budget, a target gives its verdict and no bundle."""
     check_output(run.recipe, list(names), out)
-    return [Deployment(run, name).ship(out) for name in names]
+    return [Deployment(run, name, run.recipe.precision).ship(out) for name in names]
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,11 @@ class Run:
     """What all targets share: the recipe's data and its float model."""
 
     recipe: Recipe
-    folder: Path
-    """Where the recipe's `module:` source is looked for."""
+    path: Path
+    """The recipe's file; its `module:` source is looked for beside it."""
     build: Cache
     trust: bool = False
+    effort: Effort = "default"
 
     @cached_property
     def calibration(self) -> Split:
@@ -67,14 +71,14 @@ class Run:
         if self.recipe.model.source.startswith("pt2:"):
             raise InputError(f"recipe '{self.recipe.name}' has an exported program, which is not trained")
         self.check_data()
-        return train(self.recipe, self.training, self.build, folder=self.folder)
+        return train(self.recipe, self.training, self.build, folder=self.path.parent)
 
     @cached_property
     def model(self) -> FloatModel:
         self.check_data()
         given = self.recipe.model.weights
         trains = given is None and not self.recipe.model.source.startswith("pt2:")
-        return load(self.recipe, self.weights.path if trains else given, folder=self.folder, trust=self.trust)
+        return load(self.recipe, self.weights.path if trains else given, folder=self.path.parent, trust=self.trust)
 
     def check_data(self) -> None:
         """Read every split the recipe names and refuse images that are in two of them."""
@@ -82,7 +86,8 @@ class Run:
         dataset.refuse_leaks(*splits, *([self.training] if self.recipe.data.train else []))
 
     def _split(self, name: str, source: Path) -> Split:
-        return dataset.split(name, source, self.recipe.classes, self.recipe.preprocessing, self.build)
+        recipe = self.recipe
+        return dataset.split(name, source, recipe.classes, recipe.preprocessing, self.build, task=recipe.task)
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,15 @@ class Deployment:
 
     run: Run
     name: str
+    precision: Precision
 
     @cached_property
     def program(self) -> Program:
-        run, recipe = self.run, self.run.recipe
-        scheme = targets.get(self.name).SCHEMES[recipe.precision]
+        run = self.run
+        scheme = targets.get(self.name).SCHEMES[self.precision]
         if scheme is None:
-            return replace(run.model, precision=recipe.precision)
-        return quantize(run.model, run.calibration, scheme, recipe.quantization, run.build)
+            return replace(run.model, precision=self.precision)
+        return quantize(run.model, run.calibration, scheme, run.recipe.quantization, run.build)
 
     @cached_property
     def traced(self) -> Traced:
@@ -114,16 +120,39 @@ class Deployment:
 
     @cached_property
     def compiled(self) -> Compiled:
-        sources: dict[str, Simplified | Traced] = {"torchscript": self.traced, "onnx": self.simplified}
-        source = sources[targets.get(self.name).CONSUMES]
+        source = self.traced if targets.get(self.name).CONSUMES == "torchscript" else self.simplified
         return compile(source, self.name, self.run.build, threads=self.run.recipe.threads(self.name))
 
     @cached_property
-    def verdict(self) -> Verdict:
-        return verify(self.run.model, self.compiled, self.run.evaluation, self.run.recipe.budget, self.run.build)
+    def runtime_float(self) -> Compiled | None:
+        """Give the same target's float32, to be timed beside the artifact; None where it has none, or is it."""
+        if self.precision == "float32" or "float32" not in targets.get(self.name).SCHEMES:
+            return None
+        return Deployment(self.run, self.name, "float32").compiled
 
-    def ship(self, out: Path) -> Bundle | Verdict:
-        if not self.verdict.passed:
-            progress.stage("bundle", f"none for {self.name}: {self.verdict.outcome}")
-            return self.verdict
-        return bundle(self.run.recipe, self.run.model, self.compiled, self.verdict, out)
+    @cached_property
+    def verified(self) -> Verified:
+        run = self.run
+        way = Way(self.program, self.compiled, self.runtime_float, self._steps())
+        command = f"bitferry verify {run.path} --target {self.name} --precision {self.precision}"
+        found = verify(run.recipe, way, run.evaluation, run.build, command=command, effort=run.effort)
+        progress.stage("report", str(record.write(found, run.build)))
+        return found
+
+    def ship(self, out: Path) -> Bundle | Verified:
+        verdict = self.verified.verdict
+        if not verdict.passed:
+            progress.stage("bundle", f"none for {self.name}: {verdict.outcome}")
+            return self.verified
+        return bundle(self.run.recipe, self.run.model, self.compiled, self.verified, out)
+
+    def _steps(self) -> Steps:
+        """Name each step between the float model and the artifact, with how to load it."""
+        quantized = {"PyTorch int8": lambda: eager(self.program.module())} if self.precision == "int8" else {}
+        return {
+            **quantized,
+            "TorchScript": lambda: eager(torchscript(self.traced)),
+            "ONNX": lambda: partial(answer, self.exported.path),
+            "simplified ONNX": lambda: partial(answer, self.simplified.path),
+            self.name: lambda: load_artifact(self.compiled),
+        }

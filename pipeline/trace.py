@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from device.errors import StageFailed, first_line
 from pipeline import cache, progress
 from pipeline.artifacts import Program, Split, Traced
+from pipeline.quantize import register_quantized_operators
 
 TOLERANCE = 1e-5
 CHECKED_IMAGES = 16
+BATCH_1 = "batch-1"
+"""An empty file beside the model says that its batch is fixed."""
 
 
 def trace(program: Program, calibration: Split, build: cache.Cache) -> Traced:
@@ -23,7 +26,28 @@ def trace(program: Program, calibration: Split, build: cache.Cache) -> Traced:
     """
     key = cache.key("trace", code=__file__, packages=("torch", "torchao"), program=program.key, data=calibration.key)
     done = build.folder("trace", key, partial(_trace, program, calibration))
-    return Traced(done / "model.ts", program.precision, key)
+    batch = 1 if (done / BATCH_1).exists() else None
+    return Traced(done / "model.ts", program.precision, key, batch)
+
+
+def torchscript(traced: Traced) -> nn.Module:
+    """Load a traced file; one made for batch 1 gets its images one by one."""
+    register_quantized_operators()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated upstream; users still ask for it
+        module: nn.Module = torch.jit.load(str(traced.path))  # type: ignore[no-untyped-call]
+    return module if traced.batch is None else OneByOne(module)
+
+
+class OneByOne(nn.Module):
+    """Give a model whose batch is fixed at 1 its images one after the other."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.module(image) for image in torch.split(images, 1)])
 
 
 def _trace(program: Program, calibration: Split, out: Path) -> None:
@@ -35,6 +59,7 @@ def _trace(program: Program, calibration: Split, out: Path) -> None:
         if fault:
             traced, fault = _traced(module, images[:1], torch.split(images, 1))
             if not fault:
+                (out / BATCH_1).touch()
                 progress.stage("trace", "tracing fixes this model's batch size; the TorchScript file is for batch 1")
         if fault:
             raise StageFailed(f"the TorchScript model answers {len(images)} images differently from PyTorch: {fault}")

@@ -1,63 +1,83 @@
 """Judge a compiled artifact against the eager float model: same images, same threads, one process."""
 
-from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 import targets
 from device.arrays import Images, Outputs, Predict
-from device.errors import StageFailed
-from pipeline import cache, latency, progress
-from pipeline.artifacts import (
-    Accuracy,
-    Compiled,
-    FloatModel,
-    Labels,
-    Latency,
-    Outcome,
-    Split,
-    Timing,
-    Verdict,
-)
-from pipeline.recipe import Budget
-from pipeline.statistics import ratio_interval, tango_interval
+from pipeline import cache, execution, golden, ladder, layers, progress, speed
+from pipeline.accuracy import judge_accuracy, measure, percent
+from pipeline.artifacts import Compiled, FloatModel, Program, Split, Verified
+from pipeline.figures import Accuracy, Latency
+from pipeline.latency import Effort
+from pipeline.recipe import Budget, Recipe
+from pipeline.verdict import SCHEMA, Execution, Golden, Ladder, LayerError, Outcome, Verdict
 
 BATCH = 64
-MOST_OTHER_LOAD = 0.1
-"""Of all CPUs. PyTorch's threads spin while they wait for each other, so one busy neighbour slows it manyfold."""
-Check = tuple[Outcome, str]
+LAYER_IMAGES = 32
+PACKAGES = ("bitferry", "torch", "torchvision", "torchao", "onnx", "onnxsim", "onnxruntime", "numpy", "pillow")
+LADDERS = TypeAdapter(Ladder)
 
 
-def verify(model: FloatModel, compiled: Compiled, evaluation: Split, budget: Budget, build: cache.Cache) -> Verdict:
-    """Answer every evaluation image, time both models and compare with the budget.
+@dataclass(frozen=True)
+class Way:
+    """How one artifact came about: the program it was made from, and every step that can be run by itself."""
 
-    The float answers are computed once per model and data; everything about the artifact is measured anew.
+    program: Program
+    compiled: Compiled
+    runtime_float: Compiled | None
+    """The same target's float32, where it has one and it is not the artifact itself."""
+    steps: ladder.Steps
+    """Each step between the float model and the artifact, in order; called, it loads."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures that a verdict is drawn from."""
+
+    accuracy: Accuracy
+    latency: Latency
+    ladder: Ladder
+    golden: Golden
+
+
+def verify(
+    recipe: Recipe, way: Way, evaluation: Split, build: cache.Cache, *, command: str, effort: Effort = "default"
+) -> Verified:
+    """Answer every evaluation image, time the candidates, find where accuracy is lost, and compare with the budget.
+
+    What only depends on files (answers, the ladder) is computed once for them; what depends on the moment is
+    measured anew.
     """
-    target = targets.get(compiled.target)
-    predict = target.load(compiled.path, precision=compiled.precision, threads=compiled.threads)
+    model, compiled = way.program.baseline, way.compiled
     baseline = float_scores(model, evaluation, build)
+    scores = artifact_scores(compiled, evaluation, build)
+    climbed = _ladder(way, evaluation, baseline, build)
+    files = golden.make(evaluation, model.preprocessing, build)
     with progress.timed("verify", compiled.target):
-        scores = _answer(predict, evaluation.images, f"evaluate {compiled.target}")
-        accuracy = compare(baseline, scores, evaluation.labels, budget.confidence)
-        timed = _time(eager(model.module()), predict, evaluation.images[:1].copy(), compiled.threads)
-    outcome, reasons = judge(accuracy, timed, budget)
-    return Verdict(
-        target=compiled.target,
-        precision=compiled.precision,
-        outcome=outcome,
-        reasons=reasons,
-        accuracy=accuracy,
-        latency=timed,
-        executed=dict(target.executed(compiled.path, precision=compiled.precision)),
-        environment=target.environment(),
-        compiled_key=compiled.key,
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+        accuracy = measure(baseline, scores, evaluation, recipe)
+        fresh = speed.fresh(compiled, model.preprocessing, [files / name for name in golden.KINDS])
+        predict = load_artifact(compiled)
+        proved = golden.prove(files, model.preprocessing, predict, fresh.scores, eager(model.module()))
+        timed = speed.measure(
+            eager(model.module()),
+            compiled,
+            way.runtime_float,
+            evaluation.images[:1].copy(),
+            effort=effort,
+            footprint=fresh.footprint,
+        )
+    timed = _with_accuracy(timed, accuracy, way.runtime_float, evaluation, recipe, build)
+    verdict = _verdict(recipe, way, evaluation, Measured(accuracy, timed, climbed, proved), command)
+    return Verified(verdict, baseline, scores, fresh.scores, files, evaluation)
 
 
 def eager(module: nn.Module) -> Predict:
@@ -71,101 +91,167 @@ def eager(module: nn.Module) -> Predict:
     return predict
 
 
+def load_artifact(compiled: Compiled) -> Predict:
+    """Load an artifact with the threads it is verified and shipped with."""
+    target = targets.get(compiled.target)
+    return target.load(compiled.path, precision=compiled.precision, threads=compiled.threads)
+
+
 def float_scores(model: FloatModel, evaluation: Split, build: cache.Cache) -> Outputs:
     """Answer every evaluation image with the float model, once."""
     key = cache.key("baseline", code=__file__, packages=("torch",), model=model.key, data=evaluation.key)
-    scores: Outputs = np.load(build.folder("baseline", key, partial(_baseline, model, evaluation)) / "scores.npy")
-    return scores
+    load = partial(eager, model.module())
+    return _scores(build, "baseline", key, load, evaluation.images, "float")
 
 
-def compare(baseline: Outputs, scores: Outputs, labels: Labels, confidence: float) -> Accuracy:
-    """Count, image by image, what the artifact loses and gains; scores are N×K, labels N."""
-    if scores.shape != baseline.shape or not np.isfinite(scores).all():
-        found = f"shape {scores.shape}" if scores.shape != baseline.shape else "NaN or infinity"
-        raise StageFailed(f"the artifact's scores have {found}; expected finite scores of shape {baseline.shape}")
-    float_answers, answers = baseline.argmax(axis=1), scores.argmax(axis=1)
-    float_right, right = float_answers == labels, answers == labels
-    lost, gained = int((float_right & ~right).sum()), int((right & ~float_right).sum())
-    lower, upper = tango_interval(lost, gained, len(labels), confidence)
-    return Accuracy(
-        images=len(labels),
-        float_correct=int(float_right.sum()),
-        correct=int(right.sum()),
-        lost=lost,
-        gained=gained,
-        flipped=int((float_answers != answers).sum()),
-        drop_pp=100 * (lost - gained) / len(labels),
-        drop_upper_pp=100 * upper,
-        drop_lower_pp=100 * lower,
-        confidence=confidence,
-    )
+def artifact_scores(compiled: Compiled, evaluation: Split, build: cache.Cache) -> Outputs:
+    """Answer every evaluation image with the artifact, once per artifact, runtime and machine."""
+    environment = targets.get(compiled.target).environment()
+    key = cache.key(
+        "answers", code=__file__, artifact=compiled.key, environment=environment, data=evaluation.key,
+        threads=compiled.threads,
+    )  # fmt: skip
+    load = partial(load_artifact, compiled)
+    return _scores(build, "answers", key, load, evaluation.images, f"{compiled.target} {compiled.precision}")
 
 
-def judge(accuracy: Accuracy, timed: Latency, budget: Budget) -> tuple[Outcome, tuple[str, ...]]:
-    """Pass when both bounds are inside the budget, fail when one is outside, otherwise undecided; with reasons."""
-    sure = f"{budget.confidence:.0%}"
-    drop, allowed = accuracy.drop_upper_pp, budget.accuracy_drop_pp
-    if drop <= allowed:
-        first: Check = "pass", f"at most {drop:.2f} pp worse at {sure} confidence, {allowed:g} pp allowed"
-    elif accuracy.drop_lower_pp > allowed:
-        first = (
-            "fail",
-            f"at least {accuracy.drop_lower_pp:.2f} pp worse at {sure} confidence, {allowed:g} pp allowed",
-        )
-    else:
-        proved = f"{accuracy.images} images prove only that it is at most {drop:.2f} pp worse at {sure} confidence"
-        first = "undecided", f"{proved}, {allowed:g} pp allowed; evaluate on more images"
-    checks = [first, _speed_check(timed, budget.min_speedup)]
+def judge(measured: Measured, budget: Budget) -> tuple[Outcome, tuple[str, ...]]:
+    """Pass when every bound is inside the budget, fail when one is outside, otherwise undecided; with reasons."""
+    outcome, reason, _ = judge_accuracy(measured.accuracy, budget.accuracy_drop_pp)
+    checks = [(outcome, reason), _speed_check(measured.latency, budget.min_speedup), *_golden_checks(measured.golden)]
     outcomes = [outcome for outcome, _ in checks]
     worst: Outcome = "fail" if "fail" in outcomes else "undecided" if "undecided" in outcomes else "pass"
     return worst, tuple(reason for _, reason in checks)
 
 
-def _speed_check(timed: Latency, wanted: float | None) -> Check:
-    interval = f"{timed.speedup_lower:.2f} to {timed.speedup_upper:.2f} times as fast as eager float32"
-    if wanted is None or timed.speedup_lower >= wanted:
-        return "pass", f"{interval}, " + ("no minimum asked for" if wanted is None else f"{wanted:g} asked for")
-    return ("fail" if timed.speedup_upper < wanted else "undecided"), f"{interval}, {wanted:g} asked for"
+def headline(outcome: Outcome, target: str, precision: str, measured: Measured) -> str:
+    """Say the verdict in one sentence."""
+    ratio, change = measured.latency.speedup.value, measured.accuracy.judged
+    pace = f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"
+    worse = f"at most {change.drop_upper_pp:.2f} pp worse ({change.metric}), {change.confidence:.0%} sure"
+    opening = {
+        "pass": f"Ship {precision} on {target}",
+        "fail": f"Do not ship {precision} on {target}",
+        "undecided": f"Undecided about {precision} on {target}",
+    }[outcome]
+    return f"{opening}: {pace} than eager float, {worse}"
 
 
-def _baseline(model: FloatModel, evaluation: Split, out: Path) -> None:
-    torch.set_num_threads(targets.usable_cpus())
-    np.save(out / "scores.npy", _answer(eager(model.module()), evaluation.images, "evaluate float"))
+def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, command: str) -> Verdict:
+    compiled = way.compiled
+    outcome, reasons = judge(measured, recipe.budget)
+    environment = targets.get(compiled.target).environment()
+    return Verdict(
+        schema=SCHEMA,
+        recipe=recipe.name,
+        version=recipe.version,
+        target=compiled.target,
+        precision=compiled.precision,
+        outcome=outcome,
+        headline=headline(outcome, compiled.target, compiled.precision, measured),
+        reasons=reasons,
+        budget_drop_pp=recipe.budget.accuracy_drop_pp,
+        accuracy=measured.accuracy,
+        latency=measured.latency,
+        execution=_execution(way),
+        ladder=measured.ladder,
+        golden=measured.golden,
+        environment=environment,
+        versions={name: version(name) for name in PACKAGES} | {environment.runtime: environment.version},
+        command=command,
+        compiled_key=compiled.key,
+        data_key=evaluation.key,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _execution(way: Way) -> Execution:
+    ran = _executed(way.compiled)
+    floats = _executed(way.runtime_float) if way.runtime_float else None
+    return Execution(
+        summary=execution.summary(way.compiled.precision, ran),
+        layers=ran,
+        float_summary=execution.summary("float32", floats) if floats is not None else None,
+    )
+
+
+def _executed(compiled: Compiled) -> tuple[targets.Layer, ...]:
+    return tuple(targets.get(compiled.target).executed(compiled.path, precision=compiled.precision))
+
+
+def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) -> Ladder:
+    key = cache.key(
+        "ladder",
+        code=__file__,
+        codes=[cache.file_hash(Path(str(module.__file__))) for module in (ladder, layers)],
+        packages=PACKAGES,
+        artifact=way.compiled.key,
+        steps=list(way.steps),
+        data=evaluation.key,
+    )
+    made = build.folder("ladder", key, partial(_climb, way, evaluation, baseline), of=way.compiled.target)
+    return LADDERS.validate_json((made / "ladder.json").read_bytes())
+
+
+def _climb(way: Way, evaluation: Split, baseline: Outputs, out: Path) -> None:
+    sample = ladder.sample(evaluation, baseline)
+    errors: tuple[LayerError, ...] = ()
+    lossy = None if way.program is way.program.baseline else next(iter(way.steps))
+    if way.program.precision == "int8":
+        errors = layers.compare(way.program, sample.images[:LAYER_IMAGES])
+    climbed = ladder.climb(sample, way.steps, lossy=lossy, layers=errors)
+    (out / "ladder.json").write_bytes(LADDERS.dump_json(climbed))
+
+
+def _with_accuracy(
+    timed: Latency,
+    accuracy: Accuracy,
+    runtime_float: Compiled | None,
+    evaluation: Split,
+    recipe: Recipe,
+    build: cache.Cache,
+) -> Latency:
+    """Write each candidate's accuracy beside its latency; the runtime's float is answered for it."""
+    percents = [accuracy.judged.float_percent]
+    if runtime_float:
+        scores = artifact_scores(runtime_float, evaluation, build)
+        percents.append(percent(scores, evaluation, recipe))
+    percents.append(accuracy.judged.percent)
+    pairs = zip(timed.candidates, percents, strict=True)
+    return replace(timed, candidates=tuple(replace(one, accuracy_percent=value) for one, value in pairs))
+
+
+def _speed_check(timed: Latency, wanted: float | None) -> tuple[Outcome, str]:
+    ratio = timed.speedup
+    told = f"{ratio.lower:.2f} to {ratio.upper:.2f} times as fast as {timed.eager.name}"
+    if wanted is None or ratio.lower >= wanted:
+        return "pass", f"{told}, " + ("no minimum asked for" if wanted is None else f"{wanted:g} asked for")
+    return ("fail" if ratio.upper < wanted else "undecided"), f"{told}, {wanted:g} asked for"
+
+
+def _golden_checks(proved: Golden) -> list[tuple[Outcome, str]]:
+    """Fail when a fresh process answers otherwise, or when torchvision reads a file otherwise."""
+    checks: list[tuple[Outcome, str]] = []
+    for file in proved.files:
+        if not file.score_difference <= proved.score_limit:
+            told = f"by {file.score_difference:.2g} of the largest score, at most {proved.score_limit:.2g} allowed"
+            checks.append(("fail", f"{file.name} ({file.kind}): a fresh process answers otherwise, {told}"))
+        if file.torchvision_mean is not None and file.torchvision_mean > proved.torchvision_limit:
+            told = f"by {file.torchvision_mean:.1f} levels on average, {proved.torchvision_limit:g} allowed"
+            checks.append(("fail", f"{file.name} ({file.kind}): torchvision decodes and resizes it otherwise, {told}"))
+    return checks
+
+
+def _scores(build: cache.Cache, stage: str, key: str, load: "partial[Predict]", images: Images, of: str) -> Outputs:
+    def make(out: Path) -> None:
+        torch.set_num_threads(targets.usable_cpus())
+        np.save(out / "scores.npy", _answer(load(), images, f"evaluate {of}"))
+
+    scores: Outputs = np.load(build.folder(stage, key, make, of=of) / "scores.npy")
+    return scores
 
 
 def _answer(predict: Predict, images: Images, text: str) -> Outputs:
-    starts: Iterable[int] = range(0, len(images), BATCH)
-    parts = [
-        predict(images[i : i + BATCH].copy()) for i in progress.track(starts, text, total=-(-len(images) // BATCH))
-    ]
-    return np.concatenate(parts)
-
-
-def _time(float_predict: Predict, predict: Predict, image: Images, threads: int) -> Latency:
-    torch.set_num_threads(threads)
-    with latency.other_load() as others:
-        series = latency.interleave({"float": lambda: float_predict(image), "artifact": lambda: predict(image)})
-    low, high = ratio_interval(series["float"], series["artifact"])
-    return Latency(
-        threads=threads,
-        eager_float=_timing(series["float"]),
-        artifact=_timing(series["artifact"]),
-        speedup=float(np.median(series["float"]) / np.median(series["artifact"])),
-        speedup_lower=low,
-        speedup_upper=high,
-        suspicions=_suspicions(others()),
-    )
-
-
-def _suspicions(others: float | None) -> tuple[str, ...]:
-    if others is None or others <= MOST_OTHER_LOAD:
-        return ()
-    return (
-        f"other processes, or this machine's host, used {others:.0%} of the CPUs while timing, so the latencies are "
-        "too high and their ratio may be off; verify again when it is quiet",
-    )
-
-
-def _timing(series: latency.Series) -> Timing:
-    p50, p90 = np.quantile(series, [0.5, 0.9]) * 1e3
-    return Timing(samples=series.size, p50_ms=float(p50), p90_ms=float(p90))
+    starts = range(0, len(images), BATCH)
+    batches = progress.track(starts, text, total=len(starts))
+    return np.concatenate([predict(images[i : i + BATCH].copy()) for i in batches])

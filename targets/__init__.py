@@ -4,7 +4,7 @@ import importlib
 import os
 import pkgutil
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -42,6 +42,16 @@ class Environment:
     system: str
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One convolution or matrix product as the runtime ran it."""
+
+    name: str
+    kind: Literal["convolution", "matrix product"]
+    precision: str
+    """Of its inputs: int8, float32, bfloat16, float16."""
+
+
 class Target(Protocol):
     """What a module in this folder provides. Its file name is its name everywhere."""
 
@@ -60,8 +70,8 @@ class Target(Protocol):
     def load(self, path: Path, *, precision: Precision, threads: int | None = None) -> Predict:
         """Load a compiled file on this machine; `threads` is None for the runtime's own choice."""
 
-    def executed(self, path: Path, *, precision: Precision) -> Mapping[str, int]:
-        """Count the convolutions and matrix products by the precision the runtime really runs them in."""
+    def executed(self, path: Path, *, precision: Precision) -> Sequence[Layer]:
+        """List the convolutions and matrix products with the precision the runtime really runs them in."""
 
 
 def names() -> list[str]:
@@ -119,6 +129,11 @@ def cpu_isa() -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(name for name in wanted if name in flags)
+
+
+def has_bfloat16() -> bool:
+    """Say whether this CPU computes in bfloat16, so that float32 layers may silently run in it."""
+    return bool({"amx_bf16", "avx512_bf16"} & set(cpu_isa()))
 
 
 def usable_cpus() -> int:

@@ -1,15 +1,15 @@
 """Microsoft ONNX Runtime on the CPU: runs the simplified ONNX as it is."""
 
+import re
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnxruntime as ort
 
 from device.arrays import Images, Outputs, Predict
-from targets import Environment, Form, Precision, Scheme, cpu_isa, system
+from targets import Environment, Form, Layer, Precision, Scheme, cpu_isa, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".onnx"
@@ -45,18 +45,25 @@ def load(path: Path, *, precision: Precision, threads: int | None = None) -> Pre
     return predict
 
 
-def executed(path: Path, *, precision: Precision) -> Mapping[str, int]:
+def executed(path: Path, *, precision: Precision) -> Sequence[Layer]:
     import onnx  # noqa: PLC0415 - only the engineer's machine has it
 
     with tempfile.TemporaryDirectory() as folder:
         options = _options(None)
+        # The one step left out, the NCHWc layout of float convolutions, renames them and changes no precision.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = f"{folder}/optimized.onnx"
         ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(f"{folder}/optimized.onnx").graph.node
-    return Counter("int8" if n.op_type in INT8_KERNELS else "float32" for n in nodes if n.op_type in HEAVY)
-
-
-HEAVY = INT8_KERNELS | FLOAT_KERNELS
+    return [
+        Layer(
+            re.sub(r"_token_\d+$", "", node.name),  # which fusing appends
+            "convolution" if "Conv" in node.op_type else "matrix product",
+            "int8" if node.op_type in INT8_KERNELS else "float32",
+        )
+        for node in nodes
+        if node.op_type in INT8_KERNELS | FLOAT_KERNELS
+    ]
 
 
 def _options(threads: int | None) -> ort.SessionOptions:

@@ -1,15 +1,15 @@
 """Intel OpenVINO on the CPU: ONNX → IR with batch 1."""
 
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import openvino as ov
 
 from device.arrays import Images, Outputs, Predict
-from targets import Environment, Form, Precision, Scheme, cpu_isa, system
+from targets import Environment, Form, Layer, Precision, Scheme, cpu_isa, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
@@ -18,7 +18,13 @@ SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None,
 # Without a hint OpenVINO runs float layers in bfloat16 where the CPU can; what an int8 graph leaves in
 # float must be the float32 that was verified, too.
 HINTS = {"int8": "f32", "float32": "f32", "bfloat16": "bf16"}
-HEAVY = ("Convolution", "FullyConnected", "MatMul", "Gemm", "Deconvolution")
+KINDS: Mapping[str, Literal["convolution", "matrix product"]] = {
+    "Convolution": "convolution",
+    "Deconvolution": "convolution",
+    "FullyConnected": "matrix product",
+    "MatMul": "matrix product",
+    "Gemm": "matrix product",
+}
 
 
 def environment() -> Environment:
@@ -45,12 +51,14 @@ def load(path: Path, *, precision: Precision, threads: int | None = None) -> Pre
     return predict
 
 
-def executed(path: Path, *, precision: Precision) -> Mapping[str, int]:
-    layers = Counter[str]()
+def executed(path: Path, *, precision: Precision) -> Sequence[Layer]:
+    layers = []
     for layer in _compiled(path, precision, None).get_runtime_model().get_ordered_ops():
-        info = layer.get_rt_info()
-        if str(info["layerType"].value) in HEAVY:
-            layers[_NAMES.get(str(info["runtimePrecision"].value), str(info["runtimePrecision"].value))] += 1
+        info = {name: str(value.value) for name, value in layer.get_rt_info().items()}
+        if info["layerType"] in KINDS:
+            ran = info["runtimePrecision"]
+            name = layer.get_friendly_name().removesuffix("/WithoutBiases")
+            layers.append(Layer(name, KINDS[info["layerType"]], _NAMES.get(ran, ran)))
     return layers
 
 

@@ -54,14 +54,18 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_manifest_lists_every_file_and_says_what_was_measured(deployed: Project, target: str) -> None:
     bundle = bundle_of(deployed, target)
     manifest = manifest_of(bundle)
-    present = {path.name for path in bundle.iterdir()} - {"manifest.json"}
+    present = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()} - {"manifest.json"}
     assert set(manifest["files"]) == present
-    assert {"model.onnx", "run.pyz"} <= present
+    assert {"model.onnx", "run.pyz", "verdict.json", "answers.npz", "golden/expected.json"} <= present
     for name, entry in manifest["files"].items():
         content = (bundle / name).read_bytes()
         assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
-    assert manifest["verdict"]["accuracy"] == verdicts(deployed)[target]["accuracy"]
-    assert manifest["verdict"]["passed"] is True
+    assert manifest["verdict"]["outcome"] == "pass"
+    shipped, printed = json.loads((bundle / "verdict.json").read_text()), verdicts(deployed)[target]
+    assert {name: shipped[name] for name in ("latency", "execution", "ladder", "golden")} == {
+        name: printed[name] for name in ("latency", "execution", "ladder", "golden")
+    }
+    assert str(deployed.folder) not in (bundle / "verdict.json").read_text()
     assert manifest["classes"] == ["T-shirt", "Trouser", "Pullover"]
     assert Preprocessing.from_json(manifest["preprocessing"]).height == 16
     assert manifest["versions"]["torch"] == version("torch")
@@ -69,8 +73,8 @@ def test_the_manifest_lists_every_file_and_says_what_was_measured(deployed: Proj
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_in_a_bundle_names_this_machine_s_folders(deployed: Project, target: str) -> None:
-    for path in bundle_of(deployed, target).iterdir():
-        assert str(deployed.folder).encode() not in path.read_bytes(), path.name
+    for path in bundle_of(deployed, target).rglob("*"):
+        assert path.is_dir() or str(deployed.folder).encode() not in path.read_bytes(), path.name
 
 
 @pytest.mark.parametrize("target", TARGETS)

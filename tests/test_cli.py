@@ -74,7 +74,7 @@ def test_the_table_is_on_stdout_and_the_talk_on_stderr(deployed: Project) -> Non
     done = deployed.bitferry("verify", "small.toml", "--target", "onnxruntime")
     assert done.returncode == 0
     assert "drop at most (95% sure)" in done.stdout
-    assert "2 int8, 1 float32" in done.stdout
+    assert "2 of 2 convolutions int8; 0 of 1 matrix product int8, 1 float32 (head)" in done.stdout
     assert "reused from" in done.stderr
     assert "reused from" not in done.stdout
 
@@ -96,7 +96,7 @@ def test_too_few_images_are_undecided_and_exit_1(deployed: Project, tmp_path: Pa
     done = few.bitferry("verify", "small.toml", "--target", "openvino")
     assert done.returncode == 1
     assert "undecided" in done.stdout
-    assert "evaluate on more images" in done.stdout
+    assert "further images would decide it" in done.stdout
 
 
 class TestBadInput:

@@ -1,0 +1,53 @@
+"""What a fresh process needs to load one artifact and answer for image files, and its answers. Run as `python -m`."""
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from device.arrays import Images
+from device.preprocess import Preprocessing
+
+
+def measure(target: str, path: Path, precision: str, threads: int, images: Images) -> dict[str, Any]:
+    """Load the artifact and answer for each image N×H×W×3, one by one; milliseconds, bytes and the scores."""
+    runtime = cast(Any, importlib.import_module(f"targets.{target}"))
+    base, start = peak_memory(), time.perf_counter()
+    predict = runtime.load(path, precision=precision, threads=threads)
+    loaded = time.perf_counter()
+    scores = [predict(images[:1])]
+    answered = time.perf_counter()
+    scores += [predict(image[None]) for image in images[1:]]
+    return {
+        "load_ms": (loaded - start) * 1e3,
+        "first_answer_ms": (answered - loaded) * 1e3,
+        "peak_memory_bytes": peak_memory(),
+        "base_memory_bytes": base,
+        "scores": np.concatenate(scores).tolist(),
+    }
+
+
+def peak_memory() -> int:
+    """Give the largest resident memory of this process so far, in bytes.
+
+    Linux hands a child the peak of its parent in `ru_maxrss`, so its own counter is read there.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource  # noqa: PLC0415 - not on Windows
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    name, file, asked, count, contract, *golden = sys.argv[1:]
+    preprocessing = Preprocessing.from_json(json.loads(contract))
+    pixels = np.stack([preprocessing.load(Path(image).read_bytes(), image) for image in golden])
+    print(json.dumps(measure(name, Path(file), asked, int(count), pixels)))

@@ -1,0 +1,82 @@
+"""Commands that build nothing: answer with a bundle, compare two, list the targets, write a first recipe."""
+
+# Each command imports what it runs when it runs: torch takes seconds, `--help` must not.
+# ruff: noqa: PLC0415
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+commands = typer.Typer()
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@commands.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    top: Annotated[int, typer.Option(help="How many classes to print.", min=1)] = 3,
+    json_: Json = False,
+) -> None:
+    """Answer for image files with a bundle, as its own run.pyz does.
+
+    Example: bitferry predict dist/fashion-resnet18-openvino-1.0.0 photo.png
+    """
+    import targets as registry
+    from device import runner
+
+    loaded = runner.Runner(bundle, registry.get(runner.read_manifest(bundle)["target"]))
+    for image in images:
+        answer = loaded.answer(image, top=top)
+        typer.echo(json.dumps(asdict(answer)) if json_ else runner.text(answer))
+
+
+@commands.command()
+def targets(json_: Json = False) -> None:
+    """List every target: ready on this machine or not, its version and the precisions it runs.
+
+    Example: bitferry targets
+    """
+    from pipeline import report
+
+    report.show_targets(as_json=json_)
+
+
+@commands.command()
+def init(
+    checkpoint: Annotated[Path, typer.Argument(help="A state dict: .pt, .pth or .safetensors.")],
+    images: Annotated[Path, typer.Argument(help="A folder with one folder of images per class.")],
+    source: Annotated[
+        str | None,
+        typer.Option(help="torchvision:NAME, timm:NAME or module:package.file:factory. Default: guessed."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.toml"),
+    size: Annotated[int, typer.Option(help="Height and width of the model's input, in pixels.", min=1)] = 224,
+) -> None:
+    """Write a commented recipe for a checkpoint and an image folder.
+
+    Example: bitferry init weights.pth photos/ --source torchvision:mobilenet_v2
+    """
+    from pipeline import init as init_
+
+    for written in init_.init(checkpoint, images, output, source=source, size=size):
+        typer.echo(written)
+
+
+@commands.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A bundle, or a report folder with its verdict.json.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    json_: Json = False,
+) -> None:
+    """Set two bundles or two verified builds side by side, with intervals; two bundles are timed here, interleaved.
+
+    Example: bitferry compare build/m/reports/openvino-int8 build/m/reports/onnxruntime-int8
+    """
+    from pipeline import comparison
+
+    comparison.show(comparison.compare(first, second), as_json=json_)

@@ -1,0 +1,157 @@
+"""Two bundles or two verified builds side by side: accuracy paired by image, latency as a ratio, with intervals."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import targets
+from device import runner
+from device.errors import InputError, TargetUnavailable
+from pipeline import latency, record
+from pipeline.accuracy import paired_change
+from pipeline.figures import Change, Ratio
+from pipeline.record import Recorded
+from pipeline.statistics import ratio_interval
+from pipeline.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two."""
+
+    path: Path
+    verdict: Verdict
+    answers: Recorded
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What B changes, compared with A."""
+
+    a: str
+    b: str
+    a_name: str
+    b_name: str
+    common_images: int
+    """Evaluation images that both answered, by their pixels."""
+    accuracy: Change | None
+    """`float_percent` is A's share of right answers, `percent` B's; None without a common image."""
+    a_median_ms: float
+    b_median_ms: float
+    speedup: Ratio
+    """A's latency over B's."""
+    timed: str
+    """How the ratio was found."""
+    a_bytes: int | None
+    b_bytes: int | None
+
+
+def compare(first: Path, second: Path, *, seconds: float = latency.SECONDS["default"]) -> Comparison:
+    """Pair the answers image by image, and time both here if both are bundles that this machine can run.
+
+    Otherwise their recorded speed-ups over the same kind of eager float model are divided, with the interval that
+    follows from both. Raises InputError when one is neither a bundle nor a report.
+    """
+    a, b = _side(first), _side(second)
+    live = _interleaved(a, b, seconds)
+    ours, theirs = _common(a.answers, b.answers)
+    change = None
+    if len(ours):
+        confidence = a.verdict.accuracy.judged.confidence
+        change = paired_change("right answers", a.answers.right[ours], b.answers.right[theirs], confidence)
+    medians = [side.verdict.latency.artifact.timing.median_ms for side in (a, b)]
+    return Comparison(
+        a=str(first),
+        b=str(second),
+        a_name=_name(a.verdict),
+        b_name=_name(b.verdict),
+        common_images=len(ours),
+        accuracy=change,
+        a_median_ms=live[1] if live else medians[0],
+        b_median_ms=live[2] if live else medians[1],
+        speedup=live[0] if live else _divided(a.verdict.latency.speedup, b.verdict.latency.speedup),
+        timed="both timed here, interleaved" if live else "from each one's recorded ratio to eager float",
+        a_bytes=_bytes(a.verdict),
+        b_bytes=_bytes(b.verdict),
+    )
+
+
+def show(found: Comparison, *, as_json: bool) -> None:
+    """Print the two columns, and what B changes."""
+    if as_json:
+        print(json.dumps(asdict(found), indent=2, allow_nan=False))
+        return
+    table = Table("", f"A  {found.a_name}", f"B  {found.b_name}", "B compared with A")
+    change, ratio = found.accuracy, found.speedup
+    if change:
+        told = f"{-change.drop_pp:+.2f} pp ({-change.drop_upper_pp:+.2f} to {-change.drop_lower_pp:+.2f})"
+        table.add_row("right answers", f"{change.float_percent:.2f} %", f"{change.percent:.2f} %", told)
+    told = f"{ratio.value:.2f}× as fast ({ratio.lower:.2f} to {ratio.upper:.2f})"
+    table.add_row("latency, median", f"{found.a_median_ms:.2f} ms", f"{found.b_median_ms:.2f} ms", told)
+    if found.a_bytes and found.b_bytes:
+        told = f"{found.b_bytes / found.a_bytes:.2f}× the size"
+        table.add_row("size", f"{found.a_bytes / 1e6:.1f} MB", f"{found.b_bytes / 1e6:.1f} MB", told)
+    console = Console()
+    console.print(table)
+    sure = f"{change.confidence:.0%} on either side" if change else "no common image, so accuracy is not compared"
+    console.print(f"{found.common_images} common images ({sure}); {found.timed}, 95 % interval", soft_wrap=True)
+
+
+def _side(path: Path) -> Side:
+    folder = path.parent if path.name == record.VERDICT else path
+    if not (folder / record.VERDICT).is_file():
+        raise InputError(f"{path} is neither a bundle nor a report folder: it has no {record.VERDICT}")
+    if (folder / "manifest.json").exists():
+        runner.check(folder, runner.read_manifest(folder))
+    return Side(folder, record.read_verdict(folder / record.VERDICT), record.read_answers(folder / record.ANSWERS))
+
+
+def _common(a: Recorded, b: Recorded) -> tuple[list[int], list[int]]:
+    """Pair the rows of the same image with the same label."""
+    rows = {
+        (digest.tobytes(), label.tobytes()): i
+        for i, (digest, label) in enumerate(zip(b.digests, b.labels, strict=True))
+    }
+    keys = [(digest.tobytes(), label.tobytes()) for digest, label in zip(a.digests, a.labels, strict=True)]
+    pairs = [(i, rows[key]) for i, key in enumerate(keys) if key in rows]
+    return [i for i, _ in pairs], [j for _, j in pairs]
+
+
+def _interleaved(a: Side, b: Side, seconds: float) -> tuple[Ratio, float, float] | None:
+    if not all((side.path / "manifest.json").exists() for side in (a, b)):
+        return None
+    try:
+        loaded = [runner.Runner(side.path, targets.get(side.verdict.target)) for side in (a, b)]
+    except TargetUnavailable:
+        return None
+    calls = dict(zip("ab", [_call(one) for one in loaded], strict=True))
+    series = latency.interleave(calls, seconds=seconds)
+    ratio = Ratio(*ratio_interval(series["a"].block_medians, series["b"].block_medians))
+    return ratio, *(float(np.median(series[name].seconds)) * 1e3 for name in "ab")  # type: ignore[return-value]
+
+
+def _call(loaded: runner.Runner) -> latency.Call:
+    contract = loaded.preprocessing
+    image = np.full((1, contract.height, contract.width, 3), 127, np.uint8)
+    return lambda: loaded.predict(image)
+
+
+def _divided(a: Ratio, b: Ratio) -> Ratio:
+    """Divide two independent ratios; their logarithms' half-widths add as errors do."""
+    centre = math.log(b.value / a.value)
+    reach = math.hypot(math.log(a.upper / a.lower) / 2, math.log(b.upper / b.lower) / 2)
+    return Ratio(math.exp(centre), math.exp(centre - reach), math.exp(centre + reach))
+
+
+def _name(verdict: Verdict) -> str:
+    return f"{verdict.recipe} {verdict.version} {verdict.target} {verdict.precision}"
+
+
+def _bytes(verdict: Verdict) -> int | None:
+    footprint = verdict.latency.artifact.footprint
+    return footprint.file_bytes if footprint else None

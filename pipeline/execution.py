@@ -1,0 +1,40 @@
+"""What a runtime really ran, in words: per kind of layer, which precision, and the names of the exceptions."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from targets import Layer, Precision
+
+MOST_NAMED = 3
+
+
+def summary(requested: Precision, layers: Sequence[Layer]) -> str:
+    """Say it in one line, as in `int8 requested; 52 of 53 convolutions int8, 1 float32 (features.1)`."""
+    kinds = dict.fromkeys(layer.kind for layer in layers)
+    told = [_kind(requested, kind, [layer for layer in layers if layer.kind == kind]) for kind in kinds]
+    return f"{requested} requested; " + ("; ".join(told) or "no convolution or matrix product found")
+
+
+def precision(layers: Sequence[Layer], requested: Precision) -> str:
+    """Name the precision that most layers ran in: what was asked for only where that is what ran."""
+    counts = Counter(layer.precision for layer in layers)
+    if not counts:
+        return requested
+    name, count = counts.most_common(1)[0]
+    return name if 2 * count > len(layers) else "mixed"
+
+
+def _kind(requested: Precision, kind: str, layers: Sequence[Layer]) -> str:
+    right = sum(layer.precision == requested for layer in layers)
+    plural = kind if len(layers) == 1 else f"{kind}s"
+    others: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.precision != requested:
+            others.setdefault(layer.precision, []).append(layer.name)
+    told = "".join(f", {len(names)} {name} ({_some(names)})" for name, names in others.items())
+    return f"{right} of {len(layers)} {plural} {requested}{told}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more

@@ -1,0 +1,116 @@
+"""Image files made from evaluation images, to prove the whole path: bytes in, scores out, here and on the device."""
+
+import io
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from device.arrays import Images, Outputs, Predict
+from device.preprocess import Preprocessing
+from pipeline import cache
+from pipeline.artifacts import Split
+from pipeline.verdict import Golden, GoldenFile
+
+KINDS = {
+    "golden-1.jpg": "JPEG",
+    "golden-2.png": "PNG",
+    "golden-3.png": "grey PNG",
+    "golden-4.jpg": "JPEG turned by EXIF",
+}
+ENLARGED = (1.5, 1.25)
+"""Height and width over the model's input, so that resizing is part of the proof."""
+TORCHVISION_LIMIT = 2.0
+"""Mean levels of 255 that two right decoders and resamplers may differ by; benchmarks/preprocessing.py measures it."""
+LEAST_LIMIT = 1e-3
+EXIF_ORIENTATION, TURNED = 0x0112, 6
+
+
+def make(evaluation: Split, contract: Preprocessing, build: cache.Cache) -> Path:
+    """Write one file of each kind into a folder, from images spread over the evaluation data."""
+    key = cache.key("golden", code=__file__, packages=("pillow",), data=evaluation.key, contract=contract)
+    return build.folder("golden", key, partial(_make, evaluation, contract))
+
+
+def prove(folder: Path, contract: Preprocessing, predict: Predict, fresh: Outputs, baseline: Predict) -> Golden:
+    """Compare the scores that a fresh process gave for each file with this one's, and the pixels with torchvision's.
+
+    Another machine may run other kernels, so the limit for its scores is twice what the artifact itself differs from
+    the float model on these files.
+    """
+    contents = {name: (folder / name).read_bytes() for name in KINDS}
+    pixels = np.stack([contract.load(content, name) for name, content in contents.items()])
+    here, exact = predict(pixels), baseline(pixels)
+    largest = float(max(1e-6, np.abs(here).max()))
+    files = [
+        GoldenFile(
+            name, KINDS[name], float(np.abs(fresh[i] - here[i]).max() / largest), *_opinion(contract, content, p)
+        )
+        for i, ((name, content), p) in enumerate(zip(contents.items(), pixels, strict=True))
+    ]
+    limit = max(LEAST_LIMIT, 2 * float(np.abs(here - exact).max()) / largest)
+    return Golden(files=tuple(files), score_limit=limit, torchvision_limit=TORCHVISION_LIMIT)
+
+
+def second_opinion(contract: Preprocessing, content: bytes) -> Images | None:
+    """Decode and resize with torchvision alone, tensors from bytes to pixels; None for lanczos, which it lacks."""
+    from torchvision.io import ImageReadMode, decode_image  # noqa: PLC0415 - a second to import
+    from torchvision.transforms.v2 import functional as F  # noqa: PLC0415
+
+    modes = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}
+    if contract.interpolation not in modes:
+        return None
+    raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    image = decode_image(raw, ImageReadMode.RGB, apply_exif_orientation=True)
+    mode = F.InterpolationMode(modes[contract.interpolation])
+    size = [contract.height, contract.width]
+    if contract.resize is None:
+        image = F.resize(image, size, mode, antialias=True)
+    else:
+        image = F.center_crop(F.resize(image, [contract.resize], mode, antialias=True), size)
+    array: Images = image.permute(1, 2, 0).numpy()
+    return array[..., ::-1] if contract.color == "BGR" else array
+
+
+def expected(golden: Golden, scores: Outputs) -> str:
+    """Give the text of `golden/expected.json`: what the device must answer for each file, and how closely."""
+    rows = {name: {"kind": kind, "scores": scores[i].tolist()} for i, (name, kind) in enumerate(KINDS.items())}
+    return json.dumps({"score_limit": golden.score_limit, "files": rows}, indent=1) + "\n"
+
+
+def _opinion(contract: Preprocessing, content: bytes, pixels: Images) -> tuple[float | None, float | None]:
+    other = second_opinion(contract, content)
+    if other is None:
+        return None, None
+    difference = np.abs(other.astype(np.int16) - pixels)
+    return float(difference.mean()), float(difference.max())
+
+
+def _make(evaluation: Split, contract: Preprocessing, out: Path) -> None:
+    picked = np.linspace(0, len(evaluation) - 1, len(KINDS)).astype(int)
+    for (name, kind), index in zip(KINDS.items(), picked, strict=True):
+        array = evaluation.images[index]
+        image = Image.fromarray(np.ascontiguousarray(array[..., ::-1] if contract.color == "BGR" else array))
+        height, width = (round(side * factor) for side, factor in zip(array.shape[:2], ENLARGED, strict=True))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        (out / name).write_bytes(_encoded(image, kind))
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    """Encode an image; the turned one lies on its side, with the note that says how to set it upright."""
+    stream, options = io.BytesIO(), {}
+    if kind.endswith("EXIF"):
+        image = image.transpose(Image.Transpose.ROTATE_90)
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = TURNED
+        options = {"exif": exif}
+    if kind.startswith("grey"):
+        image = image.convert("L")
+    if "JPEG" in kind:
+        image.save(stream, "JPEG", quality=95, **options)
+    else:
+        image.save(stream, "PNG")
+    return stream.getvalue()

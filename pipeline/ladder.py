@@ -1,0 +1,87 @@
+"""The same images through every step from the float model to the artifact, to name the one that loses accuracy."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from device.arrays import Images, Outputs, Predict
+from device.errors import BitferryError, first_line
+from pipeline import progress
+from pipeline.answers import Answers, answers, flips
+from pipeline.artifacts import Labels, Split
+from pipeline.statistics import noise_share, sqnr_db
+from pipeline.verdict import Ladder, LayerError, Rung
+
+PIXELS, FEWEST, MOST = 3_200_000, 64, 512
+"""How many images are taken: as many as have this many pixels together, within bounds."""
+BATCH = 32
+SHOULD_LOSE_NOTHING = 2.0
+"""A rung after quantization is suspect where noise grows by this factor (3 dB): two right int8 programs differ from
+each other, rounding ties falling either way, but stay as far from the float model as each other."""
+FLOAT_NOISE = 1e-6
+"""Noise (60 dB below the signal) that a float rung may add by summing in another order."""
+
+Steps = Mapping[str, Callable[[], Predict]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The images of a ladder, spread evenly over the evaluation data, with the float model's scores for them."""
+
+    images: Images
+    labels: Labels
+    baseline: Outputs
+
+
+def sample(evaluation: Split, baseline: Outputs) -> Sample:
+    """Take images for a ladder."""
+    height, width = evaluation.images.shape[1:3]
+    wanted = int(np.clip(PIXELS // (height * width), FEWEST, MOST))
+    picked = np.unique(np.linspace(0, len(evaluation) - 1, min(wanted, len(evaluation))).astype(int))
+    return Sample(evaluation.images[picked], evaluation.labels[picked], baseline[picked])
+
+
+def climb(sample: Sample, steps: Steps, *, lossy: str | None, layers: tuple[LayerError, ...] = ()) -> Ladder:
+    """Send the sample through each step, named in order; `lossy` names the one that may lose, None when none may.
+
+    A step that cannot be loaded is kept with the reason. Noise is measured from the float model, so what a step did
+    is the noise it added to the step before.
+    """
+    rungs = [Rung("float PyTorch", None, 0, float(100 * _decided(sample.baseline, sample).right.mean()), 0.0)]
+    suspects, before = [], 0.0
+    for name, load in progress.track(steps.items(), "ladder", total=len(steps)):
+        try:
+            scores = _answer(load(), sample.images)
+        except BitferryError as error:
+            rungs.append(Rung(name, None, 0, 0.0, 0.0, first_line(error)))
+            continue
+        noise = noise_share(sample.baseline, scores)
+        rungs.append(_rung(name, scores, sample, noise - before))
+        if name != lossy and noise > max(SHOULD_LOSE_NOTHING * before, before + FLOAT_NOISE):
+            suspects.append(name)
+        before = noise
+    worst = max((rung for rung in rungs if rung.missing is None), key=lambda rung: rung.noise_added)
+    return Ladder(
+        images=len(sample.images),
+        rungs=tuple(rungs),
+        lost_most=worst.name if worst.noise_added > 0 else None,
+        suspects=tuple(suspects),
+        layers=layers,
+    )
+
+
+def _rung(name: str, scores: Outputs, sample: Sample, added: float) -> Rung:
+    decibels = sqnr_db(sample.baseline, scores)
+    before, after = _decided(sample.baseline, sample), _decided(scores, sample)
+    shown = None if decibels == np.inf else decibels
+    return Rung(name, shown, flips(before, after).flipped, float(100 * after.right.mean()), added)
+
+
+def _decided(scores: Outputs, sample: Sample) -> Answers:
+    return answers(scores, sample.labels, "classification" if sample.labels.ndim == 1 else "multilabel")
+
+
+def _answer(predict: Predict, images: Images) -> Outputs:
+    parts = [predict(images[i : i + BATCH].copy()) for i in range(0, len(images), BATCH)]
+    return np.concatenate(parts)

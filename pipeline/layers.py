@@ -1,0 +1,169 @@
+"""What quantization does to each layer's output: the float and the int8 program side by side, one pass each."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from device.arrays import Images
+from pipeline.artifacts import Program
+from pipeline.quantize import export_program
+from pipeline.statistics import decibels
+from pipeline.verdict import LayerError
+
+aten = torch.ops.aten
+LAYERS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}
+BATCH = 8
+
+
+@dataclass
+class Power:
+    """Sums of squares over all images: the float layer's output, and its difference from the quantized one's."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    own_noise: float = 0.0
+
+
+@dataclass
+class Capture(fx.Interpreter):
+    """Run a program and keep the outputs of the nodes named, copied before an in-place operation changes them."""
+
+    program: fx.GraphModule
+    wanted: frozenset[str]
+    found: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.program)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.wanted:
+            self.found[n.name] = result.clone()
+        return result
+
+
+class Compare(fx.Interpreter):
+    """Run the int8 program and set every layer against what the float program computed.
+
+    A layer is computed twice: on the input that the int8 program gives it, and on the float program's, quantized as
+    the layer asks. The second is the layer's own error.
+    """
+
+    def __init__(self, program: fx.GraphModule, twins: dict[str, str], floats: dict[str, Tensor]) -> None:
+        super().__init__(program)
+        self.twins, self.floats = twins, floats
+        self.powers: dict[str, Power] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        reference = self.floats.get(self.twins.get(n.name, ""))
+        if n.target in LAYERS and reference is not None and reference.shape == result.shape:
+            own = self._alone(n)
+            self.powers[n.name] = Power(_square(reference), _square(reference - result), _square(reference - own))
+        return result
+
+    def _alone(self, n: fx.Node) -> Tensor:
+        """Compute the layer on the float program's activation; where that is not known, on its own."""
+        with fx.traceback.preserve_node_meta(), torch.no_grad():
+            arguments = [
+                self._float_value(cast(fx.Node, a)) if i == 0 else self._value(a) for i, a in enumerate(n.args)
+            ]
+            result: Tensor = getattr(self, n.op)(n.target, tuple(arguments), dict(n.kwargs))
+        return result
+
+    def _value(self, argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda node: self.env[node])
+
+    def _float_value(self, node: fx.Node) -> Any:
+        """Follow the quantize and dequantize steps back to a node of the float program, and apply them to it."""
+        twin = self.floats.get(self.twins.get(node.name, ""))
+        if twin is not None:
+            return twin
+        if not _rounds(node):
+            return self.env[node]
+        arguments = [self._float_value(cast(fx.Node, a)) if i == 0 else self._value(a) for i, a in enumerate(node.args)]
+        return getattr(self, node.op)(node.target, tuple(arguments), dict(node.kwargs))
+
+
+def compare(program: Program, images: Images) -> tuple[LayerError, ...]:
+    """Give every quantized layer's SQNR, in the order they run; images N×H×W×3."""
+    quantized, reference = program.module(), program.baseline.module()
+    batches = torch.split(torch.from_numpy(images.copy()), BATCH)
+    with torch.no_grad():
+        first = batches[0] if len(batches[0]) > 1 else batches[0].repeat(2, 1, 1, 1)
+        exported: fx.GraphModule = export_program(reference, first).module()
+        twins = _twins(exported, quantized)
+        totals: dict[str, Power] = {}
+        for batch in batches:
+            captured = Capture(exported, frozenset(twins.values()))
+            captured.run(batch)
+            compared = Compare(_graph(quantized), twins, captured.found)
+            compared.run(batch)
+            _add(totals, compared.powers)
+    names = _names(_graph(quantized))
+    return tuple(
+        LayerError(names[node], decibels(power.signal, power.noise), decibels(power.signal, power.own_noise))
+        for node, power in totals.items()
+    )
+
+
+def _twins(exported: fx.GraphModule, quantized: nn.Module) -> dict[str, str]:
+    """Pair each node of the int8 program with the float node of the same name, behind its batch norm if it has one.
+
+    Quantizing folds batch norms into the convolutions before them and keeps the names of all other nodes.
+    """
+    floats = {node.name: node for node in exported.graph.nodes if node.op == "call_function"}
+    wanted = set(_sources(_graph(quantized)))
+    return {name: _behind_norm(floats[name]).name for name in wanted if name in floats}
+
+
+def _sources(program: fx.GraphModule) -> Iterator[str]:
+    """Name the layers, and what their quantized inputs were made from."""
+    for node in program.graph.nodes:
+        if node.target in LAYERS:
+            yield node.name
+            source = node.args[0]
+            while _rounds(source):
+                source = source.args[0]
+            yield source.name
+
+
+def _behind_norm(node: fx.Node) -> fx.Node:
+    users = list(node.users)
+    is_norm = len(users) == 1 and "batch_norm" in str(users[0].target)
+    return users[0] if node.target in LAYERS and is_norm else node
+
+
+def _rounds(node: fx.Node) -> bool:
+    return "quantize_per" in str(node.target)
+
+
+def _names(program: fx.GraphModule) -> dict[str, str]:
+    """Give the module path of each layer's node, as a reader of the model knows it."""
+    names = {}
+    for node in program.graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        path = stack[-1][0].removeprefix("model.") if stack else ""
+        names[node.name] = path or node.name
+    return names
+
+
+def _add(totals: dict[str, Power], more: dict[str, Power]) -> None:
+    for name, power in more.items():
+        total = totals.setdefault(name, Power())
+        total.signal += power.signal
+        total.noise += power.noise
+        total.own_noise += power.own_noise
+
+
+def _graph(program: nn.Module) -> fx.GraphModule:
+    if not isinstance(program, fx.GraphModule):
+        raise TypeError(f"expected an exported program, found {type(program).__name__}")
+    return program
+
+
+def _square(values: Tensor) -> float:
+    return float(values.double().square().sum())

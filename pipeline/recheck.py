@@ -1,0 +1,167 @@
+"""A bundle alone, on any machine that has its runtime → is it whole, does it answer as verified, how fast here."""
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+import targets
+from device import runner
+from device.errors import InputError
+from pipeline import cache, dataset, latency, progress, record
+from pipeline.accuracy import paired_change
+from pipeline.artifacts import Split
+from pipeline.figures import Change, Suspicion, Timing
+from pipeline.latency import Effort
+from pipeline.report import STYLES
+from pipeline.suspicion import other_load, suspicions
+from pipeline.verdict import Outcome, Verdict
+from targets import Environment
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """What a bundle did on this machine."""
+
+    bundle: str
+    outcome: Outcome
+    headline: str
+    reasons: tuple[str, ...]
+    golden: dict[str, float]
+    """Each golden file's largest score difference from the expected, as a share of the largest score."""
+    score_limit: float
+    timing: Timing
+    verified_median_ms: float
+    """On the machine that built the bundle."""
+    accuracy: Change | None
+    """Against the float model's recorded answers; None without `--data`."""
+    environment: Environment
+    suspicions: tuple[Suspicion, ...]
+
+
+def verify(bundle: Path, data: Path | None = None, *, effort: Effort = "default") -> Recheck:
+    """Check every file, answer for the golden files, time the artifact, and measure its accuracy on `data` if given.
+
+    `data` must hold the images that the bundle was verified on, or some of them: the float model is not in a
+    bundle, only its answer for each image is. Raises InputError for a bundle that is not as it was built.
+    """
+    manifest = runner.read_manifest(bundle)
+    target = targets.get(manifest["target"])
+    loaded = runner.Runner(bundle, target)
+    verified = record.read_verdict(bundle / record.VERDICT)
+    with progress.timed("verify", str(bundle)):
+        limit, differences = runner.golden(loaded, bundle)
+        timing, found = _time(loaded, manifest["model"]["threads"], effort)
+        change = _accuracy(loaded, bundle, data, verified) if data else None
+    faults = [
+        f"{name}: differs by {difference:.2g} of the largest score, {limit:.2g} allowed"
+        for name, difference in differences.items()
+        if not difference <= limit
+    ]
+    here, environment = timing.median_ms, target.environment()
+    return Recheck(
+        bundle=str(bundle),
+        outcome="fail" if faults else _outcome(change, verified),
+        headline=_headline(not faults, environment, verified),
+        reasons=(
+            *faults,
+            *_told(change, verified),
+            f"{here:.2f} ms here, {verified.latency.artifact.timing.median_ms:.2f} there",
+        ),
+        golden=differences,
+        score_limit=limit,
+        timing=timing,
+        verified_median_ms=verified.latency.artifact.timing.median_ms,
+        accuracy=change,
+        environment=environment,
+        suspicions=found,
+    )
+
+
+def show(found: Recheck, *, as_json: bool) -> int:
+    """Print what was found; give the exit code."""
+    if as_json:
+        print(json.dumps(asdict(found), indent=2, allow_nan=False))
+        return 0 if found.outcome == "pass" else 1
+    console = Console()
+    console.print(f"[{STYLES[found.outcome]}]{found.outcome}[/] {escape(found.headline)}", soft_wrap=True)
+    for line in (*found.reasons, *(f"suspicious: {one.finding}; {one.remedy}" for one in found.suspicions)):
+        console.print(f"     {escape(line)}", soft_wrap=True)
+    return 0 if found.outcome == "pass" else 1
+
+
+def _outcome(change: Change | None, verified: Verdict) -> Outcome:
+    """Judge the drop in right answers; where the budget is about another metric, it is only told."""
+    allowed = verified.budget_drop_pp
+    if change is None or verified.accuracy.judged.metric != change.metric or change.drop_upper_pp <= allowed:
+        return "pass"
+    return "fail" if change.drop_lower_pp > allowed else "undecided"
+
+
+def _headline(passed: bool, here: Environment, verified: Verdict) -> str:
+    same = "the same runtime and processor" if here == verified.environment else _differs(here, verified.environment)
+    return f"{'answers' if passed else 'does not answer'} as it was verified, on {same}"
+
+
+def _differs(here: Environment, there: Environment) -> str:
+    names = [name for name, value in asdict(here).items() if value != asdict(there)[name]]
+    return "another machine: " + ", ".join(f"{n} {_plain(here, n)} instead of {_plain(there, n)}" for n in names)
+
+
+def _plain(environment: Environment, name: str) -> str:
+    value = getattr(environment, name)
+    return value if isinstance(value, str) else " ".join(value)
+
+
+def _told(change: Change | None, verified: Verdict) -> tuple[str, ...]:
+    if change is None:
+        return ()
+    right = f"{change.percent:.2f} % right, float {change.float_percent:.2f} %"
+    return (f"{right}; at most {change.drop_upper_pp:.2f} pp worse, {verified.budget_drop_pp:g} pp allowed",)
+
+
+def _time(loaded: runner.Runner, threads: int, effort: Effort) -> tuple[Timing, tuple[Suspicion, ...]]:
+    contract = loaded.preprocessing
+    image = np.full((1, contract.height, contract.width, 3), 127, np.uint8)
+    with other_load() as others:
+        series = latency.interleave({"artifact": lambda: loaded.predict(image)}, seconds=latency.SECONDS[effort] / 2)
+    return latency.timing(series["artifact"]), suspicions(series, threads=threads, others=others())
+
+
+def _accuracy(loaded: runner.Runner, bundle: Path, data: Path, verified: Verdict) -> Change:
+    """Answer `data` and pair each image, by its pixels, with the float model's recorded answer."""
+    recorded = record.read_answers(bundle / record.ANSWERS)
+    images = _split(loaded, data)
+    rows = {digest.tobytes(): i for i, digest in enumerate(recorded.digests)}
+    pairs = [(i, rows[digest]) for i, digest in enumerate(images.digests) if digest in rows]
+    if not pairs:
+        raise InputError(f"none of the {len(images)} images of {data} is one that {bundle} was verified on")
+    if len(pairs) < len(images):
+        progress.stage("verify", f"{len(images) - len(pairs)} images left out: the bundle was not verified on them")
+    ours, theirs = (np.array(column) for column in zip(*pairs, strict=True))
+    starts = range(0, len(ours), BATCH)
+    batches = [
+        loaded.predict(images.images[ours[i : i + BATCH]])
+        for i in progress.track(starts, "evaluate", total=len(starts))
+    ]
+    labels = images.labels[ours]
+    right = record.right(record.chosen(np.concatenate(batches), labels), labels)
+    return paired_change(
+        "top-1" if labels.ndim == 1 else "whole answers",
+        recorded.float_right[theirs],
+        right,
+        verified.accuracy.judged.confidence,
+    )
+
+
+def _split(loaded: runner.Runner, data: Path) -> Split:
+    with tempfile.TemporaryDirectory() as folder:
+        build = cache.Cache(Path(folder) / "build")
+        found = dataset.split("evaluation", data, loaded.classes, loaded.preprocessing, build, task=loaded.task)
+        return Split(found.name, np.array(found.images), found.labels, found.sources, found.digests, found.key)

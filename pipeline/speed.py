@@ -1,0 +1,158 @@
+"""How fast and how large: the eager float model, the runtime's own float and the artifact, measured together."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+import targets
+from device.arrays import Images, Outputs, Predict
+from device.errors import StageFailed
+from device.preprocess import Preprocessing
+from pipeline import execution, latency
+from pipeline.artifacts import Compiled
+from pipeline.figures import Candidate, Footprint, Latency, Ratio, Throughput
+from pipeline.latency import Effort, Series
+from pipeline.statistics import ratio_interval
+from pipeline.suspicion import other_load, suspicions
+
+EAGER = "eager PyTorch"
+BATCHES = (1, 8)
+ONEDNN_SETTING = "ONEDNN_DEFAULT_FPMATH_MODE"
+SHARE = 0.08
+"""Of the time for latencies, that each throughput setting gets."""
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What a new process said of an artifact, and its scores for the golden files."""
+
+    footprint: Footprint
+    scores: Outputs
+
+
+def measure(
+    eager: Predict,
+    artifact: Compiled,
+    runtime_float: Compiled | None,
+    image: Images,
+    *,
+    effort: Effort,
+    footprint: Footprint,
+) -> Latency:
+    """Time all of them interleaved on one image 1×H×W×3 with the artifact's threads, then what they can do at once."""
+    compiled = [*([runtime_float] if runtime_float else []), artifact]
+    predicts = {EAGER: eager} | {_name(one): _load(one, artifact.threads) for one in compiled}
+    torch.set_num_threads(artifact.threads)
+    seconds = latency.SECONDS[effort]
+    start = time.perf_counter()
+    with other_load() as others:
+        series = latency.interleave({name: _call(p, image) for name, p in predicts.items()}, seconds=seconds)
+    spent = time.perf_counter() - start
+    candidates = [_eager(series[EAGER])] + [_candidate(one, series[_name(one)]) for one in compiled]
+    if effort != "quick":
+        candidates[-1] = replace(candidates[-1], throughput=throughput(artifact, image, seconds * SHARE))
+    candidates[-1] = replace(candidates[-1], footprint=footprint)
+    medians = [s.block_medians for s in series.values()]
+    return Latency(
+        threads=artifact.threads,
+        seconds=spent,
+        candidates=tuple(candidates),
+        speedup=Ratio(*ratio_interval(medians[0], medians[-1])),
+        runtime_speedup=Ratio(*ratio_interval(medians[1], medians[-1])) if runtime_float else None,
+        suspicions=suspicions(series, threads=artifact.threads, others=others()),
+    )
+
+
+def throughput(compiled: Compiled, image: Images, seconds: float) -> Throughput:
+    """Find the best of streams × batches: one stream with every thread, or one per thread; images/s."""
+    found = []
+    for streams in dict.fromkeys((1, compiled.threads)):
+        threads = max(1, compiled.threads // streams)
+        predicts = [_load(compiled, threads) for _ in range(streams)]
+        for batch in BATCHES:
+            images = np.repeat(image, batch, axis=0)
+            rate = _rate(predicts, images, seconds)
+            found.append(Throughput(rate, streams, threads, batch))
+    return max(found, key=lambda one: one.images_per_second)
+
+
+def fresh(compiled: Compiled, contract: Preprocessing, golden: Sequence[Path]) -> Fresh:
+    """Load the artifact in a new process without torch, and answer for image files; raise StageFailed if it cannot."""
+    arguments = [
+        compiled.target,
+        str(compiled.path),
+        compiled.precision,
+        str(compiled.threads),
+        json.dumps(asdict(contract)),
+        *map(str, golden),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "device.footprint", *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise StageFailed(f"a fresh process cannot run {compiled.path} (exit {done.returncode}): {last}")
+    said = json.loads(done.stdout.splitlines()[-1])
+    scores = np.array(said.pop("scores"), np.float32)
+    return Fresh(Footprint(file_bytes=_size(compiled.path.parent), **said), scores)
+
+
+def _rate(predicts: Sequence[Predict], images: Images, seconds: float) -> float:
+    def stream(predict: Predict) -> int:
+        count = 0
+        while time.perf_counter() < end:
+            predict(images)
+            count += len(images)
+        return count
+
+    for predict in predicts:
+        predict(images)
+    with ThreadPoolExecutor(len(predicts)) as pool:
+        start = time.perf_counter()
+        end = start + seconds
+        count = sum(pool.map(stream, predicts))
+    return count / (time.perf_counter() - start)
+
+
+def _eager(series: Series) -> Candidate:
+    return Candidate(f"{EAGER} {eager_precision()}", eager_precision(), None, latency.timing(series), None, None)
+
+
+def eager_precision() -> str:
+    """Name the precision PyTorch computes float32 layers in: a setting or an environment variable can make it less."""
+    kernels = cast("Any", torch.backends.mkldnn)  # its stubs lack what it has
+    asked = {kernels.conv.fp32_precision, kernels.matmul.fp32_precision, os.environ.get(ONEDNN_SETTING, "").lower()}
+    low = bool(asked & {"bf16", "any"}) or torch.get_float32_matmul_precision() == "medium"
+    return "bfloat16" if low and targets.has_bfloat16() else "float32"
+
+
+def _candidate(compiled: Compiled, series: Series) -> Candidate:
+    layers = targets.get(compiled.target).executed(compiled.path, precision=compiled.precision)
+    ran = execution.precision(layers, compiled.precision)
+    return Candidate(f"{compiled.target} {ran}", ran, None, latency.timing(series), None, None)
+
+
+def _name(compiled: Compiled) -> str:
+    return f"{compiled.target} {compiled.precision}"
+
+
+def _load(compiled: Compiled, threads: int) -> Predict:
+    return targets.get(compiled.target).load(compiled.path, precision=compiled.precision, threads=threads)
+
+
+def _call(predict: Predict, image: Images) -> latency.Call:
+    return lambda: predict(image)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,143 @@
+"""What verification concluded: the nouns of `verdict.json` and how it is written; its figures are in figures.py."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.figures import Accuracy, Latency
+from targets import Environment, Layer, Precision
+
+SCHEMA = 2
+"""Of verdict.json; it rises when a field changes its meaning or goes (docs/verdict.md)."""
+
+Outcome = Literal["pass", "fail", "undecided"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What precision each layer was really run in."""
+
+    summary: str
+    """As in `int8 requested; 52 of 53 convolutions int8, 1 float32 (features.1)`."""
+    layers: tuple[Layer, ...]
+    float_summary: str | None
+    """The same for the runtime's float; None where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The same images through one step of the way from the float model to the artifact."""
+
+    name: str
+    sqnr_db: float | None
+    """Of the scores, against the float model; None for equal scores, and where `missing` says why."""
+    flipped: int
+    """Answers that differ from the float model's."""
+    percent: float
+    """Top-1, or whole multi-label answers."""
+    noise_added: float
+    """Noise power over signal power that this rung added to the one before it; negative where it took some away."""
+    missing: str | None = None
+    """Why it could not be measured."""
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What quantization does to one layer's output, against the float model's."""
+
+    name: str
+    sqnr_db: float | None
+    """With the error of all layers before it."""
+    own_sqnr_db: float | None
+    """Of this layer alone: its quantized weights and input, fed what the float model computes; None when equal."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Where accuracy is lost between the float model and the artifact."""
+
+    images: int
+    rungs: tuple[Rung, ...]
+    lost_most: str | None
+    """The rung that added most noise; None when none added any."""
+    suspects: tuple[str, ...]
+    """Rungs that should change nothing and did."""
+    layers: tuple[LayerError, ...]
+    """In the order they run; empty where nothing was quantized."""
+
+    @property
+    def worst_layers(self) -> tuple[LayerError, ...]:
+        """Give the three layers with the largest error of their own, worst first."""
+        noisy = [layer for layer in self.layers if layer.own_sqnr_db is not None]
+        return tuple(sorted(noisy, key=lambda layer: layer.own_sqnr_db or 0.0)[:3])
+
+
+@dataclass(frozen=True)
+class GoldenFile:
+    """One image file through the whole path: bytes in, scores out."""
+
+    name: str
+    kind: str
+    """As in `JPEG`, `grey PNG` or `JPEG turned by EXIF`."""
+    score_difference: float
+    """Largest difference of the scores between the shipped code in a fresh process and this one, as a share of the
+    largest score."""
+    torchvision_mean: float | None
+    """Mean difference of the pixels from torchvision's own decoding and resizing, in levels of 255; None where
+    torchvision has no such resampling."""
+    torchvision_max: float | None
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Image files that the artifact was proved on, and that travel with it."""
+
+    files: tuple[GoldenFile, ...]
+    score_limit: float
+    """Largest score difference allowed on another machine, as a share of the largest score."""
+    torchvision_limit: float
+    """Largest mean pixel difference allowed, in levels."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one artifact is inside the recipe's budget, with the figures that say so."""
+
+    schema: int
+    recipe: str
+    version: str
+    target: str
+    precision: Precision
+    outcome: Outcome
+    headline: str
+    """The verdict in words."""
+    reasons: tuple[str, ...]
+    budget_drop_pp: float
+    accuracy: Accuracy
+    latency: Latency
+    execution: Execution
+    ladder: Ladder
+    golden: Golden
+    environment: Environment
+    versions: dict[str, str]
+    command: str
+    """What repeats it."""
+    compiled_key: str
+    data_key: str
+    """Of the evaluation images and labels, by content."""
+    measured_at: str
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome == "pass"
+
+
+def write(verdict: Verdict, path: Path) -> None:
+    """Write `verdict.json`."""
+    path.write_text(json.dumps(fields(verdict), indent=2, allow_nan=False) + "\n")
+
+
+def fields(verdict: Verdict) -> dict[str, object]:
+    """Give the verdict as what JSON can hold."""
+    return asdict(verdict) | {"passed": verdict.passed}
