@@ -22,7 +22,25 @@ each other, rounding ties falling either way, but stay as far from the float mod
 FLOAT_NOISE = 1e-6
 """Noise (60 dB below the signal) that a float rung may add by summing in another order."""
 
-Steps = Mapping[str, Callable[[], Predict]]
+
+@dataclass(frozen=True)
+class Step:
+    """One way to run the model between the float model and the artifact."""
+
+    key: str
+    """Of what it runs, so that targets share the answers of the steps they share."""
+    load: Callable[[], Predict]
+
+
+Steps = Mapping[str, Step]
+Answering = Callable[[str, Step, Images], Outputs]
+
+
+def answer(name: str, step: Step, images: Images) -> Outputs:
+    """Load a step and send the images N×H×W×3 through it, in small batches."""
+    predict = step.load()
+    starts = progress.track(range(0, len(images), BATCH), f"ladder: {name}", total=-(-len(images) // BATCH))
+    return np.concatenate([predict(images[i : i + BATCH].copy()) for i in starts])
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,14 @@ def sample(evaluation: Split, baseline: Outputs) -> Sample:
     return Sample(evaluation.images[picked], evaluation.labels[picked], baseline[picked])
 
 
-def climb(sample: Sample, steps: Steps, *, lossy: str | None, layers: tuple[LayerError, ...] = ()) -> Ladder:
+def climb(
+    sample: Sample,
+    steps: Steps,
+    *,
+    lossy: str | None,
+    layers: tuple[LayerError, ...] = (),
+    answering: Answering = answer,
+) -> Ladder:
     """Send the sample through each step, named in order; `lossy` names the one that may lose, None when none may.
 
     A step that cannot be loaded is kept with the reason. Noise is measured from the float model, so what a step did
@@ -50,9 +75,9 @@ def climb(sample: Sample, steps: Steps, *, lossy: str | None, layers: tuple[Laye
     """
     rungs = [Rung("float PyTorch", None, 0, float(100 * _decided(sample.baseline, sample).right.mean()), 0.0)]
     suspects, before = [], 0.0
-    for name, load in progress.track(steps.items(), "ladder", total=len(steps)):
+    for name, step in steps.items():
         try:
-            scores = _answer(load(), sample.images)
+            scores = answering(name, step, sample.images)
         except BitferryError as error:
             rungs.append(Rung(name, None, 0, 0.0, 0.0, first_line(error)))
             continue
@@ -80,8 +105,3 @@ def _rung(name: str, scores: Outputs, sample: Sample, added: float) -> Rung:
 
 def _decided(scores: Outputs, sample: Sample) -> Answers:
     return answers(scores, sample.labels, "classification" if sample.labels.ndim == 1 else "multilabel")
-
-
-def _answer(predict: Predict, images: Images) -> Outputs:
-    parts = [predict(images[i : i + BATCH].copy()) for i in range(0, len(images), BATCH)]
-    return np.concatenate(parts)

@@ -1,11 +1,12 @@
 """All stages in order: the table of contents of bitferry."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import targets
+from device.arrays import Predict
 from device.errors import InputError
 from pipeline import dataset, progress, record
 from pipeline.artifacts import (
@@ -24,7 +25,7 @@ from pipeline.bundle import bundle, check_output
 from pipeline.cache import Cache
 from pipeline.compile import compile
 from pipeline.export import answer, export, simplify
-from pipeline.ladder import Steps
+from pipeline.ladder import Step, Steps
 from pipeline.latency import Effort
 from pipeline.load import load
 from pipeline.quantize import quantize
@@ -148,11 +149,12 @@ class Deployment:
 
     def _steps(self) -> Steps:
         """Name each step between the float model and the artifact, with how to load it."""
-        quantized = {"PyTorch int8": lambda: eager(self.program.module())} if self.precision == "int8" else {}
-        return {
-            **quantized,
+        steps: dict[str, Callable[[], Predict]] = {
             "TorchScript": lambda: eager(torchscript(self.traced)),
             "ONNX": lambda: partial(answer, self.exported.path),
             "simplified ONNX": lambda: partial(answer, self.simplified.path),
-            self.name: lambda: load_artifact(self.compiled),
         }
+        if self.precision == "int8":
+            steps = {"PyTorch int8": lambda: eager(self.program.module())} | steps
+        shared = {name: Step(self.program.key, load) for name, load in steps.items()}
+        return shared | {self.name: Step(self.compiled.key, lambda: load_artifact(self.compiled))}

@@ -13,7 +13,7 @@ from torch import nn
 
 import targets
 from device.arrays import Images, Outputs, Predict
-from pipeline import cache, execution, golden, ladder, layers, progress, speed
+from pipeline import cache, execution, export, golden, ladder, layers, progress, speed, trace
 from pipeline.accuracy import judge_accuracy, measure, percent
 from pipeline.artifacts import Compiled, FloatModel, Program, Split, Verified
 from pipeline.figures import Accuracy, Latency
@@ -24,7 +24,7 @@ from pipeline.verdict import SCHEMA, Execution, Golden, Ladder, LayerError, Outc
 BATCH = 64
 LAYER_IMAGES = 32
 PACKAGES = ("bitferry", "torch", "torchvision", "torchao", "onnx", "onnxsim", "onnxruntime", "numpy", "pillow")
-LADDERS = TypeAdapter(Ladder)
+LAYERS = TypeAdapter(tuple[LayerError, ...])
 
 
 @dataclass(frozen=True)
@@ -180,27 +180,36 @@ def _executed(compiled: Compiled) -> tuple[targets.Layer, ...]:
 
 
 def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) -> Ladder:
-    key = cache.key(
-        "ladder",
-        code=__file__,
-        codes=[cache.file_hash(Path(str(module.__file__))) for module in (ladder, layers)],
-        packages=PACKAGES,
-        artifact=way.compiled.key,
-        steps=list(way.steps),
-        data=evaluation.key,
-    )
-    made = build.folder("ladder", key, partial(_climb, way, evaluation, baseline), of=way.compiled.target)
-    return LADDERS.validate_json((made / "ladder.json").read_bytes())
-
-
-def _climb(way: Way, evaluation: Split, baseline: Outputs, out: Path) -> None:
+    """Climb, each step's answers and the layers' errors kept for the other targets that share them."""
     sample = ladder.sample(evaluation, baseline)
+
+    def answering(name: str, step: ladder.Step, images: Images) -> Outputs:
+        key = _key("rung", way, evaluation, step=name, of=step.key)
+        made = build.folder(
+            "rung", key, lambda out: np.save(out / "scores.npy", ladder.answer(name, step, images)), of=name
+        )
+        scores: Outputs = np.load(made / "scores.npy")
+        return scores
+
     errors: tuple[LayerError, ...] = ()
-    lossy = None if way.program is way.program.baseline else next(iter(way.steps))
     if way.program.precision == "int8":
-        errors = layers.compare(way.program, sample.images[:LAYER_IMAGES])
-    climbed = ladder.climb(sample, way.steps, lossy=lossy, layers=errors)
-    (out / "ladder.json").write_bytes(LADDERS.dump_json(climbed))
+        key = _key("layers", way, evaluation, of=way.program.key)
+        make = partial(_layer_errors, way.program, sample.images[:LAYER_IMAGES])
+        errors = LAYERS.validate_json((build.folder("layers", key, make) / "layers.json").read_bytes())
+    lossy = None if way.program.precision != "int8" else next(iter(way.steps))
+    return ladder.climb(sample, way.steps, lossy=lossy, layers=errors, answering=answering)
+
+
+def _key(stage: str, way: Way, evaluation: Split, **inputs: object) -> str:
+    codes = [cache.file_hash(Path(str(module.__file__))) for module in (ladder, layers, trace, export)]
+    environment = targets.get(way.compiled.target).environment().isa
+    return cache.key(
+        stage, code=__file__, codes=codes, packages=PACKAGES, isa=environment, data=evaluation.key, **inputs
+    )
+
+
+def _layer_errors(program: Program, images: Images, out: Path) -> None:
+    (out / "layers.json").write_bytes(LAYERS.dump_json(layers.compare(program, images)))
 
 
 def _with_accuracy(

@@ -10,7 +10,10 @@ from pathlib import Path
 from device import runner
 from tests.conftest import BITFERRY, Project, write_project
 
-STAGES = ("data", "train", "quantize", "trace", "export", "simplify", "compile", "baseline", "verify", "bundle")
+STAGES = (
+    "data", "train", "quantize", "export", "simplify", "compile", "baseline", "answers", "rung", "verify", "bundle"
+)  # fmt: skip
+TIMED = {"manifest.json", "verdict.json", "report.html"}
 TRACES = ("quantize", "trace", "export")
 COMMAND = (BITFERRY, "deploy", "small.toml", "--target", "openvino")
 
@@ -18,14 +21,14 @@ COMMAND = (BITFERRY, "deploy", "small.toml", "--target", "openvino")
 def digests(project: Project) -> dict[str, str]:
     """Hash what a deployment made, by path.
 
-    Left out: the manifest, which holds times; PyTorch's own archives and the ONNX as exported, which hold the
+    Left out: what holds times; PyTorch's own archives and the ONNX as exported, which hold the
     exporting process's stack traces. What is made from those, the simplified ONNX and the artifact, is compared.
     """
     kept = sorted((project.folder / "build/small").glob("[a-z]*/*")) + sorted((project.folder / "dist").glob("*/*"))
     return {
         str(path.relative_to(project.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in kept
-        if path.is_file() and path.name != "manifest.json" and path.parent.name.split("-")[0] not in TRACES
+        if path.is_file() and path.name not in TIMED and path.parent.name.split("-")[0] not in TRACES
     }
 
 
