@@ -29,6 +29,7 @@ FIELDS = {
     "files": dict,
 }
 """What a manifest must have for the runner to use it."""
+MODEL = {"file": str, "precision": str, "threads": int}
 
 
 class Runtime(Protocol):
@@ -54,13 +55,16 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{bundle} is not a bundle: it has no manifest.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not a bitferry manifest")
     if manifest.get("schema") != SCHEMA:
         raise InputError(f"{path} has schema {manifest.get('schema')!r}; this runner reads schema {SCHEMA}")
     missing = [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]
+    missing += [
+        f"model.{name}" for name, kind in MODEL.items() if not isinstance((manifest.get("model") or {}).get(name), kind)
+    ]
     if missing:
         raise InputError(f"{path} has no usable {', '.join(missing)}; copy the bundle again")
     return manifest
@@ -142,22 +146,40 @@ def golden(runner: Runner, bundle: Path) -> tuple[float, dict[str, float]]:
 
     The bytes take the same way as any image's: decoded, resized, answered.
     """
-    expected = json.loads((bundle / "golden/expected.json").read_bytes())
+    limit, scores = _expected(bundle / "golden/expected.json")
     differences = {}
-    for name, file in expected["files"].items():
+    for name, wanted in scores.items():
         pixels = runner.preprocessing.load((bundle / "golden" / name).read_bytes(), name)
-        wanted = np.array(file["scores"], np.float32)
         found = runner.predict(pixels[None])[0]
         same = found.shape == wanted.shape
-        differences[name] = float(np.abs(found - wanted).max() / max(1e-6, np.abs(wanted).max())) if same else math.inf
-    return expected["score_limit"], differences
+        differences[name] = (
+            float(np.abs(found - wanted).max()) / max(1e-6, float(np.abs(wanted).max())) if same else math.inf
+        )
+    return limit, differences
+
+
+def finite(differences: dict[str, float]) -> dict[str, float | None]:
+    """Give None, which JSON can hold, for scores that are not finite or are another number of them."""
+    return {name: value if math.isfinite(value) else None for name, value in differences.items()}
+
+
+def _expected(path: Path) -> tuple[float, dict[str, Outputs]]:
+    try:
+        expected = json.loads(path.read_bytes())
+        scores = {name: np.array(file["scores"], np.float32) for name, file in expected["files"].items()}
+        limit = float(expected["score_limit"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} cannot be used ({error!r}); copy the bundle again") from error
+    if not scores:
+        raise InputError(f"{path} names no file to answer for; copy the bundle again")
+    return limit, scores
 
 
 def _selftest(bundle: Path, runtime: Runtime, *, as_json: bool) -> int:
     limit, differences = golden(Runner(bundle, runtime), bundle)
     passed = all(difference <= limit for difference in differences.values())
     if as_json:
-        print(json.dumps({"passed": passed, "score_limit": limit, "differences": differences}))
+        print(json.dumps({"passed": passed, "score_limit": limit, "differences": finite(differences)}))
         return 0 if passed else 1
     for name, difference in differences.items():
         print(f"{name}\t{difference:.2g} of the largest score, {limit:.2g} allowed")
@@ -208,7 +230,7 @@ def main(runtime: Runtime, bundle: Path, arguments: Sequence[str] | None = None)
         for image in options.images:
             answer = runner.answer(image, top=options.top)
             print(json.dumps(vars(answer)) if options.json else text(answer))
-    except BitferryError as error:
+    except (BitferryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

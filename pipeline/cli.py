@@ -223,6 +223,8 @@ def verify(
     """
     effort = _effort(quick, thorough)
     if subject.is_dir():
+        if target or precision:
+            raise InputError(f"{subject} is a bundle, of one target and precision; leave out --target and --precision")
         from pipeline import recheck
 
         raise typer.Exit(recheck.show(recheck.verify(subject, data, effort=effort), as_json=json_))

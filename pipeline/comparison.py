@@ -2,11 +2,13 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import targets
@@ -18,6 +20,9 @@ from pipeline.figures import Change, Ratio
 from pipeline.record import Recorded
 from pipeline.statistics import ratio_interval
 from pipeline.verdict import Verdict
+
+MOST_APART = 1.25
+"""Of the two medians of the same eager float model, before their ratio is doubted."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Comparison:
     """How the ratio was found."""
     a_bytes: int | None
     b_bytes: int | None
+    suspicions: tuple[str, ...]
+    """Why the ratio of two recorded speed-ups may be off; none when both were timed here."""
 
 
 def compare(first: Path, second: Path, *, seconds: float = latency.SECONDS["default"]) -> Comparison:
@@ -78,6 +85,7 @@ def compare(first: Path, second: Path, *, seconds: float = latency.SECONDS["defa
         timed="both timed here, interleaved" if live else "from each one's recorded ratio to eager float",
         a_bytes=_bytes(a.verdict),
         b_bytes=_bytes(b.verdict),
+        suspicions=() if live else tuple(_doubts(a.verdict, b.verdict)),
     )
 
 
@@ -89,7 +97,7 @@ def show(found: Comparison, *, as_json: bool) -> None:
     table = Table("", f"A  {found.a_name}", f"B  {found.b_name}", "B compared with A")
     change, ratio = found.accuracy, found.speedup
     if change:
-        told = f"{-change.drop_pp:+.2f} pp ({-change.drop_upper_pp:+.2f} to {-change.drop_lower_pp:+.2f})"
+        told = f"{0 - change.drop_pp:+.2f} pp ({-change.drop_upper_pp:+.2f} to {-change.drop_lower_pp:+.2f})"
         table.add_row("right answers", f"{change.float_percent:.2f} %", f"{change.percent:.2f} %", told)
     told = f"{ratio.value:.2f}× as fast ({ratio.lower:.2f} to {ratio.upper:.2f})"
     table.add_row("latency, median", f"{found.a_median_ms:.2f} ms", f"{found.b_median_ms:.2f} ms", told)
@@ -99,6 +107,10 @@ def show(found: Comparison, *, as_json: bool) -> None:
     console = Console()
     console.print(table)
     sure = f"{change.confidence:.0%} on either side" if change else "no common image, so accuracy is not compared"
+    for doubt in found.suspicions:
+        console.print(
+            f"[yellow]suspicious:[/] {escape(doubt)}; compare two bundles, which are timed here", soft_wrap=True
+        )
     console.print(f"{found.common_images} common images ({sure}); {found.timed}, 95 % interval", soft_wrap=True)
 
 
@@ -146,6 +158,20 @@ def _divided(a: Ratio, b: Ratio) -> Ratio:
     centre = math.log(b.value / a.value)
     reach = math.hypot(math.log(a.upper / a.lower) / 2, math.log(b.upper / b.lower) / 2)
     return Ratio(math.exp(centre), math.exp(centre - reach), math.exp(centre + reach))
+
+
+def _doubts(a: Verdict, b: Verdict) -> Iterator[str]:
+    """Say why dividing two speed-ups over eager float may mislead: their float models were not timed alike."""
+    first, second = a.latency, b.latency
+    if (first.eager.name, first.threads) != (second.eager.name, second.threads):
+        told = f"{first.eager.name} with {first.threads} threads, and {second.eager.name} with {second.threads}"
+        yield f"the speed-ups are over different things: {told}"
+    medians = sorted((first.eager.timing.median_ms, second.eager.timing.median_ms))
+    if medians[1] > MOST_APART * medians[0]:
+        yield f"the eager float model took {medians[0]:.2f} ms in one and {medians[1]:.2f} ms in the other"
+    for name, latency_ in (("A", first), ("B", second)):
+        if any(one.kind == "other load" for one in latency_.suspicions):
+            yield f"{name} was timed beside other load"
 
 
 def _name(verdict: Verdict) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -208,7 +209,7 @@ def _from_arrays(path: Path, classes: Sequence[str], contract: Preprocessing, ta
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not an .npz with arrays `images` and `labels`: {error}") from error
     if images.dtype != np.uint8 or not (images.ndim == 3 or images.shape[3:] == (3,)) or 0 in images.shape[1:]:
         raise InputError(f"{path}: expected `images` N×H×W or N×H×W×3 uint8, found {images.dtype} {images.shape}")

@@ -68,7 +68,7 @@ def verify(bundle: Path, data: Path | None = None, *, effort: Effort = "default"
     return Recheck(
         bundle=str(bundle),
         outcome="fail" if faults else _outcome(change, verified),
-        headline=_headline(not faults, environment, verified),
+        headline=_headline(not faults, change, environment, verified),
         reasons=(
             *faults,
             *_told(change, verified),
@@ -87,7 +87,8 @@ def verify(bundle: Path, data: Path | None = None, *, effort: Effort = "default"
 def show(found: Recheck, *, as_json: bool) -> int:
     """Print what was found; give the exit code."""
     if as_json:
-        print(json.dumps(asdict(found), indent=2, allow_nan=False))
+        fields = asdict(found) | {"golden": runner.finite(found.golden)}
+        print(json.dumps(fields, indent=2, allow_nan=False))
         return 0 if found.outcome == "pass" else 1
     console = Console()
     console.print(f"[{STYLES[found.outcome]}]{found.outcome}[/] {escape(found.headline)}", soft_wrap=True)
@@ -104,9 +105,10 @@ def _outcome(change: Change | None, verified: Verdict) -> Outcome:
     return "fail" if change.drop_lower_pp > allowed else "undecided"
 
 
-def _headline(passed: bool, here: Environment, verified: Verdict) -> str:
+def _headline(passed: bool, change: Change | None, here: Environment, verified: Verdict) -> str:
     same = "the same runtime and processor" if here == verified.environment else _differs(here, verified.environment)
-    return f"{'answers' if passed else 'does not answer'} as it was verified, on {same}"
+    missed = "" if _outcome(change, verified) == "pass" else ", but on these images the budget is not shown to be kept"
+    return f"{'answers' if passed else 'does not answer'} as it was verified, on {same}{missed}"
 
 
 def _differs(here: Environment, there: Environment) -> str:
@@ -154,7 +156,7 @@ def _accuracy(loaded: runner.Runner, bundle: Path, data: Path, verified: Verdict
     right = record.right(record.chosen(np.concatenate(batches), labels), labels)
     return paired_change(
         "top-1" if labels.ndim == 1 else "whole answers",
-        recorded.float_right[theirs],
+        record.right(recorded.float_answers[theirs], labels),
         right,
         verified.accuracy.judged.confidence,
     )

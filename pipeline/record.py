@@ -1,7 +1,10 @@
 """What a verification leaves behind: `verdict.json`, the answers image by image, and `report.html`."""
 
 import json
+import shlex
 import shutil
+import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from device.arrays import Outputs
-from device.errors import InputError
+from device.errors import InputError, first_line
 from pipeline import cache, page, verdict
 from pipeline.answers import answers
 from pipeline.artifacts import Labels, Verified
@@ -25,7 +28,7 @@ class Recorded:
     """What was answered for each evaluation image; a class index, or for multi-label models 0 or 1 per class."""
 
     digests: NDArray[np.uint8]
-    """N×32: the sha256 of each image's pixels."""
+    """N×16: the first half of the sha256 of each image's pixels."""
     labels: Labels
     float_answers: Labels
     answers: Labels
@@ -43,11 +46,12 @@ def write(verified: Verified, build: cache.Cache) -> Path:
     """Write the record of one target and precision into the build folder, replacing the last one; give the report."""
     found = verified.verdict
     final = build.root / "reports" / f"{found.target}-{found.precision}"
-    others = [other for path in sorted(final.parent.glob(f"*/{VERDICT}")) if (other := _sibling(path, found))]
     temporary = final.with_name(f".{final.name}")
     with cache.locked(build.root / ".reports.lock", "report"):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        siblings = sorted(final.parent.glob(f"[!.]*/{VERDICT}"))
+        others = [other for path in siblings if (other := _sibling(path, found))]
         write_figures(verified, temporary)
         images = {worst.index: verified.evaluation.images[worst.index] for worst in found.accuracy.worst}
         page.write(found, images, temporary / REPORT, others=others)
@@ -73,26 +77,38 @@ def read_verdict(path: Path) -> Verdict:
     """Read a `verdict.json`; raise InputError when it is none, or of another schema."""
     try:
         text = path.read_bytes()
-        schema = json.loads(text).get("schema")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is no verdict: {error}") from error
+        found = json.loads(text, parse_constant=_refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no verdict: {first_line(error)}") from error
+    schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         raise InputError(f"{path} has schema {schema!r}; this bitferry reads schema {SCHEMA}: verify again")
     try:
-        return VERDICTS.validate_json(text)
+        verdict_ = VERDICTS.validate_json(text, strict=True)
     except ValidationError as error:
-        raise InputError(
-            f"{path} is damaged: {error.error_count()} faults, the first in {error.errors()[0]['loc']}"
-        ) from None
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        told = f"{error.error_count()} faults, the first in {place or 'its nesting'}: {first['msg']}"
+        raise InputError(f"{path} is damaged: {told}") from None
+    if not verdict_.latency.candidates or min(verdict_.latency.speedup.lower, verdict_.latency.speedup.value) <= 0:
+        raise InputError(f"{path} is damaged: it holds no speed-up of one candidate over another")
+    return verdict_
+
+
+def _refuse(token: str) -> float:
+    raise ValueError(f"{token} is no number of JSON")
 
 
 def read_answers(path: Path) -> Recorded:
     """Read the answers beside a verdict."""
     try:
         with np.load(path) as arrays:
-            return Recorded(*(arrays[name].astype(np.int64) if name != "digests" else arrays[name] for name in NAMES))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+            found = [arrays[name].astype(np.int64) if name != "digests" else arrays[name] for name in NAMES]
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+    if len({array.shape[:1] for array in found}) != 1 or len({array.shape for array in found[1:]}) != 1:
+        raise InputError(f"{path} is damaged: its arrays are not of the same images")
+    return Recorded(*found)
 
 
 NAMES = ("digests", "labels", "float_answers", "answers")
@@ -100,8 +116,18 @@ NAMES = ("digests", "labels", "float_answers", "answers")
 
 def _public(found: Verdict) -> Verdict:
     worst = tuple(replace(one, source=Path(one.source).name) for one in found.accuracy.worst)
-    command = " ".join(Path(word).name if "/" in word else word for word in found.command.split(" "))
-    return replace(found, accuracy=replace(found.accuracy, worst=worst), command=command)
+    command = shlex.join(Path(word).name for word in shlex.split(found.command))
+    rungs = tuple(replace(one, missing=one.missing and _placeless(one.missing)) for one in found.ladder.rungs)
+    return replace(
+        found,
+        accuracy=replace(found.accuracy, worst=worst),
+        ladder=replace(found.ladder, rungs=rungs),
+        command=command,
+    )
+
+
+def _placeless(text: str) -> str:
+    return " ".join(Path(word).name if "/" in word else word for word in text.split(" "))
 
 
 def _sibling(path: Path, found: Verdict) -> Verdict | None:

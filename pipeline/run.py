@@ -1,5 +1,6 @@
 """All stages in order: the table of contents of bitferry."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -135,8 +136,7 @@ class Deployment:
     def verified(self) -> Verified:
         run = self.run
         way = Way(self.program, self.compiled, self.runtime_float, self._steps())
-        command = f"bitferry verify {run.path} --target {self.name} --precision {self.precision}"
-        found = verify(run.recipe, way, run.evaluation, run.build, command=command, effort=run.effort)
+        found = verify(run.recipe, way, run.evaluation, run.build, command=self._command(), effort=run.effort)
         progress.stage("report", str(record.write(found, run.build)))
         return found
 
@@ -146,6 +146,14 @@ class Deployment:
             progress.stage("bundle", f"none for {self.name}: {verdict.outcome}")
             return self.verified
         return bundle(self.run.recipe, self.run.model, self.compiled, self.verified, out)
+
+    def _command(self) -> str:
+        """Give the command line that repeats the verification."""
+        run = self.run
+        words = ["bitferry", "verify", str(run.path), "--target", self.name, "--precision", self.precision]
+        words += ["--build", str(run.build.root.parent)] if run.build.root.parent != Path("build") else []
+        words += [f"--{run.effort}"] if run.effort != "default" else []
+        return shlex.join([*words, *(["--trust"] if run.trust else [])])
 
     def _steps(self) -> Steps:
         """Name each step between the float model and the artifact, with how to load it."""
