@@ -29,6 +29,7 @@ COMMANDS = (
     "predict",
     "targets",
     "init",
+    "compare",
 )
 
 
@@ -47,7 +48,7 @@ def test_the_help_lists_every_command() -> None:
 
 def test_a_second_run_repeats_only_verification(deployed: Project, tmp_path: Path) -> None:
     again = Project(Path(shutil.copytree(deployed.folder, tmp_path / "again")))
-    done = again.bitferry("deploy", "small.toml", "--target", "openvino", "--json")
+    done = again.bitferry("deploy", "small.toml", "--target", "openvino", "--quick", "--json")
     assert done.returncode == 0, done.stderr
     worked = {line.split()[0] for line in done.stderr.splitlines() if " done in " in line}
     assert worked == {"verify", "bundle"}
@@ -71,7 +72,7 @@ def test_stage_commands_print_where_their_output_is(deployed: Project) -> None:
 
 
 def test_the_table_is_on_stdout_and_the_talk_on_stderr(deployed: Project) -> None:
-    done = deployed.bitferry("verify", "small.toml", "--target", "onnxruntime")
+    done = deployed.bitferry("verify", "small.toml", "--target", "onnxruntime", "--quick")
     assert done.returncode == 0
     assert "drop at most (95% sure)" in done.stdout
     assert "2 of 2 convolutions int8; 0 of 1 matrix product int8, 1 float32 (head)" in done.stdout
@@ -82,7 +83,7 @@ def test_the_table_is_on_stdout_and_the_talk_on_stderr(deployed: Project) -> Non
 def test_a_missed_budget_is_exit_1_and_no_bundle(deployed: Project, tmp_path: Path) -> None:
     strict = Project(Path(shutil.copytree(deployed.folder, tmp_path / "strict")))
     strict.edit(("accuracy_drop_pp = 5.0", "accuracy_drop_pp = 5.0\nmin_speedup = 1000.0"))
-    done = strict.bitferry("deploy", "small.toml", "--target", "openvino", "--out", "new", "--json")
+    done = strict.bitferry("deploy", "small.toml", "--target", "openvino", "--out", "new", "--quick", "--json")
     assert done.returncode == 1
     (verdict,) = json.loads(done.stdout)
     assert verdict["outcome"] == "fail"
@@ -90,17 +91,16 @@ def test_a_missed_budget_is_exit_1_and_no_bundle(deployed: Project, tmp_path: Pa
     assert not list((strict.folder / "new").glob("small-*"))
 
 
-def test_too_few_images_are_undecided_and_exit_1(deployed: Project, tmp_path: Path) -> None:
-    few = Project(Path(shutil.copytree(deployed.folder, tmp_path / "few")))
-    np.savez(few.folder / "evaluation.npz", **subset("evaluation", 20))  # type: ignore[arg-type]
-    done = few.bitferry("verify", "small.toml", "--target", "openvino")
-    assert done.returncode == 1
-    assert "undecided" in done.stdout
-    assert "further images would decide it" in done.stdout
-
-
 class TestBadInput:
     """Each one clear line and exit 2, before any long work."""
+
+    def test_options_that_exclude_each_other(self, deployed: Project) -> None:
+        assert "--quick and --thorough exclude each other" in deployed.refused(
+            "verify", "small.toml", "--quick", "--thorough"
+        )
+        line = deployed.refused("verify", "dist/small-openvino-1.0.0", "--target", "openvino")
+        assert "is a bundle, of one target and precision" in line
+        assert "--data is for a bundle" in deployed.refused("verify", "small.toml", "--data", "evaluation.npz")
 
     def test_unknown_target(self, project: Project) -> None:
         line = project.refused("deploy", "small.toml", "--target", "opnvino")
