@@ -15,7 +15,7 @@ from pipeline.verdict import Ladder, LayerError, Rung
 
 PIXELS, FEWEST, MOST = 3_200_000, 64, 512
 """How many images are taken: as many as have this many pixels together, within bounds."""
-BATCH = 32
+BATCH_PIXELS = 1_600_000
 SHOULD_LOSE_NOTHING = 2.0
 """A rung after quantization is suspect where noise grows by this factor (3 dB): two right int8 programs differ from
 each other, rounding ties falling either way, but stay as far from the float model as each other."""
@@ -39,8 +39,10 @@ Answering = Callable[[str, Step, Images], Outputs]
 def answer(name: str, step: Step, images: Images) -> Outputs:
     """Load a step and send the images N×H×W×3 through it, in small batches."""
     predict = step.load()
-    starts = progress.track(range(0, len(images), BATCH), f"ladder: {name}", total=-(-len(images) // BATCH))
-    return np.concatenate([predict(images[i : i + BATCH].copy()) for i in starts])
+    batch = max(1, BATCH_PIXELS // (images.shape[1] * images.shape[2]))
+    starts = range(0, len(images), batch)
+    tracked = progress.track(starts, f"ladder: {name}", total=len(starts))
+    return np.concatenate([predict(images[i : i + batch].copy()) for i in tracked])
 
 
 @dataclass(frozen=True)

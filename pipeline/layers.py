@@ -15,7 +15,8 @@ from pipeline.verdict import LayerError
 
 aten = torch.ops.aten
 LAYERS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}
-BATCH = 8
+PIXELS = 400_000
+"""Images of this many pixels together go through at once: every layer's float output of theirs is held in memory."""
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Compare(fx.Interpreter):
 def compare(program: Program, images: Images) -> tuple[LayerError, ...]:
     """Give every quantized layer's SQNR, in the order they run; images N×H×W×3."""
     quantized, reference = program.module(), program.baseline.module()
-    batches = torch.split(torch.from_numpy(images.copy()), BATCH)
+    batches = torch.split(torch.from_numpy(images.copy()), max(1, PIXELS // (images.shape[1] * images.shape[2])))
     with torch.no_grad():
         first = batches[0] if len(batches[0]) > 1 else batches[0].repeat(2, 1, 1, 1)
         exported: fx.GraphModule = export_program(reference, first).module()

@@ -139,7 +139,8 @@ def eager_precision() -> str:
 def _candidate(compiled: Compiled, series: Series) -> Candidate:
     layers = targets.get(compiled.target).executed(compiled.path, precision=compiled.precision)
     ran = execution.precision(layers, compiled.precision)
-    return Candidate(f"{compiled.target} {ran}", ran, None, latency.timing(series), None, None)
+    asked = "" if ran == compiled.precision else f" ({compiled.precision} asked for)"
+    return Candidate(f"{compiled.target} {ran}{asked}", ran, None, latency.timing(series), None, None)
 
 
 def _name(compiled: Compiled) -> str:

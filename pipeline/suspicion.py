@@ -18,6 +18,8 @@ MOST_COV = 0.025
 """Of the blocks' medians; the figure that NVIDIA's trtexec warns at."""
 MOST_DRIFT = 0.05
 SLOW_FIRST = 3.0
+LEAST_CLOCK = 0.8
+CPUS = Path("/sys/devices/system/cpu")
 FAR = 3.5
 """Modified z-score of an outlier (Iglewicz & Hoaglin 1993), the deviation floored at 1 % of the median."""
 MOST_OUTLIERS = 0.02
@@ -72,7 +74,7 @@ def _threads(threads: int) -> Iterator[Suspicion]:
 
 
 def _clock() -> Iterator[Suspicion]:
-    governors = {_text(path) for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")}
+    governors = {_text(path) for path in CPUS.glob("cpu[0-9]*/cpufreq/scaling_governor")}
     slow = sorted(governors - {"performance", None}, key=str)
     if slow:
         yield Suspicion(
@@ -80,6 +82,23 @@ def _clock() -> Iterator[Suspicion]:
             f"the CPU clock is governed by '{', '.join(map(str, slow))}' and changes with load",
             "set the governor to performance (cpupower frequency-set -g performance)",
         )
+    shares = [
+        now / most
+        for cpu in CPUS.glob("cpu[0-9]*/cpufreq")
+        if (now := _clock_of(cpu, "scaling_cur")) and (most := _clock_of(cpu, "cpuinfo_max"))
+    ]
+    if shares and float(np.median(shares)) < LEAST_CLOCK:
+        yield Suspicion(
+            "clock",
+            f"right after timing the CPUs ran at {np.median(shares):.0%} of their highest clock",
+            "let the machine cool, plug it in, and look for a power limit",
+        )
+
+
+def _clock_of(cpu: Path, which: str) -> float:
+    """Give a frequency in kHz; 0 where this machine does not tell (virtual machines rarely do)."""
+    text = _text(cpu / f"{which}_freq")
+    return float(text) if text and text.isdecimal() else 0.0
 
 
 def _noise(series: Mapping[str, Series]) -> Iterator[Suspicion]:

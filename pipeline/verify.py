@@ -128,7 +128,9 @@ def headline(outcome: Outcome, target: str, precision: str, measured: Measured) 
     """Say the verdict in one sentence."""
     ratio, change = measured.latency.speedup.value, measured.accuracy.judged
     pace = f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"
-    worse = f"at most {change.drop_upper_pp:.2f} pp worse ({change.metric}), {change.confidence:.0%} sure"
+    missed = outcome == "fail" and change.drop_lower_pp > 0
+    bound = f"at least {change.drop_lower_pp:.2f}" if missed else f"at most {change.drop_upper_pp:.2f}"
+    worse = f"{bound} pp worse ({change.metric}), {change.confidence:.0%} sure"
     opening = {
         "pass": f"Ship {precision} on {target}",
         "fail": f"Do not ship {precision} on {target}",

@@ -47,7 +47,7 @@ def test_an_undecided_case_is_decided_by_the_number_of_images_it_asks_for(deploy
     code, verdict = verify(few)
     assert (code, verdict["outcome"]) == (1, "undecided")
     further = verdict["accuracy"]["further_images"]
-    np.savez(few.folder / "evaluation.npz", **subset("evaluation", 25 + further))
+    np.savez(few.folder / "evaluation.npz", **subset("evaluation", 25 + further))  # type: ignore[arg-type]
     code, verdict = verify(few)
     assert (code, verdict["outcome"]) == (0, "pass")
     assert verdict["accuracy"]["images"] == 25 + further
@@ -72,7 +72,7 @@ def test_a_multi_label_model_is_trained_judged_and_shipped(tmp_path: Path) -> No
     project = write_project(tmp_path / "project")
     project.edit(*MULTILABEL)
     for split, count in (("train", 960), ("calibration", 64), ("evaluation", 600)):
-        np.savez(project.folder / f"{split}.npz", **several(split, count))  # type: ignore[arg-type]
+        np.savez(project.folder / f"{split}.npz", **several(split, count))
     done = project.bitferry("deploy", "small.toml", "--target", "openvino,onnxruntime", "--quick", "--json")
     assert done.returncode == 0, done.stderr
     for verdict in json.loads(done.stdout):

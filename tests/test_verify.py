@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,8 @@ def test_the_headline_says_what_to_do() -> None:
     assert headline("pass", "openvino", "int8", good) == (
         "Ship int8 on openvino: 6.0× faster than eager float, at most 0.30 pp worse (top-1), 95% sure"
     )
+    bad = headline("fail", "openvino", "int8", measured(counted(4000, 200, 20), 6.0))
+    assert bad == "Do not ship int8 on openvino: 6.0× faster than eager float, at least 3.92 pp worse (top-1), 95% sure"
     assert "2.0× slower" in headline("fail", "openvino", "int8", measured(counted(4000, 15, 12), 0.5))
 
 
@@ -187,6 +190,23 @@ def test_each_disturbance_is_told_with_a_remedy() -> None:
     assert "drifts 3" in told
     assert "10000 threads on" in told
     assert "used 60% of the CPUs" in told
+
+
+def test_a_clock_that_moves_is_suspicious(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = tmp_path / "cpu0/cpufreq"
+    cpu.mkdir(parents=True)
+    for name, text in (
+        ("scaling_governor", "powersave"),
+        ("scaling_cur_freq", "1200000"),
+        ("cpuinfo_max_freq", "3600000"),
+    ):
+        (cpu / name).write_text(f"{text}\n")
+    monkeypatch.setattr(suspicion, "CPUS", tmp_path)
+    found = [
+        one.finding for one in suspicion.suspicions({EAGER: steady()}, threads=1, others=0.0) if one.kind == "clock"
+    ]
+    assert found[0] == "the CPU clock is governed by 'powersave' and changes with load"
+    assert found[1] == "right after timing the CPUs ran at 33% of their highest clock"
 
 
 def test_a_footprint_is_of_a_process_of_its_own() -> None:
