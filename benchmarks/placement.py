@@ -22,12 +22,13 @@ import torchvision
 import targets
 from device.arrays import Images, Outputs, Predict
 from device.preprocess import Preprocessing
-from pipeline import dataset, latency
+from pipeline import dataset
 from pipeline.artifacts import FloatModel
 from pipeline.cache import Cache
 from pipeline.compile import compile
 from pipeline.export import export, simplify
 from pipeline.load import Deployable
+from pipeline.measure import latency
 from pipeline.quantize import quantize
 from pipeline.recipe import Quantization
 from pipeline.statistics import sqnr_db

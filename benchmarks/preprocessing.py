@@ -13,7 +13,7 @@ import numpy as np
 
 from device.preprocess import Preprocessing
 from pipeline.dataset import image_files
-from pipeline.golden import TORCHVISION_LIMIT, second_opinion
+from pipeline.measure.golden import TORCHVISION_LIMIT, second_opinion
 
 
 def main(folder: Path) -> None:

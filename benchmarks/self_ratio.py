@@ -24,17 +24,18 @@ import torchvision
 import targets
 from device.arrays import Images
 from device.preprocess import Preprocessing
-from pipeline import dataset, latency
+from pipeline import dataset
 from pipeline.artifacts import Compiled, FloatModel
 from pipeline.cache import Cache
 from pipeline.compile import compile
 from pipeline.export import export, simplify
 from pipeline.load import Deployable
+from pipeline.measure import latency
+from pipeline.measure.suspicion import other_load
 from pipeline.progress import console
 from pipeline.quantize import quantize
 from pipeline.recipe import Quantization
 from pipeline.statistics import RELOAD, ratio_interval
-from pipeline.suspicion import other_load
 from pipeline.verify import load_artifact
 
 HERE = Path(__file__).parent

@@ -10,9 +10,11 @@ from pathlib import Path
 import targets
 from device import runner
 from device.errors import InputError
-from pipeline import cache, golden, progress, record
+from pipeline import cache, progress
 from pipeline.artifacts import Bundle, Compiled, FloatModel, Verified
+from pipeline.measure import golden
 from pipeline.recipe import Recipe
+from pipeline.report import record
 
 SOURCES = Path(__file__).parents[1]
 MAIN = """\"\"\"Wire the runner to this bundle's target.\"\"\"

@@ -16,7 +16,7 @@ from device.errors import BitferryError, InputError
 from pipeline.cli_more import Json, commands
 
 if TYPE_CHECKING:
-    from pipeline.latency import Effort
+    from pipeline.measure.latency import Effort
     from pipeline.recipe import Recipe
     from pipeline.run import Deployment, Run
 
@@ -115,12 +115,12 @@ def deploy(
     chosen = read(recipe, precision=precision)
     names = choose_targets(target, chosen)
     check_output(chosen, names, out)  # these faults are told before torch is imported
-    from pipeline import report
+    from pipeline.report import terminal
     from pipeline.run import deploy as deploy_
 
     results = deploy_(_run(chosen, recipe, build, trust, _effort(quick, thorough)), names, out)
-    report.show(results, as_json=json_)
-    raise typer.Exit(report.exit_code(results))
+    terminal.show(results, as_json=json_)
+    raise typer.Exit(terminal.exit_code(results))
 
 
 @app.command()
@@ -230,12 +230,13 @@ def verify(
         raise typer.Exit(recheck.show(recheck.verify(subject, data, effort=effort), as_json=json_))
     if data is not None:
         raise InputError("--data is for a bundle; a recipe names its own data")
-    from pipeline import report
+
+    from pipeline.report import terminal
 
     deployments = _each(subject, target, build, trust, precision, effort)
     results = [one.verified for one in deployments]
-    report.show(results, as_json=json_)
-    raise typer.Exit(report.exit_code(results))
+    terminal.show(results, as_json=json_)
+    raise typer.Exit(terminal.exit_code(results))
 
 
 app.command(name="bundle")(deploy)

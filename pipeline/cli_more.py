@@ -41,9 +41,10 @@ def targets(json_: Json = False) -> None:
 
     Example: bitferry targets
     """
-    from pipeline import report
 
-    report.show_targets(as_json=json_)
+    from pipeline.report import terminal
+
+    terminal.show_targets(as_json=json_)
 
 
 @commands.command()
@@ -77,6 +78,6 @@ def compare(
 
     Example: bitferry compare build/m/reports/openvino-int8 build/m/reports/onnxruntime-int8
     """
-    from pipeline import comparison
+    from pipeline.report import comparison
 
     comparison.show(comparison.compare(first, second), as_json=json_)

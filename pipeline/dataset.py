@@ -22,7 +22,7 @@ from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import cache, progress
 from pipeline.artifacts import Labels, Split
-from pipeline.metrics import Task
+from pipeline.measure.metrics import Task
 from targets import usable_cpus
 
 CHUNK = 256

@@ -12,13 +12,15 @@ from rich.markup import escape
 import targets
 from device import runner
 from device.errors import InputError
-from pipeline import cache, dataset, latency, progress, record
-from pipeline.accuracy import paired_change
+from pipeline import cache, dataset, progress
 from pipeline.artifacts import Split
 from pipeline.figures import Change, Suspicion, Timing
-from pipeline.latency import Effort
-from pipeline.report import STYLES
-from pipeline.suspicion import other_load, suspicions
+from pipeline.measure import latency
+from pipeline.measure.accuracy import paired_change
+from pipeline.measure.latency import Effort
+from pipeline.measure.suspicion import other_load, suspicions
+from pipeline.report import record
+from pipeline.report.terminal import STYLES
 from pipeline.verdict import Outcome, Verdict
 from targets import Environment
 

@@ -21,8 +21,9 @@ from pydantic import (
 import targets
 from device.errors import InputError, TargetUnavailable
 from device.preprocess import Preprocessing
-from pipeline import metrics, progress
-from pipeline.metrics import COUNTED, TORCHMETRICS, Task
+from pipeline import progress
+from pipeline.measure import metrics
+from pipeline.measure.metrics import COUNTED, TORCHMETRICS, Task
 from targets import Precision
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import targets
 from device.arrays import Predict
 from device.errors import InputError
-from pipeline import dataset, progress, record
+from pipeline import dataset, progress
 from pipeline.artifacts import (
     Bundle,
     Compiled,
@@ -26,11 +26,12 @@ from pipeline.bundle import bundle, check_output
 from pipeline.cache import Cache
 from pipeline.compile import compile
 from pipeline.export import answer, export, simplify
-from pipeline.ladder import Step, Steps
-from pipeline.latency import Effort
 from pipeline.load import load
+from pipeline.measure.ladder import Step, Steps
+from pipeline.measure.latency import Effort
 from pipeline.quantize import quantize
 from pipeline.recipe import Recipe
+from pipeline.report import record
 from pipeline.trace import torchscript, trace
 from pipeline.train import train
 from pipeline.verify import Way, eager, load_artifact, verify

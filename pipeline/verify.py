@@ -13,11 +13,12 @@ from torch import nn
 
 import targets
 from device.arrays import Images, Outputs, Predict
-from pipeline import cache, execution, export, golden, ladder, layers, progress, speed, trace
-from pipeline.accuracy import judge_accuracy, measure, percent
+from pipeline import cache, export, progress, trace
 from pipeline.artifacts import Compiled, FloatModel, Program, Split, Verified
 from pipeline.figures import Accuracy, Latency
-from pipeline.latency import Effort
+from pipeline.measure import execution, golden, ladder, layers, speed
+from pipeline.measure.accuracy import judge_accuracy, measure, percent
+from pipeline.measure.latency import Effort
 from pipeline.recipe import Budget, Recipe
 from pipeline.verdict import SCHEMA, Execution, Golden, Ladder, LayerError, Outcome, Verdict
 

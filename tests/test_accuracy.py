@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from device.arrays import Outputs
 from device.errors import InputError, StageFailed
-from pipeline import dataset, metrics, recipe
-from pipeline.accuracy import judge_accuracy, measure, percent
+from pipeline import dataset, recipe
 from pipeline.artifacts import Labels, Split
 from pipeline.cache import Cache
 from pipeline.figures import Bin, Change
 from pipeline.load import load
+from pipeline.measure import metrics
+from pipeline.measure.accuracy import judge_accuracy, measure, percent
 from pipeline.recipe import Recipe
 from pipeline.statistics import paired_bootstrap, tango_interval
 from pipeline.train import train

@@ -11,7 +11,7 @@ from device.preprocess import Preprocessing
 from pipeline import dataset
 from pipeline.artifacts import Split
 from pipeline.cache import Cache
-from pipeline.metrics import Task
+from pipeline.measure.metrics import Task
 from tests.conftest import subset
 
 CLASSES = ("cat", "dog")

@@ -11,9 +11,9 @@ from PIL import Image
 
 from device.arrays import Images, Outputs
 from device.preprocess import Preprocessing
-from pipeline import golden
 from pipeline.artifacts import Split
 from pipeline.cache import Cache
+from pipeline.measure import golden
 from tests.conftest import ROOT, Project
 
 CONTRACT = Preprocessing(height=48, width=64)

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from device.arrays import Predict
 from device.errors import StageFailed
 from device.preprocess import Preprocessing
-from pipeline import dataset, ladder, layers
+from pipeline import dataset
 from pipeline.artifacts import FloatModel, Split
 from pipeline.cache import Cache
 from pipeline.compile import compile
 from pipeline.export import answer, export, simplify
-from pipeline.ladder import Step
 from pipeline.load import Deployable
+from pipeline.measure import ladder, layers
+from pipeline.measure.ladder import Step
 from pipeline.quantize import quantize
 from pipeline.recipe import Quantization
 from pipeline.trace import torchscript, trace

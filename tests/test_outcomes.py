@@ -60,7 +60,7 @@ MULTILABEL = (
 )
 
 
-def several(split: str, count: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def several(split: str, count: int) -> dict[str, np.ndarray]:
     """Give images with three yes-or-no labels: worn above the waist, with long sleeves or legs, darker than most."""
     arrays = subset(split, count)
     images, kinds = arrays["images"], arrays["labels"]
@@ -72,7 +72,7 @@ def test_a_multi_label_model_is_trained_judged_and_shipped(tmp_path: Path) -> No
     project = write_project(tmp_path / "project")
     project.edit(*MULTILABEL)
     for split, count in (("train", 960), ("calibration", 64), ("evaluation", 600)):
-        np.savez(project.folder / f"{split}.npz", **several(split, count))
+        np.savez(project.folder / f"{split}.npz", **several(split, count))  # type: ignore[arg-type]
     done = project.bitferry("deploy", "small.toml", "--target", "openvino,onnxruntime", "--quick", "--json")
     assert done.returncode == 0, done.stderr
     for verdict in json.loads(done.stdout):

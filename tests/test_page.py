@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from device.arrays import Images
-from pipeline import charts, page
 from pipeline.figures import (
     Accuracy,
     Bin,
@@ -33,6 +32,7 @@ from pipeline.figures import (
     Timing,
     WorstImage,
 )
+from pipeline.report import charts, page
 from pipeline.verdict import Execution, Golden, GoldenFile, Ladder, LayerError, Rung, Verdict
 from targets import Environment, Layer
 from tests.conftest import EMBEDDED, ROOT

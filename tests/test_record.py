@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from device.errors import InputError
-from pipeline import record, verdict
+from pipeline import verdict
 from pipeline.artifacts import Split, Verified
+from pipeline.report import record
 from pipeline.verdict import Verdict
 from tests.conftest import ROOT, Project
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import execution, latency, suspicion
-from pipeline.accuracy import paired_change
 from pipeline.figures import Accuracy, Flips, Footprint, Latency, Ratio, Reliability
-from pipeline.latency import Series
+from pipeline.measure import execution, latency, suspicion
+from pipeline.measure.accuracy import paired_change
+from pipeline.measure.latency import Series
+from pipeline.measure.speed import EAGER
 from pipeline.recipe import Budget
-from pipeline.speed import EAGER
 from pipeline.statistics import order_statistic_bound, ratio_interval
 from pipeline.verdict import Golden, GoldenFile, Ladder
 from pipeline.verify import Measured, headline, judge

@@ -18,12 +18,12 @@ import targets
 from device.arrays import Images, Outputs, Predict
 from device.errors import StageFailed
 from device.preprocess import Preprocessing
-from pipeline import execution, latency
 from pipeline.artifacts import Compiled
 from pipeline.figures import Candidate, Footprint, Latency, Ratio, Throughput
-from pipeline.latency import Effort, Series
+from pipeline.measure import execution, latency
+from pipeline.measure.latency import Effort, Series
+from pipeline.measure.suspicion import other_load, suspicions
 from pipeline.statistics import ratio_interval
-from pipeline.suspicion import other_load, suspicions
 
 EAGER = "eager PyTorch"
 BATCHES = (1, 8)

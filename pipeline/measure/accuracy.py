@@ -7,8 +7,10 @@ import numpy as np
 
 from device.arrays import Outputs
 from device.errors import StageFailed
-from pipeline import metrics
-from pipeline.answers import (
+from pipeline.artifacts import Labels, Split
+from pipeline.figures import Accuracy, Change
+from pipeline.measure import metrics
+from pipeline.measure.answers import (
     Answers,
     Flags,
     answers,
@@ -19,9 +21,7 @@ from pipeline.answers import (
     reliability,
     worst,
 )
-from pipeline.artifacts import Labels, Split
-from pipeline.figures import Accuracy, Change
-from pipeline.metrics import COUNTED
+from pipeline.measure.metrics import COUNTED
 from pipeline.recipe import Recipe
 from pipeline.statistics import images_to_decide, paired_bootstrap, sqnr_db, tango_interval
 from pipeline.verdict import Outcome

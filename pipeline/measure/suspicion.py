@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.figures import Suspicion
-from pipeline.latency import Series
+from pipeline.measure.latency import Series
 from targets import usable_cpus
 
 MOST_OTHER_LOAD = 0.1

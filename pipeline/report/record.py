@@ -14,9 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from device.arrays import Outputs
 from device.errors import InputError, first_line
-from pipeline import cache, page, verdict
-from pipeline.answers import answers
+from pipeline import cache, verdict
 from pipeline.artifacts import Labels, Verified
+from pipeline.measure.answers import answers
+from pipeline.report import page
 from pipeline.verdict import SCHEMA, Verdict
 
 VERDICT, ANSWERS, REPORT = "verdict.json", "answers.npz", "report.html"

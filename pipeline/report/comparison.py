@@ -14,10 +14,11 @@ from rich.table import Table
 import targets
 from device import runner
 from device.errors import InputError, TargetUnavailable
-from pipeline import latency, record
-from pipeline.accuracy import paired_change
 from pipeline.figures import Change, Ratio
-from pipeline.record import Recorded
+from pipeline.measure import latency
+from pipeline.measure.accuracy import paired_change
+from pipeline.report import record
+from pipeline.report.record import Recorded
 from pipeline.statistics import ratio_interval
 from pipeline.verdict import Verdict
 

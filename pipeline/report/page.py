@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from device.arrays import Images
-from pipeline import charts
 from pipeline.figures import ClassChange
+from pipeline.report import charts
 from pipeline.verdict import LayerError, Verdict
 
 SHOWN = 20

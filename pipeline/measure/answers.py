@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from device.arrays import Outputs
 from device.runner import softmax
-from pipeline import metrics
 from pipeline.artifacts import Labels, Split
 from pipeline.figures import Bin, ClassChange, Confusion, Flips, Reliability, WorstImage
-from pipeline.metrics import Task
+from pipeline.measure import metrics
+from pipeline.measure.metrics import Task
 from pipeline.statistics import mcnemar_mid_p
 
 BINS = 15

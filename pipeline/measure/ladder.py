@@ -8,8 +8,8 @@ import numpy as np
 from device.arrays import Images, Outputs, Predict
 from device.errors import BitferryError, first_line
 from pipeline import progress
-from pipeline.answers import Answers, answers, flips
 from pipeline.artifacts import Labels, Split
+from pipeline.measure.answers import Answers, answers, flips
 from pipeline.statistics import noise_share, sqnr_db
 from pipeline.verdict import Ladder, LayerError, Rung
 

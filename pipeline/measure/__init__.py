@@ -1,0 +1,1 @@
+"""What a verification measures: answers, speed, what ran, and where accuracy goes."""
