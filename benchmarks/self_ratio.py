@@ -9,6 +9,7 @@ coverage, the widths and what reloading changes; keeps every block's medians in 
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -106,10 +107,11 @@ def main() -> None:
             kept[name] = {"repeats": found, "other_load": others()}
             lows, highs, ratios = (np.array([one[k] for one in found], float) for k in ("low", "high", "ratio"))
             widths = 50 * (highs - lows)
+            bare = np.sum((lows * math.exp(RELOAD) <= 1) & (highs * math.exp(-RELOAD) >= 1))
             print(
-                f"{name}: {np.sum((lows <= 1) & (highs >= 1))} of {count} intervals hold 1; half-width "
-                f"{np.median(widths):.1f} % (median), {widths.max():.1f} % (largest); "
-                f"the ratio's standard deviation over loads is {100 * np.log(ratios).std():.2f} %; others used "
+                f"{name}: {np.sum((lows <= 1) & (highs >= 1))} of {count} intervals hold 1 ({bare} without the "
+                f"allowance for reloading); half-width {np.median(widths):.1f} % (median), {widths.max():.1f} % "
+                f"(largest); the ratio's standard deviation is {100 * np.log(ratios).std():.2f} %; others used "
                 f"{others() or 0:.0%} of the CPUs",
                 flush=True,
             )

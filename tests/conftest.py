@@ -144,7 +144,7 @@ def project(tmp_path: Path) -> Project:
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The small project after `bitferry deploy` to both targets; tests must not change it."""
     made = write_project(tmp_path_factory.mktemp("deployed") / "project")
-    done = made.bitferry("deploy", "small.toml", "--target", "openvino,onnxruntime", "--json")
+    done = made.bitferry("deploy", "small.toml", "--target", "openvino,onnxruntime", "--quick", "--json")
     assert done.returncode == 0, done.stderr
     (made.folder / "verdicts.json").write_text(done.stdout)
     (made.folder / "stderr.txt").write_text(done.stderr)

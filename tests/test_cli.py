@@ -216,7 +216,7 @@ def test_init_writes_a_recipe_that_deploys(tmp_path: Path) -> None:
     assert [len(lines) for lines in lists] == [30, 90]
     assert not lists[0] & lists[1]
     user.edit(("accuracy_drop_pp = 1.0", "accuracy_drop_pp = 100"))  # untrained: only the way matters here
-    done = user.bitferry("deploy", "small.toml", "--target", "onnxruntime")
+    done = user.bitferry("deploy", "small.toml", "--target", "onnxruntime", "--quick")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "dist/small-onnxruntime-0.1.0/run.pyz").is_file()
 

@@ -15,7 +15,7 @@ STAGES = (
 )  # fmt: skip
 TIMED = {"manifest.json", "verdict.json", "report.html"}
 TRACES = ("quantize", "trace", "export")
-COMMAND = (BITFERRY, "deploy", "small.toml", "--target", "openvino")
+COMMAND = (BITFERRY, "deploy", "small.toml", "--target", "openvino", "--quick")
 
 
 def digests(project: Project) -> dict[str, str]:
