@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from device.arrays import Outputs, Predict
-from device.errors import BitferryError, InputError
+from device.errors import BitferryError, InputError, first_line
 from device.preprocess import Preprocessing
 
 FORMAT = "bitferry-bundle"
@@ -76,6 +76,10 @@ def check(bundle: Path, manifest: dict[str, Any]) -> None:
     This finds damage, not forgery: whoever can write the files can write the manifest.
     """
     listed: dict[str, dict[str, Any]] = manifest["files"]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in listed.values()):
+        raise InputError(f"{bundle}/manifest.json lists a file without its sha256; copy the bundle again")
+    if manifest["model"]["file"] not in listed:
+        raise InputError(f"{bundle}/manifest.json names a model that is not among its files; copy the bundle again")
     present = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if not p.is_dir()} - {"manifest.json"}
     both = present & set(listed)
     changed = {n for n in both if hashlib.sha256((bundle / n).read_bytes()).hexdigest() != listed[n]["sha256"]}
@@ -118,9 +122,17 @@ class Runner:
         self.classes: list[str] = manifest["classes"]
         self.task: Task = "multilabel" if manifest.get("task") == "multilabel" else "classification"
         self.preprocessing = Preprocessing.from_json(manifest["preprocessing"])
-        self.predict = runtime.load(
-            bundle / model["file"], precision=model["precision"], threads=threads or model["threads"]
-        )
+        path, count = bundle / model["file"], max(1, threads or model["threads"])
+        blank = np.zeros((1, self.preprocessing.height, self.preprocessing.width, 3), np.uint8)
+        try:
+            self.predict = runtime.load(path, precision=model["precision"], threads=count)
+            scores = self.predict(blank)
+        except BitferryError:
+            raise
+        except Exception as error:  # the vendor's runtime may raise anything
+            raise InputError(f"this runtime cannot run {path}: {first_line(error)}") from error
+        if scores.shape != (1, len(self.classes)):
+            raise InputError(f"{path} gives scores of shape {scores.shape} for {len(self.classes)} classes")
 
     def answer(self, path: Path, *, top: int = 5) -> Answer:
         """Answer for one image file; the time covers decoding, resizing and the model."""
@@ -147,6 +159,9 @@ def golden(runner: Runner, bundle: Path) -> tuple[float, dict[str, float]]:
     The bytes take the same way as any image's: decoded, resized, answered.
     """
     limit, scores = _expected(bundle / "golden/expected.json")
+    strange = [name for name in scores if f"golden/{name}" not in runner.manifest["files"]]
+    if strange:
+        raise InputError(f"{bundle}/golden/expected.json names {strange[0]!r}, which is not a file of the bundle")
     differences = {}
     for name, wanted in scores.items():
         pixels = runner.preprocessing.load((bundle / "golden" / name).read_bytes(), name)

@@ -109,6 +109,8 @@ def _recipe(recipe: Recipe) -> dict[str, object]:
     """Give the recipe without the paths of this machine; the data is pinned by content elsewhere."""
     fields = recipe.model_dump(mode="json", exclude={"classes"})
     fields["data"] = {name: Path(path).name for name, path in fields["data"].items() if path}
+    kind, _, name = fields["model"]["source"].partition(":")
+    fields["model"]["source"] = f"{kind}:{Path(name).name}" if kind == "pt2" else fields["model"]["source"]
     if fields["model"]["weights"]:
         fields["model"]["weights"] = Path(fields["model"]["weights"]).name
     return fields

@@ -38,6 +38,9 @@ class Sample:
     source: str
     labels: tuple[int, ...]
     """The indices of its classes: one, or for multi-label data any number."""
+    form: str
+    """How the bytes are to be read: `file`, or the shape of raw pixels. The same bytes in another shape are another
+    picture."""
     content: Callable[[], bytes]
     """Its encoded bytes, or its raw pixels when it comes from an array."""
     fit: Callable[[bytes], Images]
@@ -68,7 +71,7 @@ def split(
         preprocess=cache.file_hash(Path(preprocess.__file__)),
         contract=contract,
         task=task,
-        samples=[(digest, sample.labels) for digest, sample in zip(hashes, samples, strict=True)],
+        samples=[(digest, sample.form, sample.labels) for digest, sample in zip(hashes, samples, strict=True)],
     )
     folder = build.folder("data", key, partial(_decode, name, samples, contract), of=name)
     return Split(
@@ -215,7 +218,7 @@ def _from_arrays(path: Path, classes: Sequence[str], contract: Preprocessing, ta
         raise InputError(f"{path}: expected `images` N×H×W or N×H×W×3 uint8, found {images.dtype} {images.shape}")
     fit = partial(_fit, contract, images.shape[1:])
     return [
-        Sample(f"{path.name}[{i}]", sample_labels, image.tobytes, fit)
+        Sample(f"{path.name}[{i}]", sample_labels, str(image.shape), image.tobytes, fit)
         for i, (image, sample_labels) in enumerate(
             zip(images, _array_labels(labels, len(images), classes, path, task), strict=True)
         )
@@ -247,7 +250,7 @@ def _fit(contract: Preprocessing, shape: tuple[int, ...], content: bytes) -> Ima
 
 
 def _file_sample(path: Path, labels: tuple[int, ...], contract: Preprocessing) -> Sample:
-    return Sample(str(path), labels, partial(_read, path), lambda content: contract.load(content, str(path)))
+    return Sample(str(path), labels, "file", partial(_read, path), lambda content: contract.load(content, str(path)))
 
 
 def _read(path: Path) -> bytes:

@@ -21,6 +21,7 @@ class Change:
     drop_upper_pp: float
     """One-sided confidence bounds of the drop, each at `confidence`."""
     confidence: float
+    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ class Timing:
     blocks: int
     percentiles: tuple[Percentile, ...]
     """50, 90 and 99, each only where the samples support it (11, 64 and 662)."""
+    fastest_tenth_ms: float
+    """10th percentile: what the candidate does when nothing disturbs it."""
     median_ms: float
     mean_ms: float
     cov_percent: float
@@ -194,7 +197,7 @@ class Footprint:
 class Suspicion:
     """What may have disturbed the measurement, and what to do about it."""
 
-    kind: Literal["other load", "noise", "drift", "first run", "clock", "threads", "samples"]
+    kind: Literal["other load", "noise", "drift", "first run", "clock", "threads"]
     finding: str
     remedy: str
 

@@ -126,8 +126,14 @@ def _plain(environment: Environment, name: str) -> str:
 def _told(change: Change | None, verified: Verdict) -> tuple[str, ...]:
     if change is None:
         return ()
+    judged = verified.accuracy.judged.metric
+    budget = (
+        f"{verified.budget_drop_pp:g} pp allowed"
+        if judged == change.metric
+        else f"the budget is about {judged}, not judged here"
+    )
     right = f"{change.percent:.2f} % right, float {change.float_percent:.2f} %"
-    return (f"{right}; at most {change.drop_upper_pp:.2f} pp worse, {verified.budget_drop_pp:g} pp allowed",)
+    return (f"{right}; at most {change.drop_upper_pp:.2f} pp worse, {budget}",)
 
 
 def _time(loaded: runner.Runner, threads: int, effort: Effort) -> tuple[Timing, tuple[Suspicion, ...]]:

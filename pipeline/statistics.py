@@ -136,8 +136,17 @@ def noise_share(reference: Outputs, found: Outputs) -> float:
 
 
 def decibels(signal: float, noise: float) -> float | None:
-    """Give a power ratio in decibels, None when there is no noise; as JSON can hold it."""
-    return None if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -999.0
+    """Give a power ratio in decibels, None when there is no noise, and -999 where there is no signal or no number."""
+    if noise == 0:
+        return None
+    return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(signal) and math.isfinite(noise) else -999.0
+
+
+def binomial_tail(successes: int, trials: int, chance: float) -> float:
+    """Give the probability of that many successes or more."""
+    if successes == 0 or chance >= 1:
+        return 1.0
+    return min(1.0, math.fsum(math.exp(_log_binomial(trials, k, chance)) for k in range(successes, trials + 1)))
 
 
 def ratio_interval(

@@ -124,6 +124,8 @@ class Verdict:
     command: str
     """What repeats it."""
     compiled_key: str
+    model_key: str
+    """Of the float model: its architecture, weights and preprocessing."""
     data_key: str
     """Of the evaluation images and labels, by content."""
     measured_at: str

@@ -7,24 +7,29 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from pydantic import TypeAdapter
 from torch import nn
 
 import targets
 from device.arrays import Images, Outputs, Predict
-from pipeline import cache, export, progress, trace
+from pipeline import cache, export, progress, statistics, trace
 from pipeline.artifacts import Compiled, FloatModel, Program, Split, Verified
 from pipeline.figures import Accuracy, Latency
+from pipeline.judge import Measured, judge
 from pipeline.measure import execution, golden, ladder, layers, speed
-from pipeline.measure.accuracy import judge_accuracy, measure, percent
+from pipeline.measure.accuracy import measure, percent
 from pipeline.measure.latency import Effort
-from pipeline.recipe import Budget, Recipe
-from pipeline.verdict import SCHEMA, Execution, Golden, Ladder, LayerError, Outcome, Verdict
+from pipeline.recipe import Recipe
+from pipeline.verdict import SCHEMA, Execution, Ladder, LayerError, Verdict
 
 BATCH = 64
 LAYER_IMAGES = 32
-PACKAGES = ("bitferry", "torch", "torchvision", "torchao", "onnx", "onnxsim", "onnxruntime", "numpy", "pillow")
+PACKAGES = (
+    "bitferry", "torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxsim", "onnxruntime", "torchmetrics",
+    "numpy", "pillow",
+)  # fmt: skip
 LAYERS = TypeAdapter(tuple[LayerError, ...])
 
 
@@ -38,16 +43,6 @@ class Way:
     """The same target's float32, where it has one and it is not the artifact itself."""
     steps: ladder.Steps
     """Each step between the float model and the artifact, in order; called, it loads."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The figures that a verdict is drawn from."""
-
-    accuracy: Accuracy
-    latency: Latency
-    ladder: Ladder
-    golden: Golden
 
 
 def verify(
@@ -116,33 +111,11 @@ def artifact_scores(compiled: Compiled, evaluation: Split, build: cache.Cache) -
     return _scores(build, "answers", key, load, evaluation.images, f"{compiled.target} {compiled.precision}")
 
 
-def judge(measured: Measured, budget: Budget) -> tuple[Outcome, tuple[str, ...]]:
-    """Pass when every bound is inside the budget, fail when one is outside, otherwise undecided; with reasons."""
-    outcome, reason, _ = judge_accuracy(measured.accuracy, budget.accuracy_drop_pp)
-    checks = [(outcome, reason), _speed_check(measured.latency, budget.min_speedup), *_golden_checks(measured.golden)]
-    outcomes = [outcome for outcome, _ in checks]
-    worst: Outcome = "fail" if "fail" in outcomes else "undecided" if "undecided" in outcomes else "pass"
-    return worst, tuple(reason for _, reason in checks)
-
-
-def headline(outcome: Outcome, target: str, precision: str, measured: Measured) -> str:
-    """Say the verdict in one sentence."""
-    ratio, change = measured.latency.speedup.value, measured.accuracy.judged
-    pace = f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"
-    missed = outcome == "fail" and change.drop_lower_pp > 0
-    bound = f"at least {change.drop_lower_pp:.2f}" if missed else f"at most {change.drop_upper_pp:.2f}"
-    worse = f"{bound} pp worse ({change.metric}), {change.confidence:.0%} sure"
-    opening = {
-        "pass": f"Ship {precision} on {target}",
-        "fail": f"Do not ship {precision} on {target}",
-        "undecided": f"Undecided about {precision} on {target}",
-    }[outcome]
-    return f"{opening}: {pace} than eager float, {worse}"
-
-
 def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, command: str) -> Verdict:
     compiled = way.compiled
-    outcome, reasons = judge(measured, recipe.budget)
+    outcome, headline, reasons = judge(
+        measured, recipe.budget, evaluation.labels, f"{compiled.precision} on {compiled.target}"
+    )
     environment = targets.get(compiled.target).environment()
     return Verdict(
         schema=SCHEMA,
@@ -151,7 +124,7 @@ def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, co
         target=compiled.target,
         precision=compiled.precision,
         outcome=outcome,
-        headline=headline(outcome, compiled.target, compiled.precision, measured),
+        headline=headline,
         reasons=reasons,
         budget_drop_pp=recipe.budget.accuracy_drop_pp,
         accuracy=measured.accuracy,
@@ -163,6 +136,7 @@ def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, co
         versions={name: version(name) for name in PACKAGES} | {environment.runtime: environment.version},
         command=command,
         compiled_key=compiled.key,
+        model_key=way.program.baseline.key,
         data_key=evaluation.key,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -171,11 +145,19 @@ def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, co
 def _execution(way: Way) -> Execution:
     ran = _executed(way.compiled)
     floats = _executed(way.runtime_float) if way.runtime_float else None
+    count = _matrix_products_and_convolutions(way.compiled.source.path)
     return Execution(
-        summary=execution.summary(way.compiled.precision, ran),
+        summary=execution.summary(way.compiled.precision, ran, expected=count),
         layers=ran,
-        float_summary=execution.summary("float32", floats) if floats is not None else None,
+        float_summary=execution.summary("float32", floats, expected=count) if floats is not None else None,
     )
+
+
+def _matrix_products_and_convolutions(source: Path) -> int | None:
+    """Count them in what the target compiled, to see whether its runtime tells of all; None for TorchScript."""
+    if source.suffix != ".onnx":
+        return None
+    return sum(node.op_type in export.NAMED for node in onnx.load(source).graph.node)
 
 
 def _executed(compiled: Compiled) -> tuple[targets.Layer, ...]:
@@ -197,14 +179,17 @@ def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) 
     errors: tuple[LayerError, ...] = ()
     if way.program.precision == "int8":
         key = _key("layers", way, evaluation, of=way.program.key)
-        make = partial(_layer_errors, way.program, sample.images[:LAYER_IMAGES])
+        spread = np.unique(np.linspace(0, len(sample.images) - 1, LAYER_IMAGES).astype(int))
+        make = partial(_layer_errors, way.program, sample.images[spread])
         errors = LAYERS.validate_json((build.folder("layers", key, make) / "layers.json").read_bytes())
-    lossy = None if way.program.precision != "int8" else next(iter(way.steps))
+    lossless = way.program.precision == "float32"
+    first, last = next(iter(way.steps)), way.compiled.target
+    lossy = None if lossless else first if way.program.precision == "int8" else last
     return ladder.climb(sample, way.steps, lossy=lossy, layers=errors, answering=answering)
 
 
 def _key(stage: str, way: Way, evaluation: Split, **inputs: object) -> str:
-    codes = [cache.file_hash(Path(str(module.__file__))) for module in (ladder, layers, trace, export)]
+    codes = [cache.file_hash(Path(str(module.__file__))) for module in (ladder, layers, statistics, trace, export)]
     environment = targets.get(way.compiled.target).environment().isa
     return cache.key(
         stage, code=__file__, codes=codes, packages=PACKAGES, isa=environment, data=evaluation.key, **inputs
@@ -231,27 +216,6 @@ def _with_accuracy(
     percents.append(accuracy.judged.percent)
     pairs = zip(timed.candidates, percents, strict=True)
     return replace(timed, candidates=tuple(replace(one, accuracy_percent=value) for one, value in pairs))
-
-
-def _speed_check(timed: Latency, wanted: float | None) -> tuple[Outcome, str]:
-    ratio = timed.speedup
-    told = f"{ratio.lower:.2f} to {ratio.upper:.2f} times as fast as {timed.eager.name}"
-    if wanted is None or ratio.lower >= wanted:
-        return "pass", f"{told}, " + ("no minimum asked for" if wanted is None else f"{wanted:g} asked for")
-    return ("fail" if ratio.upper < wanted else "undecided"), f"{told}, {wanted:g} asked for"
-
-
-def _golden_checks(proved: Golden) -> list[tuple[Outcome, str]]:
-    """Fail when a fresh process answers otherwise, or when torchvision reads a file otherwise."""
-    checks: list[tuple[Outcome, str]] = []
-    for file in proved.files:
-        if not file.score_difference <= proved.score_limit:
-            told = f"by {file.score_difference:.2g} of the largest score, at most {proved.score_limit:.2g} allowed"
-            checks.append(("fail", f"{file.name} ({file.kind}): a fresh process answers otherwise, {told}"))
-        if file.torchvision_mean is not None and file.torchvision_mean > proved.torchvision_limit:
-            told = f"by {file.torchvision_mean:.1f} levels on average, {proved.torchvision_limit:g} allowed"
-            checks.append(("fail", f"{file.name} ({file.kind}): torchvision decodes and resizes it otherwise, {told}"))
-    return checks
 
 
 def _scores(build: cache.Cache, stage: str, key: str, load: "partial[Predict]", images: Images, of: str) -> Outputs:

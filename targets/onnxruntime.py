@@ -22,8 +22,20 @@ INT8_KERNELS = {
     "ConvInteger",
     "MatMulInteger",
     "DynamicQuantizeMatMul",
+    "MatMulIntegerToFloat",
+    "QAttention",
 }
-FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose"}
+FLOAT_KERNELS = {
+    "Conv",
+    "FusedConv",
+    "Gemm",
+    "FusedGemm",
+    "MatMul",
+    "FusedMatMul",
+    "ConvTranspose",
+    "Attention",
+    "MultiHeadAttention",
+}
 
 
 def environment() -> Environment:

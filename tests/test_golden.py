@@ -109,6 +109,8 @@ def test_the_limit_follows_the_distance_from_float(files: Path) -> None:
     largest = float(np.abs(here).max())
     assert proved.score_limit == pytest.approx(2 * 0.02, rel=1e-3)
     assert [file.score_difference for file in proved.files] == pytest.approx([0.5 / largest] * 4)
+    far = golden.prove(files, CONTRACT, scores, here, lambda images: scores(images) * 5)
+    assert far.score_limit == golden.MOST_LIMIT
 
 
 def test_the_bundle_carries_them_with_what_to_expect(deployed: Project, tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def timing(median_ms: float, *, samples: int = 2000, spread: float = 0.05, seed:
         samples=samples,
         blocks=20,
         percentiles=percentiles,
+        fastest_tenth_ms=float(np.quantile(ms, 0.1)),
         median_ms=float(np.median(ms)),
         mean_ms=float(ms.mean()),
         cov_percent=float(100 * ms.std() / ms.mean()),
@@ -191,6 +192,7 @@ def verdict() -> Verdict:
         versions={"torch": "2.14.1", "openvino": "2026.4.1", "bitferry": "0.1.0"},
         command="bitferry verify recipes/fashion-resnet18.toml --target openvino --precision int8",
         compiled_key="9f2c4e01ab37",
+        model_key="0123456789abcdef",
         data_key="sha256:5be2…c901",
         measured_at="2026-11-22T09:14:03+00:00",
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.figures import Accuracy, Flips, Footprint, Latency, Ratio, Reliability
+from pipeline.figures import Accuracy, Flips, Footprint, Latency, Ratio, Reliability, Suspicion
+from pipeline.judge import Measured, judge
 from pipeline.measure import execution, latency, suspicion
 from pipeline.measure.accuracy import paired_change
 from pipeline.measure.latency import Series
@@ -18,7 +19,6 @@ from pipeline.measure.speed import EAGER
 from pipeline.recipe import Budget
 from pipeline.statistics import order_statistic_bound, ratio_interval
 from pipeline.verdict import Golden, GoldenFile, Ladder
-from pipeline.verify import Measured, headline, judge
 from targets import Layer, usable_cpus
 from tests.test_page import candidate
 
@@ -45,6 +45,10 @@ def measured(accuracy: Accuracy, speedup: float, golden: Golden = GOLDEN) -> Mea
     return Measured(accuracy, timed(speedup), Ladder(4, (), None, (), ()), golden)
 
 
+LABELS = np.arange(4000) % 10
+WHAT = "int8 on openvino"
+
+
 @pytest.mark.parametrize(
     ("accuracy", "outcome", "reason"),
     [
@@ -54,7 +58,7 @@ def measured(accuracy: Accuracy, speedup: float, golden: Golden = GOLDEN) -> Mea
     ],
 )
 def test_the_three_outcomes(accuracy: Accuracy, outcome: str, reason: str) -> None:
-    found, reasons = judge(measured(accuracy, 6.0), Budget())
+    found, _, reasons = judge(measured(accuracy, 6.0), Budget(), LABELS[: accuracy.images], WHAT)
     assert found == outcome
     assert len(reasons) == 2
     assert re.search(reason, reasons[0]), reasons
@@ -62,7 +66,36 @@ def test_the_three_outcomes(accuracy: Accuracy, outcome: str, reason: str) -> No
 
 @pytest.mark.parametrize(("wanted", "outcome"), [(5.0, "pass"), (7.0, "fail"), (6.1, "undecided")])
 def test_a_minimum_speedup_is_judged_by_its_interval(wanted: float, outcome: str) -> None:
-    assert judge(measured(counted(4000, 15, 12), 6.0), Budget(min_speedup=wanted))[0] == outcome
+    assert judge(measured(counted(4000, 15, 12), 6.0), Budget(min_speedup=wanted), LABELS, WHAT)[0] == outcome
+
+
+@pytest.mark.parametrize(("times", "outcome"), [(5.1, "pass"), (4.9, "undecided")])
+def test_beside_other_load_the_fastest_tenth_of_eager_counts(times: float, outcome: str) -> None:
+    right = measured(counted(4000, 15, 12), 6.0)
+    eager, artifact = right.latency.candidates
+    least = times * artifact.timing.median_ms
+    eager = dataclasses.replace(eager, timing=dataclasses.replace(eager.timing, fastest_tenth_ms=least))
+    disturbed = (Suspicion("other load", "others used 50%", "verify when quiet"),)
+    timed_ = dataclasses.replace(right.latency, candidates=(eager, artifact), suspicions=disturbed)
+    found, said, reasons = judge(dataclasses.replace(right, latency=timed_), Budget(min_speedup=5.0), LABELS, WHAT)
+    assert found == outcome
+    assert "(timed beside other load)" in said
+    assert ("which flatters" in reasons[1]) == (outcome == "undecided")
+
+
+def guessing(right: int, images: int = 4000) -> Accuracy:
+    accuracy = counted(images, 0, 0)
+    change = dataclasses.replace(accuracy.judged, float_percent=100 * right / images, percent=100 * right / images)
+    return dataclasses.replace(accuracy, judged=change)
+
+
+@pytest.mark.parametrize(("right", "outcome"), [(150, "undecided"), (400, "undecided"), (450, "pass"), (3500, "pass")])
+def test_a_float_model_that_guesses_proves_nothing(right: int, outcome: str) -> None:
+    """Ten classes of equal size: guessing is right on 400 of 4,000, and beats 432 with a chance of 5 %."""
+    found, _, reasons = judge(measured(guessing(right), 6.0), Budget(), LABELS, WHAT)
+    assert found == outcome
+    assert ("check labels, class order" in reasons[-1]) == (outcome == "undecided")
+    assert judge(measured(guessing(right), 6.0), Budget(accuracy_drop_pp=100), LABELS, WHAT)[0] == "pass"
 
 
 @pytest.mark.parametrize(
@@ -75,19 +108,36 @@ def test_a_minimum_speedup_is_judged_by_its_interval(wanted: float, outcome: str
 )
 def test_a_golden_file_that_is_answered_otherwise_fails(change: dict[str, float], reason: str) -> None:
     broken = dataclasses.replace(GOLDEN, files=(dataclasses.replace(GOLDEN.files[0], **change),))  # type: ignore[arg-type]
-    outcome, reasons = judge(measured(counted(4000, 15, 12), 6.0, broken), Budget())
+    outcome, _, reasons = judge(measured(counted(4000, 15, 12), 6.0, broken), Budget(), LABELS, WHAT)
     assert outcome == "fail"
     assert reason in reasons[-1]
 
 
-def test_the_headline_says_what_to_do() -> None:
-    good = measured(counted(4000, 15, 12), 6.0)
-    assert headline("pass", "openvino", "int8", good) == (
-        "Ship int8 on openvino: 6.0× faster than eager float, at most 0.30 pp worse (top-1), 95% sure"
-    )
-    bad = headline("fail", "openvino", "int8", measured(counted(4000, 200, 20), 6.0))
-    assert bad == "Do not ship int8 on openvino: 6.0× faster than eager float, at least 3.92 pp worse (top-1), 95% sure"
-    assert "2.0× slower" in headline("fail", "openvino", "int8", measured(counted(4000, 15, 12), 0.5))
+@pytest.mark.parametrize(
+    ("accuracy", "speedup", "budget", "said"),
+    [
+        (counted(4000, 15, 12), 6.0, Budget(),
+         "Ship int8 on openvino: 6.0× faster than eager float, at most 0.30 pp worse (top-1), 95% sure"),
+        (counted(4000, 200, 20), 6.0, Budget(),
+         "Do not ship int8 on openvino: 6.0× faster than eager float, at least 3.92 pp worse (top-1), 95% sure"),
+        (counted(4000, 15, 12), 0.5, Budget(min_speedup=2.0),
+         "Do not ship int8 on openvino: 2.0× slower than eager float (2× asked for), at most 0.30 pp worse (top-1), 95% sure"),
+    ],
+)  # fmt: skip
+def test_the_headline_says_what_to_do(accuracy: Accuracy, speedup: float, budget: Budget, said: str) -> None:
+    assert judge(measured(accuracy, speedup), budget, LABELS, WHAT)[1] == said
+
+
+def test_layers_that_the_runtime_does_not_report_are_counted() -> None:
+    told = execution.summary("int8", [Layer("head", "matrix product", "int8")], expected=3)
+    assert told.endswith("; 2 more in the graph that the runtime fused and does not report")
+
+
+def test_medians_that_contradict_the_interval_are_suspicious() -> None:
+    right = timed(6.0)
+    assert suspicion.contradiction(right.eager, right.artifact, Ratio(6.0, 5.5, 6.5)) == ()
+    (found,) = suspicion.contradiction(right.eager, right.artifact, Ratio(9.0, 8.0, 10.0))
+    assert "the speed changed between blocks" in found.finding
 
 
 def test_what_ran_is_said_per_kind_with_the_exceptions_named() -> None:

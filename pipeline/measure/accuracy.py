@@ -72,7 +72,7 @@ def judge_accuracy(accuracy: Accuracy, allowed_pp: float) -> tuple[Outcome, str,
     Gives the reason in words and, when undecided, how many further images would decide it.
     """
     judged = accuracy.judged
-    sure = f"{'' if judged.metric == 'top-1' else f'in {judged.metric} '}at {judged.confidence:.0%} confidence"
+    sure = f"{'' if judged.metric == 'top-1' else f'in {judged.metric} '}at {100 * judged.confidence:g}% confidence"
     if judged.drop_upper_pp <= allowed_pp:
         return "pass", f"at most {judged.drop_upper_pp:.2f} pp worse {sure}, {allowed_pp:g} pp allowed", None
     if judged.drop_lower_pp > allowed_pp:
@@ -109,8 +109,10 @@ def _refuse_strange(baseline: Outputs, scores: Outputs) -> None:
         if found.shape != baseline.shape or not np.isfinite(found).all():
             what = f"shape {found.shape}" if found.shape != baseline.shape else "NaN or infinity"
             raise StageFailed(f"the {whose}'s scores have {what}; expected finite scores of shape {baseline.shape}")
-    if not baseline.any():
-        raise StageFailed("the float model's scores are all zero; expected scores that tell the images apart")
+    if not baseline.any() or (len(baseline) > 1 and not np.ptp(baseline, axis=0).any()):
+        raise StageFailed(
+            "the float model's scores are the same for every image; expected scores that tell the images apart"
+        )
 
 
 def _change(name: str, before: Answers, after: Answers, labels: Labels, recipe: Recipe) -> Change:
@@ -180,4 +182,5 @@ def _resampled(
         drop_lower_pp=100 * min(low, drop - unseen),
         drop_upper_pp=100 * max(high, drop + unseen),
         confidence=confidence,
+        higher_is_better=higher_is_better,
     )

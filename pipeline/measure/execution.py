@@ -8,10 +8,15 @@ from targets import Layer, Precision
 MOST_NAMED = 3
 
 
-def summary(requested: Precision, layers: Sequence[Layer]) -> str:
-    """Say it in one line, as in `int8 requested; 52 of 53 convolutions int8, 1 float32 (features.1)`."""
+def summary(requested: Precision, layers: Sequence[Layer], *, expected: int | None = None) -> str:
+    """Say it in one line, as in `int8 requested; 52 of 53 convolutions int8, 1 float32 (features.1)`.
+
+    `expected` is how many layers the graph had; where the runtime tells of fewer, that is said.
+    """
     kinds = dict.fromkeys(layer.kind for layer in layers)
     told = [_kind(requested, kind, [layer for layer in layers if layer.kind == kind]) for kind in kinds]
+    if expected is not None and expected > len(layers):
+        told.append(f"{expected - len(layers)} more in the graph that the runtime fused and does not report")
     return f"{requested} requested; " + ("; ".join(told) or "no convolution or matrix product found")
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from device.arrays import Images, Outputs, Predict
+from device.errors import StageFailed
 from device.preprocess import Preprocessing
 from pipeline import cache
 from pipeline.artifacts import Split
@@ -26,7 +27,9 @@ ENLARGED = (1.5, 1.25)
 TORCHVISION_LIMIT = 1.0
 """Mean levels of 255 that two right decoders and resamplers may differ by: twice the worst that
 benchmarks/preprocessing.py found over 256 photographs (0.43, nearest; 0.07 bilinear)."""
-LEAST_LIMIT = 1e-3
+LEAST_LIMIT, MOST_LIMIT = 1e-3, 0.25
+"""Of the scores, as a share of the largest. On this machine a fresh process runs the same kernels and is held to the
+least."""
 EXIF_ORIENTATION, TURNED = 0x0112, 6
 
 
@@ -40,11 +43,13 @@ def prove(folder: Path, contract: Preprocessing, predict: Predict, fresh: Output
     """Compare the scores that a fresh process gave for each file with this one's, and the pixels with torchvision's.
 
     Another machine may run other kernels, so the limit for its scores is twice what the artifact itself differs from
-    the float model on these files.
+    the float model on these files, within bounds. Raises StageFailed where scores are not finite.
     """
     contents = {name: (folder / name).read_bytes() for name in KINDS}
     pixels = np.stack([contract.load(content, name) for name, content in contents.items()])
     here, exact = predict(pixels), baseline(pixels)
+    if not (np.isfinite(here).all() and np.isfinite(fresh).all() and np.isfinite(exact).all()):
+        raise StageFailed("the scores of the golden files are not all finite")
     largest = float(max(1e-6, np.abs(here).max()))
     files = [
         GoldenFile(
@@ -52,7 +57,7 @@ def prove(folder: Path, contract: Preprocessing, predict: Predict, fresh: Output
         )
         for i, ((name, content), p) in enumerate(zip(contents.items(), pixels, strict=True))
     ]
-    limit = max(LEAST_LIMIT, 2 * float(np.abs(here - exact).max()) / largest)
+    limit = float(np.clip(2 * np.abs(here - exact).max() / largest, LEAST_LIMIT, MOST_LIMIT))
     return Golden(files=tuple(files), score_limit=limit, torchvision_limit=TORCHVISION_LIMIT)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from device.arrays import Images, Outputs, Predict
-from device.errors import BitferryError, first_line
+from device.errors import first_line
 from pipeline import progress
 from pipeline.artifacts import Labels, Split
 from pipeline.measure.answers import Answers, answers, flips
@@ -80,8 +80,12 @@ def climb(
     for name, step in steps.items():
         try:
             scores = answering(name, step, sample.images)
-        except BitferryError as error:
+        except Exception as error:  # noqa: BLE001 - a runtime may raise anything; the verdict does not hang on a rung
             rungs.append(Rung(name, None, 0, 0.0, 0.0, first_line(error)))
+            continue
+        if not np.isfinite(scores).all():
+            rungs.append(Rung(name, None, 0, 0.0, 0.0, "its scores are NaN or infinite"))
+            suspects.append(name)
             continue
         noise = noise_share(sample.baseline, scores)
         rungs.append(_rung(name, scores, sample, noise - before))

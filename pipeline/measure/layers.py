@@ -118,7 +118,8 @@ def _twins(exported: fx.GraphModule, quantized: nn.Module) -> dict[str, str]:
     """
     floats = {node.name: node for node in exported.graph.nodes if node.op == "call_function"}
     wanted = set(_sources(_graph(quantized)))
-    return {name: _behind_norm(floats[name]).name for name in wanted if name in floats}
+    kept = {node.name for node in _graph(quantized).graph.nodes}
+    return {name: _behind_norm(floats[name], kept).name for name in wanted if name in floats}
 
 
 def _sources(program: fx.GraphModule) -> Iterator[str]:
@@ -132,9 +133,10 @@ def _sources(program: fx.GraphModule) -> Iterator[str]:
             yield source.name
 
 
-def _behind_norm(node: fx.Node) -> fx.Node:
+def _behind_norm(node: fx.Node, kept: set[str]) -> fx.Node:
+    """Give the batch norm that was folded into a layer; one that the int8 program still has was not."""
     users = list(node.users)
-    is_norm = len(users) == 1 and "batch_norm" in str(users[0].target)
+    is_norm = len(users) == 1 and "batch_norm" in str(users[0].target) and users[0].name not in kept
     return users[0] if node.target in LAYERS and is_norm else node
 
 

@@ -22,7 +22,7 @@ from pipeline.artifacts import Compiled
 from pipeline.figures import Candidate, Footprint, Latency, Ratio, Throughput
 from pipeline.measure import execution, latency
 from pipeline.measure.latency import Effort, Series
-from pipeline.measure.suspicion import other_load, suspicions
+from pipeline.measure.suspicion import contradiction, other_load, suspicions
 from pipeline.statistics import ratio_interval
 
 EAGER = "eager PyTorch"
@@ -63,13 +63,15 @@ def measure(
         candidates[-1] = replace(candidates[-1], throughput=throughput(artifact, image, seconds * SHARE))
     candidates[-1] = replace(candidates[-1], footprint=footprint)
     medians = [s.block_medians for s in series.values()]
+    speedup = Ratio(*ratio_interval(medians[0], medians[-1]))
+    told = suspicions(series, threads=artifact.threads, others=others())
     return Latency(
         threads=artifact.threads,
         seconds=spent,
         candidates=tuple(candidates),
-        speedup=Ratio(*ratio_interval(medians[0], medians[-1])),
+        speedup=speedup,
         runtime_speedup=Ratio(*ratio_interval(medians[1], medians[-1])) if runtime_float else None,
-        suspicions=suspicions(series, threads=artifact.threads, others=others()),
+        suspicions=(*told, *contradiction(candidates[0], candidates[-1], speedup)),
     )
 
 

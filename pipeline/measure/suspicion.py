@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.figures import Suspicion
+from pipeline.figures import Candidate, Ratio, Suspicion
 from pipeline.measure.latency import Series
 from targets import usable_cpus
 
@@ -29,6 +29,21 @@ def suspicions(series: Mapping[str, Series], *, threads: int, others: float | No
     """List everything about this measurement that a reader should know before believing it."""
     about_machine = (*_load(others), *_threads(threads), *_clock())
     return (*about_machine, *_noise(series), *_drift(series), *_first(series))
+
+
+def contradiction(eager: Candidate, artifact: Candidate, ratio: Ratio) -> tuple[Suspicion, ...]:
+    """Tell where the quotient of the two medians of all calls lies outside the interval found block by block."""
+    quotient = eager.timing.median_ms / artifact.timing.median_ms
+    if ratio.lower <= quotient <= ratio.upper:
+        return ()
+    return (
+        Suspicion(
+            "noise",
+            f"the medians of all calls give {quotient:.2f}×, the blocks {ratio.value:.2f}×: the speed changed between "
+            "blocks",
+            "believe neither until the machine is quiet",
+        ),
+    )
 
 
 @contextmanager

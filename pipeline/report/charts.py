@@ -119,6 +119,7 @@ class TradeOff:
     front: str
     """The Pareto front as an SVG path."""
     points: tuple[Point, ...] = field(repr=False)
+    higher_is_better: bool = True
 
 
 def measured(verdict: Verdict, others: Sequence[Verdict]) -> list[tuple[str, Candidate]]:
@@ -131,26 +132,32 @@ def measured(verdict: Verdict, others: Sequence[Verdict]) -> list[tuple[str, Can
     return list(found.values())
 
 
-def pareto(candidates: Iterable[Candidate]) -> list[Candidate]:
+def pareto(candidates: Iterable[Candidate], *, higher_is_better: bool = True) -> list[Candidate]:
     """List the candidates that no faster one equals in accuracy, fastest first."""
     front: list[Candidate] = []
-    best = -math.inf
-    for candidate in sorted(candidates, key=lambda c: (c.timing.median_ms, -(c.accuracy_percent or 0.0))):
-        if candidate.accuracy_percent is not None and candidate.accuracy_percent > best:
+    best, sign = -math.inf, 1 if higher_is_better else -1
+    for candidate in sorted(candidates, key=lambda c: (c.timing.median_ms, -sign * (c.accuracy_percent or 0.0))):
+        if candidate.accuracy_percent is not None and sign * candidate.accuracy_percent > best:
             front.append(candidate)
-            best = candidate.accuracy_percent
+            best = sign * candidate.accuracy_percent
     return front
 
 
 def trade_off(verdict: Verdict, others: Sequence[Verdict], width: int, height: int) -> TradeOff:
     """Lay out the candidates whose accuracy is known, their Pareto front and the budget."""
     known = [(role, c, c.accuracy_percent) for role, c in measured(verdict, others) if c.accuracy_percent is not None]
-    budget = verdict.accuracy.judged.float_percent - verdict.budget_drop_pp
+    judged = verdict.accuracy.judged
+    better = judged.higher_is_better  # the better side is up in either case
+    budget = judged.float_percent + (-verdict.budget_drop_pp if better else verdict.budget_drop_pp)
     plot = Box(54, 14, width - 12, height - 46)
     medians = [c.timing.median_ms for _, c, _ in known] or [verdict.latency.artifact.timing.median_ms]
     x = scale(medians, plot.left, plot.right, pad=0.14, log=True)
-    y = scale([budget, verdict.accuracy.judged.percent] + [p for *_, p in known], plot.bottom, plot.top, pad=0.2)
-    corners = [(x(c.timing.median_ms), y(c.accuracy_percent or 0.0)) for c in pareto(c for _, c, _ in known)]
+    ends = (plot.bottom, plot.top) if better else (plot.top, plot.bottom)
+    y = scale([budget, judged.percent] + [p for *_, p in known], *ends, pad=0.2)
+    corners = [
+        (x(c.timing.median_ms), y(c.accuracy_percent or 0.0))
+        for c in pareto((c for _, c, _ in known), higher_is_better=better)
+    ]
     lines = [*_budget_line(y(budget), plot), *_steps(corners, plot.right)]
     marks = [(x(c.timing.median_ms), y(percent)) for _, c, percent in known]
     points: list[Point] = []
@@ -159,7 +166,7 @@ def trade_off(verdict: Verdict, others: Sequence[Verdict], width: int, height: i
         label = candidate.name if len(candidate.name) <= 30 else candidate.name[:29] + "…"
         taken = [point.box for point in points] + [_around(mark) for mark in marks if mark != at]
         points.append(Point(candidate, role, *at, label, _place(at, len(label) * CHARACTER, plot, taken, lines)))
-    return TradeOff(width, height, plot, x, y, budget, _front(corners, plot.right), tuple(points))
+    return TradeOff(width, height, plot, x, y, budget, _front(corners, plot.right), tuple(points), better)
 
 
 def _front(corners: Sequence[tuple[float, float]], right: float) -> str:

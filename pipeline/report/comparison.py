@@ -17,11 +17,13 @@ from device.errors import InputError, TargetUnavailable
 from pipeline.figures import Change, Ratio
 from pipeline.measure import latency
 from pipeline.measure.accuracy import paired_change
+from pipeline.measure.suspicion import other_load, suspicions
 from pipeline.report import record
 from pipeline.report.record import Recorded
 from pipeline.statistics import ratio_interval
 from pipeline.verdict import Verdict
 
+REMEDY = "compare two bundles, which are timed here"
 MOST_APART = 1.25
 """Of the two medians of the same eager float model, before their ratio is doubted."""
 
@@ -56,7 +58,7 @@ class Comparison:
     a_bytes: int | None
     b_bytes: int | None
     suspicions: tuple[str, ...]
-    """Why the ratio of two recorded speed-ups may be off; none when both were timed here."""
+    """Why the ratio may be off, each with its remedy."""
 
 
 def compare(first: Path, second: Path, *, seconds: float = latency.SECONDS["default"]) -> Comparison:
@@ -80,13 +82,13 @@ def compare(first: Path, second: Path, *, seconds: float = latency.SECONDS["defa
         b_name=_name(b.verdict),
         common_images=len(ours),
         accuracy=change,
-        a_median_ms=live[1] if live else medians[0],
-        b_median_ms=live[2] if live else medians[1],
-        speedup=live[0] if live else _divided(a.verdict.latency.speedup, b.verdict.latency.speedup),
+        a_median_ms=live.medians_ms[0] if live else medians[0],
+        b_median_ms=live.medians_ms[1] if live else medians[1],
+        speedup=live.ratio if live else _divided(a.verdict.latency.speedup, b.verdict.latency.speedup),
         timed="both timed here, interleaved" if live else "from each one's recorded ratio to eager float",
         a_bytes=_bytes(a.verdict),
         b_bytes=_bytes(b.verdict),
-        suspicions=() if live else tuple(_doubts(a.verdict, b.verdict)),
+        suspicions=live.suspicions if live else tuple(_doubts(a.verdict, b.verdict)),
     )
 
 
@@ -107,11 +109,9 @@ def show(found: Comparison, *, as_json: bool) -> None:
         table.add_row("size", f"{found.a_bytes / 1e6:.1f} MB", f"{found.b_bytes / 1e6:.1f} MB", told)
     console = Console()
     console.print(table)
-    sure = f"{change.confidence:.0%} on either side" if change else "no common image, so accuracy is not compared"
+    sure = f"{100 * change.confidence:g}% on either side" if change else "no common image, so accuracy is not compared"
     for doubt in found.suspicions:
-        console.print(
-            f"[yellow]suspicious:[/] {escape(doubt)}; compare two bundles, which are timed here", soft_wrap=True
-        )
+        console.print(f"[yellow]suspicious:[/] {escape(doubt)}", soft_wrap=True)
     console.print(f"{found.common_images} common images ({sure}); {found.timed}, 95 % interval", soft_wrap=True)
 
 
@@ -135,17 +135,30 @@ def _common(a: Recorded, b: Recorded) -> tuple[list[int], list[int]]:
     return [i for i, _ in pairs], [j for _, j in pairs]
 
 
-def _interleaved(a: Side, b: Side, seconds: float) -> tuple[Ratio, float, float] | None:
+@dataclass(frozen=True)
+class Live:
+    """Two bundles timed here, interleaved."""
+
+    ratio: Ratio
+    medians_ms: tuple[float, float]
+    suspicions: tuple[str, ...]
+
+
+def _interleaved(a: Side, b: Side, seconds: float) -> Live | None:
+    """Time both if both are bundles that this machine can run."""
     if not all((side.path / "manifest.json").exists() for side in (a, b)):
         return None
     try:
-        loaded = [runner.Runner(side.path, targets.get(side.verdict.target)) for side in (a, b)]
+        loaded = [runner.Runner(side.path, targets.get(runner.read_manifest(side.path)["target"])) for side in (a, b)]
     except TargetUnavailable:
         return None
-    calls = dict(zip("ab", [_call(one) for one in loaded], strict=True))
-    series = latency.interleave(calls, seconds=seconds)
+    with other_load() as others:
+        series = latency.interleave(dict(zip("ab", map(_call, loaded), strict=True)), seconds=seconds)
+    told = suspicions(series, threads=max(side.verdict.latency.threads for side in (a, b)), others=others())
+    first, second = (float(np.median(series[name].seconds)) * 1e3 for name in "ab")
     ratio = Ratio(*ratio_interval(series["a"].block_medians, series["b"].block_medians))
-    return ratio, *(float(np.median(series[name].seconds)) * 1e3 for name in "ab")  # type: ignore[return-value]
+    doubts = tuple(f"{one.finding}; {one.remedy}" for one in told if one.kind == "other load")
+    return Live(ratio, (first, second), doubts)
 
 
 def _call(loaded: runner.Runner) -> latency.Call:
@@ -166,13 +179,13 @@ def _doubts(a: Verdict, b: Verdict) -> Iterator[str]:
     first, second = a.latency, b.latency
     if (first.eager.name, first.threads) != (second.eager.name, second.threads):
         told = f"{first.eager.name} with {first.threads} threads, and {second.eager.name} with {second.threads}"
-        yield f"the speed-ups are over different things: {told}"
+        yield f"the speed-ups are over different things: {told}; {REMEDY}"
     medians = sorted((first.eager.timing.median_ms, second.eager.timing.median_ms))
     if medians[1] > MOST_APART * medians[0]:
-        yield f"the eager float model took {medians[0]:.2f} ms in one and {medians[1]:.2f} ms in the other"
+        yield f"the eager float model took {medians[0]:.2f} ms in one and {medians[1]:.2f} ms in the other; {REMEDY}"
     for name, latency_ in (("A", first), ("B", second)):
         if any(one.kind == "other load" for one in latency_.suspicions):
-            yield f"{name} was timed beside other load"
+            yield f"{name} was timed beside other load; {REMEDY}"
 
 
 def _name(verdict: Verdict) -> str:

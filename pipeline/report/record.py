@@ -103,15 +103,23 @@ def _refuse(token: str) -> float:
 def read_answers(path: Path) -> Recorded:
     """Read the answers beside a verdict."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+                raise InputError(f"{path} unpacks to more than {MOST_BYTES / 1e9:g} GB; it is not one of bitferry's")
         with np.load(path) as arrays:
             found = [arrays[name].astype(np.int64) if name != "digests" else arrays[name] for name in NAMES]
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from error
-    if len({array.shape[:1] for array in found}) != 1 or len({array.shape for array in found[1:]}) != 1:
+    if (
+        any(array.ndim == 0 for array in found)
+        or len({array.shape[:1] for array in found}) != 1
+        or len({array.shape for array in found[1:]}) != 1
+    ):
         raise InputError(f"{path} is damaged: its arrays are not of the same images")
     return Recorded(*found)
 
 
+MOST_BYTES = 500_000_000
 NAMES = ("digests", "labels", "float_answers", "answers")
 
 
@@ -131,13 +139,18 @@ def _placeless(text: str) -> str:
     return " ".join(Path(word).name if "/" in word else word for word in text.split(" "))
 
 
+def _comparable(found: Verdict) -> tuple[object, ...]:
+    environment = found.environment
+    return (found.model_key, found.data_key, found.latency.threads, environment.system, environment.isa)
+
+
 def _sibling(path: Path, found: Verdict) -> Verdict | None:
     """Give the verdict of another target or precision on the same model and data; None if it is another's or older."""
     try:
         other = read_verdict(path)
     except InputError:
         return None
-    same = (other.recipe, other.version, other.data_key) == (found.recipe, found.version, found.data_key)
+    same = _comparable(other) == _comparable(found)
     return other if same and (other.target, other.precision) != (found.target, found.precision) else None
 
 

@@ -111,7 +111,7 @@ def _cells(found: Verdict) -> dict[str, str]:
         f"{judged.metric}, float": f"{judged.float_percent:.2f} %",
         judged.metric: f"{judged.percent:.2f} %",
         "drop": f"{judged.drop_pp:.2f} pp",
-        f"drop at most ({judged.confidence:.0%} sure)": f"{judged.drop_upper_pp:.2f} pp",
+        f"drop at most ({100 * judged.confidence:g}% sure)": f"{judged.drop_upper_pp:.2f} pp",
         **{one.metric: f"{one.float_percent:.2f} → {one.percent:.2f} %" for one in accuracy.others},
         "lost / gained / flipped": f"{flips.lost} / {flips.gained} / {flips.flipped}",
         "SQNR of the scores": "equal" if accuracy.sqnr_db is None else f"{accuracy.sqnr_db:.1f} dB",

@@ -1,0 +1,113 @@
+"""Figures → pass, fail or undecided, with the reasons and one sentence: every check that can decide, in one place."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.artifacts import Labels
+from pipeline.figures import Accuracy, Latency
+from pipeline.measure.accuracy import judge_accuracy
+from pipeline.measure.golden import LEAST_LIMIT
+from pipeline.recipe import Budget
+from pipeline.statistics import binomial_tail
+from pipeline.verdict import Golden, Ladder, Outcome
+
+GUESSING = 0.05
+"""How likely as many right answers by guessing may be before a float model is said to know nothing."""
+ANY_DROP = 100.0
+"""A budget that allows this is not about accuracy."""
+Check = tuple[Outcome, str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures that a verdict is drawn from."""
+
+    accuracy: Accuracy
+    latency: Latency
+    ladder: Ladder
+    golden: Golden
+
+
+def judge(measured: Measured, budget: Budget, labels: Labels, what: str) -> tuple[Outcome, str, tuple[str, ...]]:
+    """Pass when every bound is inside the budget, fail when one is outside, otherwise undecided.
+
+    `what` names the artifact, as in `int8 on openvino`. Gives the outcome, the headline and the reasons.
+    """
+    drop, reason, _ = judge_accuracy(measured.accuracy, budget.accuracy_drop_pp)
+    checks = [(drop, reason), _speed(measured.latency, budget), *_baseline(measured.accuracy, labels, budget)]
+    checks += _golden(measured.golden)
+    outcomes = [outcome for outcome, _ in checks]
+    worst: Outcome = "fail" if "fail" in outcomes else "undecided" if "undecided" in outcomes else "pass"
+    said = headline(worst, drop, what, measured, budget)
+    return worst, said, tuple(reason for _, reason in checks)
+
+
+def headline(outcome: Outcome, drop: Outcome, what: str, measured: Measured, budget: Budget) -> str:
+    """Say the verdict in one sentence; `drop` is the outcome of the accuracy alone."""
+    latency, change = measured.latency, measured.accuracy.judged
+    ratio = latency.speedup.value
+    pace = f"{ratio:.1f}× faster than eager float" if ratio >= 1 else f"{1 / ratio:.1f}× slower than eager float"
+    if budget.min_speedup is not None and _speed(latency, budget)[0] != "pass":
+        pace += f" ({budget.min_speedup:g}× asked for)"
+    if _disturbed(latency):
+        pace += " (timed beside other load)"
+    bound = f"at least {change.drop_lower_pp:.2f}" if drop == "fail" else f"at most {change.drop_upper_pp:.2f}"
+    worse = f"{bound} pp worse ({change.metric}), {100 * change.confidence:g}% sure"
+    opening = {"pass": "Ship", "fail": "Do not ship", "undecided": "Undecided about"}[outcome]
+    return f"{opening} {what}: {pace}, {worse}"
+
+
+def _speed(timed: Latency, budget: Budget) -> Check:
+    """Judge the interval; beside other load, which slows PyTorch most, against eager's fastest tenth as well."""
+    ratio, wanted = timed.speedup, budget.min_speedup
+    told = f"{ratio.lower:.2f} to {ratio.upper:.2f} times as fast as {timed.eager.name}"
+    if wanted is None:
+        return "pass", f"{told}, no minimum asked for"
+    least = timed.eager.timing.fastest_tenth_ms / timed.artifact.timing.median_ms
+    if _disturbed(timed) and ratio.lower >= wanted > least:
+        return "undecided", f"{told}, {wanted:g} asked for; timed beside other load, which flatters: verify when quiet"
+    if ratio.lower >= wanted:
+        return "pass", f"{told}, {wanted:g} asked for"
+    return ("fail" if ratio.upper < wanted else "undecided"), f"{told}, {wanted:g} asked for"
+
+
+def _disturbed(timed: Latency) -> bool:
+    return any(one.kind == "other load" for one in timed.suspicions)
+
+
+def _baseline(accuracy: Accuracy, labels: Labels, budget: Budget) -> list[Check]:
+    """Doubt a float model that guesses: nothing can be lost where nothing is right."""
+    if budget.accuracy_drop_pp >= ANY_DROP:
+        return []
+    if labels.ndim > 1:
+        areas = [one.float_percent for one in accuracy.others if one.metric == "AUC"]
+        areas += [accuracy.judged.float_percent] if accuracy.judged.metric == "AUC" else []
+        guesses = bool(areas) and areas[0] <= 50
+        told = f"the float model itself ranks no better than chance (AUC {areas[0] if areas else 0:.1f} %)"
+    else:
+        chance = float(np.bincount(labels).max() / len(labels))  # always answering the commonest class
+        right = round(len(labels) * _float_top1(accuracy) / 100)
+        guesses = binomial_tail(right, len(labels), chance) > GUESSING
+        told = f"the float model itself is right on {right / len(labels):.1%}, and guessing gives {chance:.1%}"
+    remedy = "check labels, class order, weights and preprocessing, or allow a drop of 100 pp to judge speed alone"
+    return [("undecided", f"{told}: {remedy}")] if guesses else []
+
+
+def _float_top1(accuracy: Accuracy) -> float:
+    """Give the share of right answers in percent, whichever metric is judged."""
+    changes = (accuracy.judged, *accuracy.others)
+    return next(one.float_percent for one in changes if one.metric == "top-1")
+
+
+def _golden(proved: Golden) -> list[Check]:
+    """Fail when a fresh process answers otherwise, or when torchvision reads a file otherwise."""
+    checks: list[Check] = []
+    for file in proved.files:
+        if not file.score_difference <= LEAST_LIMIT:
+            told = f"by {file.score_difference:.2g} of the largest score, at most {LEAST_LIMIT:.2g} allowed"
+            checks.append(("fail", f"{file.name} ({file.kind}): a fresh process answers otherwise, {told}"))
+        if file.torchvision_mean is not None and file.torchvision_mean > proved.torchvision_limit:
+            told = f"by {file.torchvision_mean:.1f} levels on average, {proved.torchvision_limit:g} allowed"
+            checks.append(("fail", f"{file.name} ({file.kind}): torchvision decodes and resizes it otherwise, {told}"))
+    return checks
