@@ -177,7 +177,7 @@ def test_calibration_error_and_confidence_of_a_plain_loop() -> None:
 
 
 def test_a_certain_answer_is_in_the_last_bin() -> None:
-    scores = np.array([[100, 0], [100, 0]], np.float32)
+    scores = np.array([[100, 0], [101, 0]], np.float32)
     found = measure(scores, scores, a_split(np.array([0, 1])), a_recipe(2)).reliability
     assert found.bins == (Bin(2, 100.0, 50.0),)
     assert found.ece_percent == pytest.approx(50)

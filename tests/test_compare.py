@@ -257,6 +257,7 @@ class TestVerifyBundle:
             "drop_lower_pp": pytest.approx(judged.drop_lower_pp),
             "drop_upper_pp": pytest.approx(judged.drop_upper_pp),
             "confidence": 0.95,
+            "higher_is_better": True,
         }
         assert "5 pp allowed" in found["reasons"][0]
 
