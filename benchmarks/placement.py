@@ -60,12 +60,13 @@ def candidates(build: Cache) -> tuple[dict[str, Predict], Images]:
     model = FloatModel(net, contract, CLASSES, key="untrained-resnet18")
     found = {"eager float32": eager(net)}
     for add in (True, False):
-        scheme = targets.Scheme(quantize_add=add)
+        scheme = targets.Scheme(additions="both" if add else "none")
         onnx = simplify(export(quantize(model, images, scheme, Quantization(), build), images, build), images, build)
         where = f"additions in {'int8' if add else 'float'}"
         for name in ("openvino", "onnxruntime"):
-            path = compile(replace(onnx, precision="int8"), name, build).path
-            found[f"{name}, {where}"] = targets.get(name).load(path, precision="int8", threads=THREADS)
+            options = targets.get(name).Options(threads=THREADS)
+            path = compile(replace(onnx, precision="int8"), name, build, options=options).path
+            found[f"{name}, {where}"] = targets.get(name).load(path, precision="int8", options=options)
         found[f"openvino dynamic batch, {where}"] = dynamic_openvino(onnx.path)
     return found, images.images[:64].copy()
 
@@ -83,7 +84,7 @@ def main() -> None:
     print(f"{'':44}{'p50 ms':>8}{'SQNR dB':>9}")
     for name, samples in series.items():
         print(f"{name:44}{np.median(samples.seconds) * 1e3:8.2f}{quality[name]:9.1f}")
-    environment = targets.get("openvino").environment()
+    environment = targets.get("openvino").environment(options=targets.get("openvino").Options())
     result = {
         "environment": vars(environment),
         "threads": THREADS,

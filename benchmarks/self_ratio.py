@@ -61,7 +61,8 @@ def artifact(build: Cache) -> tuple[Compiled, Images]:
     net = Deployable(torchvision.models.resnet18(num_classes=10), contract).eval()
     model = FloatModel(net, contract, CLASSES, key="resnet18-seed-0")
     program = quantize(model, images, targets.get(TARGET).SCHEMES["int8"] or targets.Scheme(), Quantization(), build)
-    made = compile(simplify(export(program, images, build), images, build), TARGET, build)
+    options = targets.get(TARGET).Options()
+    made = compile(simplify(export(program, images, build), images, build), TARGET, build, options=options)
     return made, images.images[:1].copy()
 
 
@@ -98,7 +99,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=100, help="of each half (default: 100, some 7 minutes each)")
     count = parser.parse_args().repeats
     console.quiet = True
-    kept: dict[str, object] = {"environment": vars(targets.get(TARGET).environment()), "reload_allowance": RELOAD}
+    kept: dict[str, object] = {
+        "environment": vars(targets.get(TARGET).environment(options=targets.get(TARGET).Options())),
+        "reload_allowance": RELOAD,
+    }
     with tempfile.TemporaryDirectory() as folder:
         made, image = artifact(Cache(Path(folder) / "build"))
         for name, wanted in (("quiet", False), ("busy neighbour", True)):

@@ -11,13 +11,15 @@ import numpy as np
 
 from device.arrays import Images
 from device.preprocess import Preprocessing
+from device.runner import Runtime, options_of
 
 
-def measure(target: str, path: Path, precision: str, threads: int, images: Images) -> dict[str, Any]:
+def measure(target: str, path: Path, precision: str, options: dict[str, Any], images: Images) -> dict[str, Any]:
     """Load the artifact and answer for each image N×H×W×3, one by one; milliseconds, bytes and the scores."""
-    runtime = cast(Any, importlib.import_module(f"targets.{target}"))
+    runtime = cast(Runtime, importlib.import_module(f"targets.{target}"))
+    chosen = options_of(runtime, options)
     base, start = peak_memory(), time.perf_counter()
-    predict = runtime.load(path, precision=precision, threads=threads)
+    predict = runtime.load(path, precision=precision, options=chosen)
     loaded = time.perf_counter()
     scores = [predict(images[:1])]
     answered = time.perf_counter()
@@ -47,7 +49,7 @@ def peak_memory() -> int:
 
 
 if __name__ == "__main__":
-    name, file, asked, count, contract, *golden = sys.argv[1:]
+    name, file, asked, given, contract, *golden = sys.argv[1:]
     preprocessing = Preprocessing.from_json(json.loads(contract))
     pixels = np.stack([preprocessing.load(Path(image).read_bytes(), image) for image in golden])
-    print(json.dumps(measure(name, Path(file), asked, int(count), pixels)))
+    print(json.dumps(measure(name, Path(file), asked, json.loads(given), pixels)))

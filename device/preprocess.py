@@ -3,8 +3,10 @@
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,8 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own check, with a message that names the file
+MOST_VIEWS = 16
+File = TypeVar("File")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,8 @@ class Preprocessing:
     scale: float = 1 / 255
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    views: int = 1
+    """Images that one answer is about, each preprocessed alike; the model takes them as so many arguments, in order."""
 
     def __post_init__(self) -> None:
         if not (0 < self.height <= 8192 and 0 < self.width <= 8192):
@@ -51,6 +57,13 @@ class Preprocessing:
             )
         if not self.scale > 0 or any(not s > 0 for s in self.std):
             raise ValueError(f"scale = {self.scale} and std = {list(self.std)} must be above zero")
+        if not 1 <= self.views <= MOST_VIEWS:
+            raise ValueError(f"views = {self.views} must be 1 to {MOST_VIEWS}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Give the shape of what one answer is about: H×W×3, or V×H×W×3 of several views."""
+        return (self.height, self.width, 3) if self.views == 1 else (self.views, self.height, self.width, 3)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Preprocessing":
@@ -66,28 +79,56 @@ class Preprocessing:
 
     def load(self, content: bytes, name: str) -> Images:
         """Turn the bytes of an image file into one H×W×3 array; `name` is for the message if they are broken."""
-        return self._finish(decode(content, name))
+        return self.finish(decode(content, name))
+
+    def read(self, paths: Sequence[Path]) -> Images:
+        """Read the image files of one answer, one for each view, into what the model takes."""
+        try:
+            return self.join([self.load(path.read_bytes(), str(path)) for path in paths])
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    def join(self, views: Sequence[Images]) -> Images:
+        """Put the H×W×3 views of one answer together: of one view itself, of several V×H×W×3."""
+        return views[0] if self.views == 1 else np.stack(views)
+
+    def groups(self, files: Sequence[File]) -> list[Sequence[File]]:
+        """Divide files into those of each answer, in order; raise InputError when some are left over."""
+        if len(files) % self.views:
+            raise InputError(
+                f"this model looks at {self.views} images at a time; {len(files)} do not divide into those"
+            )
+        return [files[i : i + self.views] for i in range(0, len(files), self.views)]
 
     def fit(self, pixels: NDArray[np.uint8]) -> Images:
         """Turn raw pixels, H×W grey or H×W×3 RGB, into one H×W×3 array of the input size."""
-        return self._finish(Image.fromarray(pixels).convert("RGB"))
+        return self.finish(Image.fromarray(pixels).convert("RGB"))
 
-    def _finish(self, image: Image.Image) -> Images:
-        resample = RESAMPLING[self.interpolation]
-        if self.resize is None:
-            image = image.resize((self.width, self.height), resample)
-        else:
-            image = self._crop(image, self.resize, resample)
-        array = np.asarray(image, dtype=np.uint8)
+    def finish(self, image: Image.Image) -> Images:
+        """Resize and crop a decoded image into one H×W×3 array."""
+        array = np.asarray(self.place(image, RESAMPLING[self.interpolation]), dtype=np.uint8)
         return np.ascontiguousarray(array[..., ::-1]) if self.color == "BGR" else array
 
-    def _crop(self, image: Image.Image, shorter: int, resample: Image.Resampling) -> Image.Image:
-        """Resize the shorter side and crop the centre, rounding as torchvision's Resize and CenterCrop do."""
-        longer = shorter * max(image.size) // min(image.size)
-        size = (shorter, longer) if image.width <= image.height else (longer, shorter)
-        left = round((size[0] - self.width) / 2)
-        top = round((size[1] - self.height) / 2)
+    def place(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
+        """Resize and crop, the crop rounded as torchvision's CenterCrop rounds it."""
+        size = self._resized(image.size)
+        left, top = round((size[0] - self.width) / 2), round((size[1] - self.height) / 2)
         return image.resize(size, resample).crop((left, top, left + self.width, top + self.height))
+
+    def undo(self, array: NDArray[np.uint8], size: tuple[int, int], *, outside: int) -> NDArray[np.uint8]:
+        """Put a map H×W of the input back over an image of `size` (width, height); `outside` where it was cropped."""
+        whole = self._resized(size)
+        left, top = round((whole[0] - self.width) / 2), round((whole[1] - self.height) / 2)
+        canvas = Image.new("L", whole, outside)
+        canvas.paste(Image.fromarray(array), (left, top))
+        return np.asarray(canvas.resize(size, Image.Resampling.NEAREST))
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Give the width and height before the crop, rounded as torchvision's Resize rounds them."""
+        if self.resize is None:
+            return self.width, self.height
+        longer = self.resize * max(size) // min(size)
+        return (self.resize, longer) if size[0] <= size[1] else (longer, self.resize)
 
 
 def decode(content: bytes, name: str) -> Image.Image:

@@ -18,7 +18,7 @@ from device.errors import BitferryError, InputError, first_line
 from device.preprocess import Preprocessing
 
 FORMAT = "bitferry-bundle"
-SCHEMA = 1
+SCHEMA = 2
 Task = Literal["classification", "multilabel"]
 FIELDS = {
     "target": str,
@@ -29,13 +29,15 @@ FIELDS = {
     "files": dict,
 }
 """What a manifest must have for the runner to use it."""
-MODEL = {"file": str, "precision": str, "threads": int}
+MODEL = {"file": str, "precision": str, "options": dict}
 
 
 class Runtime(Protocol):
-    """The part of a target that a device needs: a loader."""
+    """The part of a target that a device needs: a loader, and its options."""
 
-    def load(self, path: Path, *, precision: Any, threads: int | None = None) -> Predict: ...
+    Options: Any
+
+    def load(self, path: Path, *, precision: Any, options: Any) -> Predict: ...
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,14 @@ def softmax(scores: Outputs) -> Outputs:
     return probabilities
 
 
+def options_of(runtime: Runtime, given: dict[str, Any]) -> Any:
+    """Turn options as JSON has them into the target's own; raise InputError when it does not know them."""
+    try:
+        return runtime.Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the options {given} are not this target's: {first_line(error)}") from error
+
+
 class Runner:
     """A checked bundle with its model loaded."""
 
@@ -122,10 +132,11 @@ class Runner:
         self.classes: list[str] = manifest["classes"]
         self.task: Task = "multilabel" if manifest.get("task") == "multilabel" else "classification"
         self.preprocessing = Preprocessing.from_json(manifest["preprocessing"])
-        path, count = bundle / model["file"], max(1, threads or model["threads"])
+        path = bundle / model["file"]
+        options = options_of(runtime, model["options"] | ({"threads": threads} if threads else {}))
         blank = np.zeros((1, self.preprocessing.height, self.preprocessing.width, 3), np.uint8)
         try:
-            self.predict = runtime.load(path, precision=model["precision"], threads=count)
+            self.predict = runtime.load(path, precision=model["precision"], options=options)
             scores = self.predict(blank)
         except BitferryError:
             raise

@@ -1,11 +1,19 @@
 """Scheme → annotations on a graph: which tensors become int8, and what observes their ranges (torchao PT2E)."""
 
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any, cast
 
 import torch
-from torch import fx
-from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+from torch import Tensor, fx
+from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, ObserverBase, PerChannelMinMaxObserver
+from torchao.quantization.pt2e.quantizer import (
+    DerivedQuantizationSpec,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+)
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from pipeline.recipe import Quantization
@@ -15,40 +23,121 @@ aten = torch.ops.aten
 WEIGHTED = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}
 ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
 POOLS = {aten.adaptive_avg_pool2d.default}
+RELUS = {getattr(aten, name + place).default for name in ("relu", "relu6", "hardtanh", "clamp") for place in ("", "_")}
+"""What every runtime fuses into the layer before it."""
+CARRIERS = {
+    aten.contiguous.default,
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.flatten.using_ints,
+    aten.max_pool2d.default,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.squeeze.dim,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
+"""What moves values and makes no new ones, so that it runs on int8 as it is."""
 OBSERVERS = {"histogram": HistogramObserver, "minmax": MinMaxObserver}
+MOST_BIAS = 2**30
+"""Of an int32 bias; as much again is left for the sum that it is added to."""
+Inputs = dict[fx.Node, QuantizationSpec | DerivedQuantizationSpec]
 
 
 class SchemeQuantizer(Quantizer):  # type: ignore[misc]
     """Annotate a graph as a target's scheme asks: int8 into every convolution, matrix product and residual addition.
 
-    Only inputs are annotated. What lies between two quantized layers (ReLU, pooling, reshaping) then stays
-    between one layer's float output and the next one's input, where the runtimes fuse it.
+    Inputs are annotated, and an output only where nothing that takes it is int8 and the scheme wants it. What lies
+    between two quantized layers (ReLU, pooling, reshaping) then stays between one layer's float output and the next
+    one's input, where the runtimes fuse it.
     """
 
     def __init__(self, scheme: Scheme, settings: Quantization) -> None:
         super().__init__()
         self.scheme = scheme
         self.activation = _activation(scheme, settings)
-        self.weight = _weight(scheme)
+
+    def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Give each layer a bias node of its own: layers that share one have other input scales, so other biases."""
+        for node in [node for node in model.graph.nodes if node.target in WEIGHTED]:
+            bias = _bias(node)
+            if bias is not None and len(bias.users) > 1:
+                with model.graph.inserting_before(node):
+                    own = model.graph.get_attr(str(bias.target))
+                own.meta = dict(bias.meta)
+                node.replace_input_with(bias, own)
+        return model
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         for node in model.graph.nodes:
-            inputs = self._inputs(node)
-            if inputs:
-                node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
+            _annotate(node, self._inputs(model, node))
+        if self.scheme.outputs == "int8":
+            for node in [node for node in model.graph.nodes if node.target in WEIGHTED]:
+                last = _fused(node)
+                if _annotation(node) and not _taken_as_int8(last):
+                    _annotate(last, {}, self.activation)
         return model
 
-    def _inputs(self, node: fx.Node) -> dict[Any, QuantizationSpec]:
+    def _inputs(self, model: fx.GraphModule, node: fx.Node) -> Inputs:
         if node.target in WEIGHTED and _is_weight(node.args[1]):
-            return {node.args[0]: self.activation, node.args[1]: self.weight}
-        if node.target in ADDITIONS and self.scheme.quantize_add and all(_is_activation(a) for a in node.args[:2]):
-            return dict.fromkeys(node.args[:2], self.activation)
+            return self._layer(model, node)
+        if node.target in ADDITIONS and all(_is_activation(argument) for argument in node.args[:2]):
+            return dict.fromkeys(self._added(node), self.activation)
         if node.target in POOLS:
-            return {node.args[0]: self.activation}
+            return {_node(node.args[0]): self.activation}
         return {}
+
+    def _layer(self, model: fx.GraphModule, node: fx.Node) -> Inputs:
+        data, weight, bias = _node(node.args[0]), _node(node.args[1]), _bias(node)
+        if bias is None or self.scheme.bias == "float32":
+            return {data: self.activation, weight: _weight(self.scheme)}
+        values = (_value(model, weight), _value(model, bias))
+        return {
+            data: self.activation,
+            weight: _weight_with_room(self.scheme, (data, node), *values),
+            bias: _int32_bias((data, node), (weight, node)),
+        }
+
+    def _added(self, node: fx.Node) -> list[fx.Node]:
+        """Choose the inputs of an addition that are quantized."""
+        both = [_node(argument) for argument in node.args[:2]]
+        if self.scheme.additions == "skip":
+            direct = [given for given in both if given.target in WEIGHTED and len(given.users) == 1]
+            return [given for given in both if given is not (direct or both)[0]]
+        return both if self.scheme.additions == "both" else []
 
     def validate(self, model: fx.GraphModule) -> None:
         """Nothing to refuse: what no rule annotates stays float."""
+
+
+def _annotate(node: fx.Node, inputs: Inputs, output: QuantizationSpec | None = None) -> None:
+    if inputs or output:
+        before = _annotation(node)
+        node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
+            input_qspec_map=before.input_qspec_map if before else inputs, output_qspec=output, _annotated=True
+        )
+
+
+def _annotation(node: fx.Node) -> QuantizationAnnotation | None:
+    return node.meta.get(Q_ANNOTATION_KEY)
+
+
+def _fused(node: fx.Node) -> fx.Node:
+    """Follow a layer's output through the ReLUs that are its only use."""
+    while len(node.users) == 1 and (user := next(iter(node.users))).target in RELUS:
+        node = user
+    return node
+
+
+def _taken_as_int8(node: fx.Node) -> bool:
+    """Say whether everything that takes this value, through what only moves it, quantizes it."""
+    for user in node.users:
+        found = _annotation(user)
+        quantized = found is not None and node in found.input_qspec_map
+        if not quantized and not (user.target in CARRIERS and _taken_as_int8(user)):
+            return False
+    return bool(node.users)
 
 
 def _activation(scheme: Scheme, settings: Quantization) -> QuantizationSpec:
@@ -63,17 +152,79 @@ def _activation(scheme: Scheme, settings: Quantization) -> QuantizationSpec:
     )
 
 
+def _most(scheme: Scheme) -> int:
+    return int(2 ** (scheme.weight_bits - 1) - 1)
+
+
 def _weight(scheme: Scheme) -> QuantizationSpec:
-    most = 2 ** (scheme.weight_bits - 1) - 1
     return QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-most,
-        quant_max=most,
+        quant_min=-_most(scheme),
+        quant_max=_most(scheme),
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
         is_dynamic=False,
         observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=2**-24),
     )
+
+
+def _weight_with_room(
+    scheme: Scheme, data: tuple[fx.Node, fx.Node], weight: Tensor, bias: Tensor
+) -> DerivedQuantizationSpec:
+    """Make the scale of a channel large enough for its bias to fit an int32 at the scale of input times weight.
+
+    A channel whose weights are nearly nothing beside its bias, as batch norm leaves behind, would overflow.
+    """
+    largest = weight.flatten(1).abs().amax(1) / _most(scheme)
+    return DerivedQuantizationSpec(
+        derived_from=[data],
+        derive_qparams_fn=partial(_scale_with_room, largest, bias.abs() / MOST_BIAS),
+        dtype=torch.int8,
+        quant_min=-_most(scheme),
+        quant_max=_most(scheme),
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+
+
+def _scale_with_room(
+    largest: Tensor, least_product: Tensor, observers: Sequence[ObserverBase]
+) -> tuple[Tensor, Tensor]:
+    data, _ = observers[0].calculate_qparams()
+    scale = torch.maximum(largest, least_product / data).clamp(min=2**-24)
+    return scale, torch.zeros_like(scale, dtype=torch.int64)
+
+
+def _int32_bias(data: tuple[fx.Node, fx.Node], weight: tuple[fx.Node, fx.Node]) -> DerivedQuantizationSpec:
+    return DerivedQuantizationSpec(
+        derived_from=[data, weight],
+        derive_qparams_fn=_product_of_scales,
+        dtype=torch.int32,
+        quant_min=-MOST_BIAS,
+        quant_max=MOST_BIAS,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+
+
+def _product_of_scales(observers: Sequence[ObserverBase]) -> tuple[Tensor, Tensor]:
+    (data, _), (weight, _) = (observer.calculate_qparams() for observer in observers)
+    scale = data * weight
+    return scale, torch.zeros_like(scale, dtype=torch.int64)
+
+
+def _value(model: fx.GraphModule, node: fx.Node) -> Tensor:
+    value: Tensor = attrgetter(str(node.target))(model)
+    return value.detach()
+
+
+def _bias(node: fx.Node) -> fx.Node | None:
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return bias if isinstance(bias, fx.Node) and _is_weight(bias) else None
+
+
+def _node(argument: Any) -> fx.Node:
+    return cast(fx.Node, argument)
 
 
 def _is_weight(node: Any) -> bool:

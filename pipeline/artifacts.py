@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+import targets
 from device.arrays import Images, Outputs
 from device.preprocess import Preprocessing
-from pipeline.verdict import Verdict
-from targets import Precision, Scheme
+from pipeline.verdict import Built, Verdict
+from targets import Options, Precision, Scheme
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,6 +111,15 @@ class Traced:
 
 
 @dataclass(frozen=True)
+class Captured:
+    """A torch.export program as a `.pt2` file, batch dynamic."""
+
+    path: Path
+    precision: Precision
+    key: str
+
+
+@dataclass(frozen=True)
 class Onnx:
     """An ONNX file as exported, batch dynamic, compared with its program."""
 
@@ -134,10 +144,28 @@ class Compiled:
     path: Path
     target: str
     precision: Precision
-    source: Simplified | Traced
-    threads: int
-    """The CPU threads it is verified with, and runs with on the device."""
+    source: "Source"
+    options: Options
+    """It is compiled, verified and run on the device with these; the number of threads is always given."""
     key: str
+
+    @property
+    def threads(self) -> int:
+        return self.options.threads or 1
+
+    @property
+    def batch(self) -> int:
+        """Images of one call; 1 where any number goes."""
+        return 1 if self.options.batch == "dynamic" else self.options.batch
+
+    @property
+    def environment(self) -> targets.Environment:
+        """Say what it is tied to, as this machine has it."""
+        return targets.get(self.target).environment(options=self.options)
+
+
+Source = Simplified | Traced | Captured
+"""What targets compile from."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +183,21 @@ class Verified:
 
 
 @dataclass(frozen=True)
+class Unmeasured:
+    """An artifact that this machine can build and cannot run, with what another one needs to judge it."""
+
+    verdict: Built
+    float_scores: Outputs
+    golden_scores: Outputs
+    """Of the last step that runs here."""
+    golden: Path
+    evaluation: Split
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A folder that is shipped: the artifact, its ONNX, the manifest and the runner."""
 
     path: Path
-    verified: Verified
+    verified: Verified | Unmeasured
     size_bytes: int

@@ -11,7 +11,7 @@ import targets
 from device import runner
 from device.errors import InputError
 from pipeline import cache, progress
-from pipeline.artifacts import Bundle, Compiled, FloatModel, Verified
+from pipeline.artifacts import Bundle, Compiled, FloatModel, Unmeasured, Verified
 from pipeline.measure import golden
 from pipeline.recipe import Recipe
 from pipeline.report import record
@@ -43,7 +43,7 @@ def check_output(recipe: Recipe, names: list[str], out: Path) -> None:
             raise InputError(f"{place} exists and is no bundle of bitferry's; move it away or name another OUT")
 
 
-def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Verified, out: Path) -> Bundle:
+def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Verified | Unmeasured, out: Path) -> Bundle:
     """Write OUT/<recipe>-<target>-<version>/, replacing an older build of the same version."""
     check_output(recipe, [compiled.target], out)
     final = out / folder_name(recipe, compiled.target)
@@ -79,7 +79,7 @@ def write_runner(path: Path, target: str) -> None:
 
 
 def _manifest(
-    recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Verified, folder: Path
+    recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Verified | Unmeasured, folder: Path
 ) -> Mapping[str, object]:
     verdict = verified.verdict
     return {
@@ -88,7 +88,7 @@ def _manifest(
         "name": recipe.name,
         "version": recipe.version,
         "target": compiled.target,
-        "model": {"file": compiled.path.name, "precision": compiled.precision, "threads": compiled.threads},
+        "model": {"file": compiled.path.name, "precision": compiled.precision, "options": asdict(compiled.options)},
         "preprocessing": asdict(model.preprocessing),
         "preprocessing_sha256": model.preprocessing.sha256(),
         "task": recipe.task,

@@ -41,6 +41,9 @@ OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Where bundles are 
 Quick = Annotated[bool, typer.Option("--quick", help="Time for a second and a half; no throughput.")]
 Thorough = Annotated[bool, typer.Option("--thorough", help="Time for a minute, enough for a 99th percentile.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Load a .pt2 program, which can run code.")]
+AllowUnmeasured = Annotated[
+    bool, typer.Option("--allow-unmeasured", help="Exit 0 also where this machine builds a target and cannot run it.")
+]
 PrecisionName = Annotated[str | None, typer.Option("--precision", help="Instead of the recipe's: int8, float32, …")]
 
 
@@ -103,6 +106,7 @@ def deploy(
     trust: Trust = False,
     quick: Quick = False,
     thorough: Thorough = False,
+    allow_unmeasured: AllowUnmeasured = False,
     json_: Json = False,
 ) -> None:
     """Build, verify and bundle for every target named.
@@ -120,7 +124,7 @@ def deploy(
 
     results = deploy_(_run(chosen, recipe, build, trust, _effort(quick, thorough)), names, out)
     terminal.show(results, as_json=json_)
-    raise typer.Exit(terminal.exit_code(results))
+    raise typer.Exit(terminal.exit_code(results, allow_unmeasured=allow_unmeasured))
 
 
 @app.command()
@@ -215,6 +219,7 @@ def verify(
     data: Annotated[
         Path | None, typer.Option(help="For a bundle: labelled images, as in a recipe, to measure its accuracy on.")
     ] = None,
+    allow_unmeasured: AllowUnmeasured = False,
     json_: Json = False,
 ) -> None:
     """Measure accuracy and latency of each target against the float model; or prove a bundle anew on this machine.
@@ -236,7 +241,7 @@ def verify(
     deployments = _each(subject, target, build, trust, precision, effort)
     results = [one.verified for one in deployments]
     terminal.show(results, as_json=json_)
-    raise typer.Exit(terminal.exit_code(results))
+    raise typer.Exit(terminal.exit_code(results, allow_unmeasured=allow_unmeasured))
 
 
 app.command(name="bundle")(deploy)

@@ -1,37 +1,38 @@
-"""Simplified ONNX or TorchScript → a target's own file."""
+"""Simplified ONNX, TorchScript or a torch.export program → a target's own file."""
 
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import targets
 from device.errors import BitferryError, StageFailed, first_line
 from pipeline import cache
-from pipeline.artifacts import Compiled, Simplified, Traced
+from pipeline.artifacts import Compiled, Source
 
 
-def compile(source: Simplified | Traced, name: str, build: cache.Cache, *, threads: int | None = None) -> Compiled:
+def compile(source: Source, name: str, build: cache.Cache, *, options: targets.Options) -> Compiled:
     """Compile for the target called `name`; raise StageFailed, with the vendor's error as cause, when it cannot.
 
-    `threads` is what the artifact is verified and run with; None for every CPU this process may use.
+    `options` are of the target's own kind; without a number of threads, every CPU this process may use is meant.
     """
     target = targets.get(name)
-    environment = target.environment()
+    options = replace(options, threads=options.threads or targets.usable_cpus())
     key = cache.key(
         "compile",
         target=name,
         code=targets.source(name),
         source=source.key,
         precision=source.precision,
-        environment=environment,
+        options=asdict(replace(options, threads=None)),
+        environment=target.environment(options=options),
     )
-    done = build.folder("compile", key, partial(_compile, target, source), of=name)
-    path = done / f"model{target.SUFFIX}"
-    return Compiled(path, name, source.precision, source, threads or targets.usable_cpus(), key)
+    done = build.folder("compile", key, partial(_compile, target, source, options), of=name)
+    return Compiled(done / f"model{target.SUFFIX}", name, source.precision, source, options, key)
 
 
-def _compile(target: targets.Target, source: Simplified | Traced, out: Path) -> None:
+def _compile(target: targets.Target[targets.Options], source: Source, options: targets.Options, out: Path) -> None:
     try:
-        target.compile(source.path, out / f"model{target.SUFFIX}", precision=source.precision)
+        target.compile(source.path, out / f"model{target.SUFFIX}", precision=source.precision, options=options)
     except BitferryError:
         raise
     except Exception as error:

@@ -2,48 +2,30 @@
 
 import hashlib
 import json
-import zipfile
-import zlib
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
+from PIL import Image
 
 from device import preprocess
 from device.arrays import Images
 from device.errors import InputError
 from device.preprocess import Preprocessing
-from pipeline import cache, progress
+from pipeline import cache, labels, progress, samples
 from pipeline.artifacts import Labels, Split
 from pipeline.measure.metrics import Task
+from pipeline.samples import Sample
 from targets import usable_cpus
 
-CHUNK = 256
+CHUNK_BYTES, MOST_CHUNK = 256_000_000, 256
 ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"}
 MOST_COPIES = 0.01
 """Share of a split's images that may be copies of others in it; each counts as evidence, and a copy is none."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image before decoding."""
-
-    source: str
-    labels: tuple[int, ...]
-    """The indices of its classes: one, or for multi-label data any number."""
-    form: str
-    """How the bytes are to be read: `file`, or the shape of raw pixels. The same bytes in another shape are another
-    picture."""
-    content: Callable[[], bytes]
-    """Its encoded bytes, or its raw pixels when it comes from an array."""
-    fit: Callable[[bytes], Images]
 
 
 def split(
@@ -59,42 +41,47 @@ def split(
 
     Raises InputError when there are no images, one is broken, or a label does not fit the classes.
     """
-    samples = _samples(source, classes, contract, task)
-    if not samples:
+    found = _samples(source, classes, contract, task)
+    if not found:
         raise InputError(f"the {name} data {source} holds no images")
     with ThreadPoolExecutor(usable_cpus()) as pool:
-        hashes = list(pool.map(_content_hash, samples))
+        hashes = list(pool.map(_content_hash, found))
     key = cache.key(
         "data",
         code=__file__,
+        readers=[cache.file_hash(Path(str(module.__file__))) for module in (labels, samples, preprocess)],
         packages=("pillow",),
-        preprocess=cache.file_hash(Path(preprocess.__file__)),
         contract=contract,
         task=task,
-        samples=[(digest, sample.form, sample.labels) for digest, sample in zip(hashes, samples, strict=True)],
+        classes=len(classes),
+        samples=[
+            (digest, [picture.form for picture in sample.pictures], sample.labels)
+            for digest, sample in zip(hashes, found, strict=True)
+        ],
     )
-    folder = build.folder("data", key, partial(_decode, name, samples, contract), of=name)
+    folder = build.folder("data", key, partial(_decode, name, found, contract, classes), of=name)
     return Split(
         name=name,
         images=np.load(folder / "images.npy", mmap_mode="r"),
-        labels=_label_array(samples, len(classes), task),
-        sources=tuple(sample.source for sample in samples),
+        labels=_labels(folder, found, len(classes), task),
+        sources=tuple(sample.source for sample in found),
         digests=tuple(bytes.fromhex(d) for d in json.loads((folder / "digests.json").read_text())),
         key=key,
     )
 
 
-def _label_array(samples: Sequence[Sample], classes: int, task: Task) -> Labels:
-    if task == "classification":
-        return np.array([sample.labels[0] for sample in samples], dtype=np.int64)
-    labels = np.zeros((len(samples), classes), dtype=np.int64)
-    for row, sample in zip(labels, samples, strict=True):
-        row[list(sample.labels)] = 1
-    return labels
+def _labels(folder: Path, found: Sequence[Sample], classes: int, task: Task) -> Labels:
+    if task == "segmentation":
+        masks: Labels = np.load(folder / "masks.npy", mmap_mode="r")
+        return masks
+    return labels.gathered([sample.labels for sample in found], classes, task)
 
 
 def refuse_leaks(*splits: Split) -> None:
-    """Raise InputError when one image, by its pixels, is in two splits, or too often in one."""
+    """Raise InputError when one image, by its pixels, is in two splits, or too often in one.
+
+    Of several views all must be the same: a reference image may rightly be one view of many.
+    """
     seen: dict[bytes, tuple[Split, str]] = {}
     for part in splits:
         copies = len(part) - len(set(part.digests))
@@ -115,49 +102,74 @@ def refuse_leaks(*splits: Split) -> None:
             )
 
 
-def _content_hash(sample: Sample) -> str:
-    return hashlib.sha256(sample.content()).hexdigest()
+def _content_hash(sample: Sample) -> list[str]:
+    return [hashlib.sha256(picture.content()).hexdigest() for picture in sample.pictures]
 
 
-def _decode(name: str, samples: Sequence[Sample], contract: Preprocessing, folder: Path) -> None:
-    """Write images.npy and digests.json, a chunk at a time so that memory stays small."""
-    shape = (len(samples), contract.height, contract.width, 3)
-    images = open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+def _decode(name: str, found: Sequence[Sample], contract: Preprocessing, classes: Sequence[str], folder: Path) -> None:
+    """Write images.npy, digests.json and any masks.npy, a chunk at a time so that memory stays small."""
+    images = open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(len(found), *contract.shape))
+    masks = None
+    if found[0].mask:
+        shape = (len(found), contract.height, contract.width)
+        masks = open_memmap(folder / "masks.npy", mode="w+", dtype=np.uint8, shape=shape)
     digests: list[str] = []
+    chunk = int(np.clip(CHUNK_BYTES // images[0].size, 1, MOST_CHUNK))
     with ThreadPoolExecutor(usable_cpus()) as pool:
-        chunks = range(0, len(samples), CHUNK)
+        chunks = range(0, len(found), chunk)
         for start in progress.track(chunks, f"decode {name}", total=len(chunks)):
-            part = samples[start : start + CHUNK]
-            images[start : start + len(part)] = np.stack(list(pool.map(lambda s: s.fit(s.content()), part)))
-            digests += [hashlib.sha256(i.tobytes()).hexdigest()[:32] for i in images[start : start + len(part)]]
+            fitted = list(pool.map(partial(_fitted, contract), found[start : start + chunk]))
+            for index, (pixels, mask) in enumerate(fitted, start):
+                images[index] = pixels
+                digests.append(hashlib.sha256(pixels.tobytes()).hexdigest()[:32])
+                if masks is not None:
+                    masks[index] = mask
     images.flush()
+    if masks is not None:
+        labels.refuse_unmarked(masks, name, classes)
+        masks.flush()
     (folder / "digests.json").write_text(json.dumps(digests))
 
 
+def _fitted(contract: Preprocessing, sample: Sample) -> tuple[Images, NDArray[np.uint8] | None]:
+    """Give what the model takes, and the mask resized and cropped as the image it belongs to, the first view."""
+    images = [view.decode(view.content()) for view in sample.views]
+    pixels = contract.join([contract.finish(image) for image in images])
+    if sample.mask is None:
+        return pixels, None
+    mask = sample.mask.decode(sample.mask.content())
+    if mask.size != images[0].size:
+        sizes = ["×".join(map(str, one.size)) for one in (mask, images[0])]
+        raise InputError(f"the mask {sample.mask.source} is {sizes[0]} pixels, its image {sizes[1]}: {sample.source}")
+    return pixels, np.asarray(contract.place(mask, Image.Resampling.NEAREST))
+
+
 def _samples(source: Path, classes: Sequence[str], contract: Preprocessing, task: Task) -> list[Sample]:
-    if source.is_dir() and task == "multilabel":
+    if source.is_dir() and task in labels.FOLDER_HINTS:
+        raise InputError(f"{source} is a folder, {labels.FOLDER_HINTS[task]}")
+    if source.is_dir() and contract.views > 1:
         raise InputError(
-            f"{source} is a folder, whose layout can name only one class per image; for task 'multilabel' give "
-            "a list of `file<TAB>A|B` lines, or an .npz with `labels` N×K of 0 and 1"
+            f"{source} is a folder, which does not say which {contract.views} images belong together; for "
+            f"preprocessing.views = {contract.views} give a list of {samples.form(contract, task)} lines, or an .npz"
         )
     if source.is_dir():
-        return _from_folder(source, classes, contract)
+        return _from_folder(source, classes)
     if not source.is_file():
         raise InputError(f"the data {source} does not exist")
     if source.suffix == ".npz":
-        return _from_arrays(source, classes, contract, task)
-    return _from_list(source, classes, contract, task)
+        return samples.from_arrays(source, classes, contract, task)
+    return samples.from_list(source, classes, contract, task)
 
 
-def _from_folder(root: Path, classes: Sequence[str], contract: Preprocessing) -> list[Sample]:
+def _from_folder(root: Path, classes: Sequence[str]) -> list[Sample]:
     """Read root/CLASS/**/IMAGE, the layout of torchvision's ImageFolder."""
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise InputError(f"{root} has no class folders; expected {root}/{classes[0]}/… with images, or use a list file")
-    labels = _folder_labels([folder.name for folder in folders], classes, root)
+    found = labels.of_folders([folder.name for folder in folders], classes, root)
     return [
-        _file_sample(path, (label,), contract)
-        for folder, label in zip(folders, labels, strict=True)
+        Sample((samples.file(path),), (label,))
+        for folder, label in zip(folders, found, strict=True)
         for path in image_files(folder)
     ]
 
@@ -166,125 +178,3 @@ def image_files(folder: Path) -> list[Path]:
     """List the images below a folder by their endings, in order; what is hidden is left out."""
     found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS and path.is_file())
     return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-
-
-def _folder_labels(names: Sequence[str], classes: Sequence[str], root: Path) -> list[int]:
-    """Match folders with classes by name; where none matches but the counts agree, by sorted order (torchvision)."""
-    strange = [name for name in names if name not in classes]
-    if not strange:
-        return [_by_name(name, classes) for name in names]
-    if len(strange) == len(names) == len(classes):
-        progress.stage("data", f"{root}: no folder is named like a class; taken in sorted order")
-        return list(range(len(names)))
-    raise InputError(
-        f"{root} has folders that are no class of this recipe: {_some(strange)}; the classes are {_some(classes)}"
-    )
-
-
-def _from_list(path: Path, classes: Sequence[str], contract: Preprocessing, task: Task) -> list[Sample]:
-    """Read lines of `file<TAB>label`: an index or a class name, the file relative to the list.
-
-    A multi-label line has any number of them with `|` between; none when the image is of no class.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a list: expected text lines of `file<TAB>label` ({error.reason})") from None
-    samples = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or (number == 1 and line.split("\t")[0].lower() in ("file", "path", "image", "filename")):
-            continue
-        name, tab, rest = line.partition("\t")
-        if not tab:
-            wanted = (
-                "`file<TAB>A|B`, nothing after the tab for no label" if task == "multilabel" else "`file<TAB>label`"
-            )
-            raise InputError(f"{path}:{number}: expected {wanted}, found {line!r}")
-        text = rest.split("\t")[0].strip()
-        parts = [text] if task == "classification" else [part.strip() for part in text.split("|") if text]
-        labels = tuple(_label(part, classes, f"{path}:{number}") for part in parts)
-        samples.append(_file_sample(path.parent / name, labels, contract))
-    return samples
-
-
-def _from_arrays(path: Path, classes: Sequence[str], contract: Preprocessing, task: Task) -> list[Sample]:
-    """Read `images` (N×H×W grey or N×H×W×3 RGB, uint8) and `labels` of an .npz file."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is not an .npz with arrays `images` and `labels`: {error}") from error
-    if images.dtype != np.uint8 or not (images.ndim == 3 or images.shape[3:] == (3,)) or 0 in images.shape[1:]:
-        raise InputError(f"{path}: expected `images` N×H×W or N×H×W×3 uint8, found {images.dtype} {images.shape}")
-    fit = partial(_fit, contract, images.shape[1:])
-    return [
-        Sample(f"{path.name}[{i}]", sample_labels, str(image.shape), image.tobytes, fit)
-        for i, (image, sample_labels) in enumerate(
-            zip(images, _array_labels(labels, len(images), classes, path, task), strict=True)
-        )
-    ]
-
-
-def _array_labels(
-    labels: NDArray[Any], images: int, classes: Sequence[str], path: Path, task: Task
-) -> list[tuple[int, ...]]:
-    """Read N integers, or for multi-label data N×K of 0 and 1, as the classes of each image."""
-    found = f"found {labels.dtype} {labels.shape}"
-    if task == "multilabel":
-        wanted = (images, len(classes))
-        if labels.shape != wanted or labels.dtype.kind not in "iub":
-            raise InputError(f"{path}: expected `labels` of shape {wanted}, 0 or 1 for each class, {found}")
-        strange = sorted(set(np.unique(labels).tolist()) - {0, 1})
-        if strange:
-            raise InputError(f"{path}: expected `labels` of 0 and 1 only, found {_some([str(v) for v in strange])}")
-        return [tuple(np.flatnonzero(row).tolist()) for row in labels]
-    if labels.shape != (images,) or labels.dtype.kind not in "iu":
-        hint = '; for several labels per image set task = "multilabel"' if labels.ndim == 2 else ""
-        raise InputError(f"{path}: expected `labels` of {images} integers, {found}{hint}")
-    _refuse_strange_labels(labels.astype(np.int64), classes, path)
-    return [(label,) for label in labels.tolist()]
-
-
-def _fit(contract: Preprocessing, shape: tuple[int, ...], content: bytes) -> Images:
-    return contract.fit(np.frombuffer(content, np.uint8).reshape(shape))
-
-
-def _file_sample(path: Path, labels: tuple[int, ...], contract: Preprocessing) -> Sample:
-    return Sample(str(path), labels, "file", partial(_read, path), lambda content: contract.load(content, str(path)))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise InputError(f"the image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _label(text: str, classes: Sequence[str], where: str) -> int:
-    if text in classes:
-        return _by_name(text, classes)
-    if not text.isdecimal():
-        hint = '; for several labels per image set task = "multilabel"' if "|" in text else ""
-        raise InputError(f"{where}: '{text}' is neither a class of this recipe ({_some(classes)}) nor an index{hint}")
-    if int(text) >= len(classes):
-        raise InputError(f"{where}: label {text} is out of range; there are {len(classes)} classes, counted from 0")
-    return int(text)
-
-
-def _by_name(name: str, classes: Sequence[str]) -> int:
-    if classes.count(name) > 1:
-        raise InputError(
-            f"the class name '{name}' stands for {classes.count(name)} classes; use indices in a list file"
-        )
-    return classes.index(name)
-
-
-def _refuse_strange_labels(labels: Labels, classes: Sequence[str], path: Path) -> None:
-    strange = Counter(labels[(labels < 0) | (labels >= len(classes))].tolist())
-    if strange:
-        found = ", ".join(str(label) for label in sorted(strange)[:5])
-        raise InputError(f"{path}: labels out of range ({found}); there are {len(classes)} classes, counted from 0")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -222,6 +222,8 @@ class Latency:
     """The candidates interleaved in one process, in random order per block, with the same thread count."""
 
     threads: int
+    batch: int
+    """Images of one call; every time is of a whole call."""
     seconds: float
     """How long was spent on timing."""
     candidates: tuple[Candidate, ...]

@@ -13,6 +13,7 @@ from device.errors import BitferryError, InputError, TargetUnavailable, first_li
 from device.preprocess import Preprocessing
 from pipeline import cache, checkpoint
 from pipeline.artifacts import FloatModel
+from pipeline.measure.metrics import Task
 from pipeline.recipe import Recipe
 
 PACKAGES = {
@@ -26,7 +27,10 @@ OURS = ("pipeline", "targets", "device", "__main__")
 
 
 class Deployable(nn.Module):
-    """The graph that is shipped: uint8 N×H×W×3 in, (pixel · scale − mean) / std as N×3×H×W into the model."""
+    """The graph that is shipped: uint8 N×H×W×3 in, (pixel · scale − mean) / std as N×3×H×W into the model.
+
+    Of several views, N×V×H×W×3, the model gets each as an argument of its own.
+    """
 
     multiplier: Tensor
     offset: Tensor
@@ -34,14 +38,20 @@ class Deployable(nn.Module):
     def __init__(self, model: nn.Module, contract: Preprocessing) -> None:
         super().__init__()
         self.model = model
+        self.views = contract.views
         mean, std = torch.tensor(contract.mean), torch.tensor(contract.std)
         self.register_buffer("multiplier", (contract.scale / std).view(1, 3, 1, 1))
         self.register_buffer("offset", (-mean / std).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = images.permute(0, 3, 1, 2).to(torch.float32)
-        scores: Tensor = self.model(pixels * self.multiplier + self.offset)
-        return scores
+        if self.views == 1:
+            views = [images.permute(0, 3, 1, 2).to(torch.float32)]
+        else:  # a cast first: TensorRT does nothing else with uint8
+            pixels = images.to(torch.float32)
+            views = [pixels[:, view].permute(0, 3, 1, 2) for view in range(self.views)]
+        scores = self.model(*(view * self.multiplier + self.offset for view in views))
+        found: Tensor = scores.get("out", scores) if isinstance(scores, dict) else scores  # torchvision's segmentation
+        return found
 
 
 def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: bool = False) -> FloatModel:
@@ -85,7 +95,7 @@ def architecture(recipe: Recipe, folder: Path = Path()) -> nn.Module:
     options = dict(recipe.model.options)
     try:
         if kind == "torchvision":
-            return _torchvision(name, {"num_classes": len(recipe.classes)} | options)
+            return _torchvision(name, {"num_classes": len(recipe.classes)} | options, recipe.task)
         if kind == "timm":
             return _timm(name, {"num_classes": len(recipe.classes)} | options)
         return _factory(name, options, folder)
@@ -95,10 +105,14 @@ def architecture(recipe: Recipe, folder: Path = Path()) -> nn.Module:
         raise InputError(f"the model '{recipe.model.source}' cannot be built with {options}: {_told(error)}") from error
 
 
-def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+def _torchvision(name: str, options: dict[str, Any], task: Task) -> nn.Module:
     from torchvision import models  # noqa: PLC0415 - a second to import, for this source only
 
-    _check_known("torchvision", name, models.list_models(module=models))
+    if task == "segmentation":
+        _check_known("torchvision", name, models.list_models(module=models.segmentation), "segmentation model")
+        options = {"weights_backbone": None} | options  # its default would be downloaded
+    else:
+        _check_known("torchvision", name, models.list_models(module=models))
     model: nn.Module = models.get_model(name, weights=None, **options)
     return model
 
@@ -113,11 +127,11 @@ def _timm(name: str, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _check_known(library: str, name: str, known: list[str]) -> None:
+def _check_known(library: str, name: str, known: list[str], kind: str = "image classifier") -> None:
     if name not in known:
         close = get_close_matches(name, known, n=1)
         hint = f", did you mean '{library}:{close[0]}'?" if close else ""
-        raise InputError(f"{library} has no image classifier called '{name}'{hint}")
+        raise InputError(f"{library} has no {kind} called '{name}'{hint}")
 
 
 def _factory(name: str, options: dict[str, Any], folder: Path) -> nn.Module:
@@ -178,23 +192,33 @@ def _exported(path: Path, trust: bool, recipe: Recipe) -> nn.Module:
 
 
 def _check_scores(model: nn.Module, recipe: Recipe) -> None:
-    contract = recipe.preprocessing
-    images = torch.zeros(2, contract.height, contract.width, 3, dtype=torch.uint8)
+    contract, source = recipe.preprocessing, recipe.model.source
+    size, classes = (contract.height, contract.width), len(recipe.classes)
+    several = f" times {contract.views}" if contract.views > 1 else ""
     try:
         with torch.no_grad():
-            scores: object = model(images)
+            scores: object = model(torch.zeros(2, *contract.shape, dtype=torch.uint8))
     except (Exception, SystemExit) as error:  # the model is somebody else's code and may raise anything
-        hint = "; export it with a dynamic batch" if recipe.model.source.startswith("pt2:") else ""
+        hint = "; export it with a dynamic batch" if source.startswith("pt2:") else ""
         raise InputError(
-            f"the model '{recipe.model.source}' cannot take 2 images of {contract.height}×{contract.width}: "
-            f"{_told(error)}{hint}"
+            f"the model '{source}' cannot take 2{several} images of {size[0]}×{size[1]}: {_told(error)}{hint}"
         ) from error
-    wanted = (2, len(recipe.classes))
+    wanted = (2, classes, *(size if recipe.task == "segmentation" else ()))
     if not isinstance(scores, Tensor) or tuple(scores.shape) != wanted:
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise InputError(
-            f"the model '{recipe.model.source}' gives {found} for 2 images; the recipe has "
-            f"{len(recipe.classes)} classes, so {wanted} was expected"
+            f"the model '{source}' gives {found} for 2 images; the recipe has {classes} classes, "
+            f"so {wanted} was expected{_way_out(found, wanted)}"
         )
     if not bool(torch.isfinite(scores).all()):
-        raise InputError(f"the model '{recipe.model.source}' answers a black image with NaN or infinity")
+        raise InputError(f"the model '{source}' answers a black image with NaN or infinity")
+
+
+def _way_out(found: tuple[int, ...] | str, wanted: tuple[int, ...]) -> str:
+    """Say what to do where the scores are of another kind or size than the task's."""
+    if isinstance(found, str) or len(found) not in (2, 4):
+        return ""
+    if len(found) != len(wanted):
+        return f'; set task = "{"segmentation" if len(found) == 4 else "classification"}"'
+    same_classes = found[:2] == wanted[:2]
+    return "; resize the scores to the input's size inside the model (F.interpolate)" if same_classes else ""

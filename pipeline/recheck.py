@@ -4,6 +4,7 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -21,7 +22,7 @@ from pipeline.measure.latency import Effort
 from pipeline.measure.suspicion import other_load, suspicions
 from pipeline.report import record
 from pipeline.report.terminal import STYLES
-from pipeline.verdict import Outcome, Verdict
+from pipeline.verdict import Built, Outcome, Verdict
 from targets import Environment
 
 BATCH = 64
@@ -39,8 +40,8 @@ class Recheck:
     """Each golden file's largest score difference from the expected, as a share of the largest score."""
     score_limit: float
     timing: Timing
-    verified_median_ms: float
-    """On the machine that built the bundle."""
+    verified_median_ms: float | None
+    """On the machine that built the bundle; None where that could not run it."""
     accuracy: Change | None
     """Against the float model's recorded answers; None without `--data`."""
     environment: Environment
@@ -51,46 +52,61 @@ def verify(bundle: Path, data: Path | None = None, *, effort: Effort = "default"
     """Check every file, answer for the golden files, time the artifact, and measure its accuracy on `data` if given.
 
     `data` must hold the images that the bundle was verified on, or some of them: the float model is not in a
-    bundle, only its answer for each image is. Raises InputError for a bundle that is not as it was built.
+    bundle, only its answer for each image is. A bundle that was built unmeasured gets its verdict by this, in its
+    manifest. Raises InputError for a bundle that is not as it was built.
     """
     manifest = runner.read_manifest(bundle)
     target = targets.get(manifest["target"])
+    options = runner.options_of(target, manifest["model"]["options"])
     loaded = runner.Runner(bundle, target)
-    verified = record.read_verdict(bundle / record.VERDICT)
+    verified = record.read_built(bundle / record.VERDICT)
     with progress.timed("verify", str(bundle)):
         limit, differences = runner.golden(loaded, bundle)
-        timing, found = _time(loaded, manifest["model"]["threads"], effort)
+        timing, found = _time(loaded, options, effort)
         change = _accuracy(loaded, bundle, data, verified) if data else None
     faults = [
         f"{name}: differs by {difference:.2g} of the largest score, {limit:.2g} allowed"
         for name, difference in differences.items()
         if not difference <= limit
     ]
-    here, environment = timing.median_ms, target.environment()
-    return Recheck(
+    environment = target.environment(options=options)
+    there = verified.latency.artifact.timing.median_ms if isinstance(verified, Verdict) else None
+    compared = f"{there:.2f} there" if there else "not measured where it was built"
+    rechecked = Recheck(
         bundle=str(bundle),
         outcome="fail" if faults else _outcome(change, verified),
         headline=_headline(not faults, change, environment, verified),
-        reasons=(
-            *faults,
-            *_told(change, verified),
-            f"{here:.2f} ms here, {verified.latency.artifact.timing.median_ms:.2f} there",
-        ),
+        reasons=(*faults, *_told(change, verified), f"{timing.median_ms:.2f} ms here, {compared}"),
         golden=differences,
         score_limit=limit,
         timing=timing,
-        verified_median_ms=verified.latency.artifact.timing.median_ms,
+        verified_median_ms=there,
         accuracy=change,
         environment=environment,
         suspicions=found,
     )
+    if change and manifest["verdict"]["outcome"] == "unmeasured":
+        _complete(bundle, manifest, rechecked)
+    return rechecked
+
+
+def _complete(bundle: Path, manifest: dict[str, Any], found: Recheck) -> None:
+    """Put the verdict that was missing into the manifest."""
+    measured = {"outcome": found.outcome, "headline": found.headline, "measured": _fields(found)}
+    part = bundle.with_name(f".{bundle.name}.manifest")
+    part.write_text(json.dumps(manifest | {"verdict": manifest["verdict"] | measured}, indent=2) + "\n")
+    part.replace(bundle / "manifest.json")
+    progress.stage("verify", f"{bundle}/manifest.json now holds the verdict")
+
+
+def _fields(found: Recheck) -> dict[str, object]:
+    return asdict(found) | {"golden": runner.finite(found.golden)}
 
 
 def show(found: Recheck, *, as_json: bool) -> int:
     """Print what was found; give the exit code."""
     if as_json:
-        fields = asdict(found) | {"golden": runner.finite(found.golden)}
-        print(json.dumps(fields, indent=2, allow_nan=False))
+        print(json.dumps(_fields(found), indent=2, allow_nan=False))
         return 0 if found.outcome == "pass" else 1
     console = Console()
     console.print(f"[{STYLES[found.outcome]}]{found.outcome}[/] {escape(found.headline)}", soft_wrap=True)
@@ -99,17 +115,26 @@ def show(found: Recheck, *, as_json: bool) -> int:
     return 0 if found.outcome == "pass" else 1
 
 
-def _outcome(change: Change | None, verified: Verdict) -> Outcome:
+def _outcome(change: Change | None, verified: Built) -> Outcome:
     """Judge the drop in right answers; where the budget is about another metric, it is only told."""
-    allowed = verified.budget_drop_pp
-    if change is None or verified.accuracy.judged.metric != change.metric or change.drop_upper_pp <= allowed:
+    allowed, judged = verified.budget_drop_pp, change is not None and verified.budget_metric == change.metric
+    if not judged and not isinstance(verified, Verdict):
+        return "undecided"
+    if change is None or not judged or change.drop_upper_pp <= allowed:
         return "pass"
     return "fail" if change.drop_lower_pp > allowed else "undecided"
 
 
-def _headline(passed: bool, change: Change | None, here: Environment, verified: Verdict) -> str:
+def _headline(passed: bool, change: Change | None, here: Environment, verified: Built) -> str:
     same = "the same runtime and processor" if here == verified.environment else _differs(here, verified.environment)
-    missed = "" if _outcome(change, verified) == "pass" else ", but on these images the budget is not shown to be kept"
+    inside = _outcome(change, verified) == "pass"
+    missed = "" if inside else ", but on these images the budget is not shown to be kept"
+    if not isinstance(verified, Verdict):
+        same, missed = (
+            f"{here.device}, where it is measured first",
+            "" if inside else "; the budget is not shown to be kept",
+        )
+        missed += "" if change else " (pass --data with the evaluation images)"
     return f"{'answers' if passed else 'does not answer'} as it was verified, on {same}{missed}"
 
 
@@ -120,13 +145,13 @@ def _differs(here: Environment, there: Environment) -> str:
 
 def _plain(environment: Environment, name: str) -> str:
     value = getattr(environment, name)
-    return value if isinstance(value, str) else " ".join(value)
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _told(change: Change | None, verified: Verdict) -> tuple[str, ...]:
+def _told(change: Change | None, verified: Built) -> tuple[str, ...]:
     if change is None:
         return ()
-    judged = verified.accuracy.judged.metric
+    judged = verified.budget_metric
     budget = (
         f"{verified.budget_drop_pp:g} pp allowed"
         if judged == change.metric
@@ -136,15 +161,16 @@ def _told(change: Change | None, verified: Verdict) -> tuple[str, ...]:
     return (f"{right}; at most {change.drop_upper_pp:.2f} pp worse, {budget}",)
 
 
-def _time(loaded: runner.Runner, threads: int, effort: Effort) -> tuple[Timing, tuple[Suspicion, ...]]:
-    contract = loaded.preprocessing
-    image = np.full((1, contract.height, contract.width, 3), 127, np.uint8)
+def _time(loaded: runner.Runner, options: targets.Options, effort: Effort) -> tuple[Timing, tuple[Suspicion, ...]]:
+    contract, threads = loaded.preprocessing, options.threads or targets.usable_cpus()
+    batch = 1 if options.batch == "dynamic" else options.batch
+    image = np.full((batch, contract.height, contract.width, 3), 127, np.uint8)
     with other_load() as others:
         series = latency.interleave({"artifact": lambda: loaded.predict(image)}, seconds=latency.SECONDS[effort] / 2)
     return latency.timing(series["artifact"]), suspicions(series, threads=threads, others=others())
 
 
-def _accuracy(loaded: runner.Runner, bundle: Path, data: Path, verified: Verdict) -> Change:
+def _accuracy(loaded: runner.Runner, bundle: Path, data: Path, verified: Built) -> Change:
     """Answer `data` and pair each image, by its pixels, with the float model's recorded answer."""
     recorded = record.read_answers(bundle / record.ANSWERS)
     images = _split(loaded, data)
@@ -166,7 +192,7 @@ def _accuracy(loaded: runner.Runner, bundle: Path, data: Path, verified: Verdict
         "top-1" if labels.ndim == 1 else "whole answers",
         record.right(recorded.float_answers[theirs], labels),
         right,
-        verified.accuracy.judged.confidence,
+        verified.budget_confidence,
     )
 
 

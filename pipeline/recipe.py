@@ -1,7 +1,9 @@
 """TOML → a typed, validated recipe: everything that decides what is built, and how it is judged."""
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -24,7 +27,7 @@ from device.preprocess import Preprocessing
 from pipeline import progress
 from pipeline.measure import metrics
 from pipeline.measure.metrics import COUNTED, TORCHMETRICS, Task
-from targets import Precision
+from targets import Options, Precision
 
 
 def _beside_recipe(path: Path, info: ValidationInfo) -> Path:
@@ -103,10 +106,6 @@ class Budget(Section):
     """Over the eager float model, at the same thread count."""
 
 
-class TargetOptions(Section):
-    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
-
-
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9._+-]*$")] = "0.1.0"
@@ -119,7 +118,8 @@ class Recipe(Section):
     training: Training = Training()
     quantization: Quantization = Quantization()
     budget: Budget = Budget()
-    targets: dict[str, TargetOptions] = {}
+    targets: dict[str, dict[str, JsonValue]] = {}
+    """Each target's own options (`Options` in its file)."""
 
     @property
     def metric(self) -> str:
@@ -135,9 +135,19 @@ class Recipe(Section):
             raise ValueError("; ".join(faults))
         return self
 
-    def threads(self, target: str) -> int | None:
-        """Give the CPU threads asked for on a target; None for the default."""
-        return self.targets[target].threads if target in self.targets else None
+    def options(self, target: str) -> Options:
+        """Give what is set under `[targets.NAME]` as that target's own options; raise InputError for what it lacks."""
+        kind, given = targets.get(target).Options, self.targets.get(target, {})
+        try:
+            options: Options = TypeAdapter(kind).validate_json(json.dumps(given))  # JSON: a list is a tuple
+        except ValidationError as error:
+            known = [field.name for field in fields(kind)]
+            faults: dict[tuple[int | str, ...], str] = {}
+            for detail in error.errors():  # a choice between types gives one fault for each of them
+                told = _told(dict(detail), ("targets", target, *detail["loc"][:1]), known)
+                faults[detail["loc"][:1]] = faults.get(detail["loc"][:1], "") + f"; {told}"
+            raise InputError(f"recipe '{self.name}'{''.join(faults.values())}".replace(";", ":", 1)) from None
+        return options
 
 
 def _metric_faults(recipe: Recipe) -> Iterator[str]:
@@ -181,6 +191,7 @@ def choose_targets(text: str | None, recipe: Recipe) -> list[str]:
         raise InputError(f"no target: name some of {', '.join(targets.names())}")
     for name in wanted:
         schemes = targets.get(name).SCHEMES
+        recipe.options(name)
         if recipe.precision not in schemes:
             raise InputError(f"target '{name}' cannot run {recipe.precision}; it runs {', '.join(schemes)}")
     return wanted
@@ -189,7 +200,7 @@ def choose_targets(text: str | None, recipe: Recipe) -> list[str]:
 def _ready(name: str, precision: Precision) -> bool:
     try:
         target = targets.get(name)
-        target.environment()
+        target.environment(options=target.Options())
     except TargetUnavailable as error:
         progress.stage("skip", str(error))
         return False
@@ -204,29 +215,29 @@ def read(path: Path, *, precision: str | None = None) -> Recipe:
     Raises InputError with every fault in it, unknown keys with the nearest known one.
     """
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"recipe {path} does not exist") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"recipe {path} cannot be read: {error}") from error
     try:
-        fields |= {"precision": precision} if precision else {}
-        recipe = Recipe.model_validate(fields, context={"folder": path.parent})
+        given |= {"precision": precision} if precision else {}
+        recipe = Recipe.model_validate(given, context={"folder": path.parent})
     except ValidationError as error:
-        faults = [_fault(dict(detail), fields) for detail in error.errors()]
+        faults = [_told(dict(detail), detail["loc"], _known_keys(detail["loc"][:-1])) for detail in error.errors()]
         raise InputError(f"recipe {path}: {'; '.join(faults)}") from None
     for name in recipe.targets:
         targets.check_name(name)
     return recipe
 
 
-def _fault(detail: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in detail["loc"])
+def _told(detail: Mapping[str, Any], loc: Sequence[str | int], known: Sequence[str]) -> str:
+    """Say one fault of pydantic's, found at `loc`, where the keys `known` may stand."""
+    where = ".".join(str(part) for part in loc)
     if not where:
         return str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _known_keys(detail["loc"][:-1])
-        close = get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+        close = get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
         return f"unknown key '{where}', {hint}"
     if detail["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
@@ -240,7 +251,5 @@ def _known_keys(where: tuple[str | int, ...]) -> list[str]:
         return list(Recipe.model_fields)
     if where[0] == "preprocessing":
         return list(Preprocessing.__dataclass_fields__)
-    if where[0] == "targets":
-        return list(TargetOptions.model_fields)
     section = Recipe.model_fields[str(where[0])].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

@@ -1,7 +1,7 @@
 """All stages in order: the table of contents of bitferry."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,34 +12,41 @@ from device.errors import InputError
 from pipeline import dataset, progress
 from pipeline.artifacts import (
     Bundle,
+    Captured,
     Compiled,
     FloatModel,
     Onnx,
     Program,
     Simplified,
+    Source,
     Split,
     Traced,
+    Unmeasured,
     Verified,
     Weights,
 )
 from pipeline.bundle import bundle, check_output
 from pipeline.cache import Cache
+from pipeline.capture import capture
 from pipeline.compile import compile
 from pipeline.export import answer, export, simplify
 from pipeline.load import load
 from pipeline.measure.ladder import Step, Steps
 from pipeline.measure.latency import Effort
-from pipeline.quantize import quantize
+from pipeline.quantize import quantize, read_program
 from pipeline.recipe import Recipe
 from pipeline.report import record
 from pipeline.trace import torchscript, trace
 from pipeline.train import train
-from pipeline.verify import Way, eager, load_artifact, verify
+from pipeline.verify import Way, eager, load_artifact, unmeasured, verify
 from targets import Precision
 
 
-def deploy(run: "Run", names: Sequence[str], out: Path) -> list[Bundle | Verified]:
-    """Take the recipe's model to every target named; outside the budget, a target gives its verdict and no bundle."""
+def deploy(run: "Run", names: Sequence[str], out: Path) -> list[Bundle | Verified | Unmeasured]:
+    """Take the recipe's model to every target named; outside the budget, a target gives its verdict and no bundle.
+
+    What this machine cannot run is bundled unmeasured, to be verified where it can.
+    """
     check_output(run.recipe, list(names), out)
     return [Deployment(run, name, run.recipe.precision).ship(out) for name in names]
 
@@ -122,9 +129,21 @@ class Deployment:
         return simplify(self.exported, self.run.calibration, self.run.build)
 
     @cached_property
+    def captured(self) -> Captured:
+        return capture(self.program, self.run.calibration, self.run.build)
+
+    @cached_property
+    def source(self) -> Source:
+        ways: Mapping[targets.Form, Callable[[], Source]] = {
+            "onnx": lambda: self.simplified,
+            "torchscript": lambda: self.traced,
+            "exported": lambda: self.captured,
+        }
+        return ways[targets.get(self.name).CONSUMES]()
+
+    @cached_property
     def compiled(self) -> Compiled:
-        source = self.traced if targets.get(self.name).CONSUMES == "torchscript" else self.simplified
-        return compile(source, self.name, self.run.build, threads=self.run.recipe.threads(self.name))
+        return compile(self.source, self.name, self.run.build, options=self.run.recipe.options(self.name))
 
     @cached_property
     def runtime_float(self) -> Compiled | None:
@@ -134,16 +153,22 @@ class Deployment:
         return Deployment(self.run, self.name, "float32").compiled
 
     @cached_property
-    def verified(self) -> Verified:
+    def verified(self) -> Verified | Unmeasured:
         run = self.run
-        way = Way(self.program, self.compiled, self.runtime_float, self._steps())
-        found = verify(run.recipe, way, run.evaluation, run.build, command=self._command(), effort=run.effort)
+        found: Verified | Unmeasured
+        reason = self.compiled.environment.unmeasured
+        if reason:
+            way = Way(self.program, self.compiled, None, self._steps(measured=False))
+            found = unmeasured(run.recipe, way, run.evaluation, run.build, command=self._command())
+        else:
+            way = Way(self.program, self.compiled, self.runtime_float, self._steps())
+            found = verify(run.recipe, way, run.evaluation, run.build, command=self._command(), effort=run.effort)
         progress.stage("report", str(record.write(found, run.build)))
         return found
 
-    def ship(self, out: Path) -> Bundle | Verified:
+    def ship(self, out: Path) -> Bundle | Verified | Unmeasured:
         verdict = self.verified.verdict
-        if not verdict.passed:
+        if verdict.outcome not in ("pass", "unmeasured"):
             progress.stage("bundle", f"none for {self.name}: {verdict.outcome}")
             return self.verified
         return bundle(self.run.recipe, self.run.model, self.compiled, self.verified, out)
@@ -156,14 +181,19 @@ class Deployment:
         words += [f"--{run.effort}"] if run.effort != "default" else []
         return shlex.join([*words, *(["--trust"] if run.trust else [])])
 
-    def _steps(self) -> Steps:
-        """Name each step between the float model and the artifact, with how to load it."""
-        steps: dict[str, Callable[[], Predict]] = {
-            "TorchScript": lambda: eager(torchscript(self.traced)),
-            "ONNX": lambda: partial(answer, self.exported.path),
-            "simplified ONNX": lambda: partial(answer, self.simplified.path),
-        }
+    def _steps(self, *, measured: bool = True) -> Steps:
+        """Name each step between the float model and what the target compiles, with how to load it, then it."""
+        form = targets.get(self.name).CONSUMES
+        steps: dict[str, Callable[[], Predict]] = {}
         if self.precision == "int8":
-            steps = {"PyTorch int8": lambda: eager(self.program.module())} | steps
+            steps["PyTorch int8"] = lambda: eager(self.program.module())
+        elif form == "exported":
+            steps["torch.export"] = lambda: eager(read_program(self.captured.path))
+        if form != "exported":
+            steps["TorchScript"] = lambda: eager(torchscript(self.traced))
+        if form == "onnx":
+            steps["ONNX"] = lambda: partial(answer, self.exported.path)
+            steps["simplified ONNX"] = lambda: partial(answer, self.simplified.path)
         shared = {name: Step(self.program.key, load) for name, load in steps.items()}
-        return shared | {self.name: Step(self.compiled.key, lambda: load_artifact(self.compiled))}
+        last = {self.name: Step(self.compiled.key, lambda: load_artifact(self.compiled))} if measured else {}
+        return shared | last

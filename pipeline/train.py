@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from device.errors import StageFailed
+from device.pixels import IGNORED
 from pipeline import cache, load, progress
 from pipeline.artifacts import Split, Weights
 from pipeline.load import PACKAGES, Deployable, architecture
+from pipeline.measure.metrics import Task
 from pipeline.recipe import Recipe
 from targets import has_bfloat16, usable_cpus
 
@@ -53,14 +55,16 @@ def _train(recipe: Recipe, data: Split, bfloat16: bool, folder: Path, out: Path)
     )
     total = settings.epochs * batches
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total, pct_start=WARM_UP_SHARE)
-    images, labels = torch.from_numpy(data.images.copy()), torch.from_numpy(data.labels)
+    images, labels = torch.from_numpy(data.images.copy()), torch.from_numpy(data.labels.copy())
     order = torch.cat([torch.randperm(len(data))[: batches * settings.batch_size] for _ in range(settings.epochs)])
     steps = torch.split(order, min(settings.batch_size, len(data)))
     for picked in progress.track(steps, "train", total=len(steps)):
-        batch = _flipped(images[picked]) if settings.horizontal_flip else images[picked]
+        batch, truth = images[picked], labels[picked]
+        if settings.horizontal_flip:
+            batch, truth = _flipped(batch, truth, recipe.task)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             scores = deployable(batch)
-        loss = _loss(recipe, scores.float(), labels[picked])
+        loss = _loss(recipe, scores.float(), truth.long())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -71,12 +75,18 @@ def _train(recipe: Recipe, data: Split, bfloat16: bool, folder: Path, out: Path)
 
 
 def _loss(recipe: Recipe, scores: Tensor, labels: Tensor) -> Tensor:
-    """Give the cross entropy of one class per image, or of each label on its own where there may be several."""
+    """Give the cross entropy of one class per image or pixel, or of each label for itself where there may be several."""
     if recipe.task == "multilabel":
         return F.binary_cross_entropy_with_logits(scores, labels.float())
+    if recipe.task == "segmentation":
+        return F.cross_entropy(scores, labels, ignore_index=IGNORED)
     return F.cross_entropy(scores, labels, label_smoothing=recipe.training.label_smoothing)
 
 
-def _flipped(images: Tensor) -> Tensor:
-    """Mirror a random half of the images N×H×W×3 left to right."""
-    return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(2), images)
+def _flipped(images: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Mirror a random half of the images left to right, all views of one together, and their masks with them."""
+    mirrored = torch.rand(len(images)) < 0.5
+    images = torch.where(mirrored.view(-1, *[1] * (images.ndim - 1)), images.flip(-2), images)
+    if task == "segmentation":
+        labels = torch.where(mirrored.view(-1, 1, 1), labels.flip(-1), labels)
+    return images, labels

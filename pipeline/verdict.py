@@ -8,10 +8,10 @@ from typing import Literal
 from pipeline.figures import Accuracy, Latency
 from targets import Environment, Layer, Precision
 
-SCHEMA = 2
+SCHEMA = 3
 """Of verdict.json; it rises when a field changes its meaning or goes (docs/verdict.md)."""
 
-Outcome = Literal["pass", "fail", "undecided"]
+Outcome = Literal["pass", "fail", "undecided", "unmeasured"]
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class Golden:
     """Largest mean pixel difference allowed, in levels."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether one artifact is inside the recipe's budget, with the figures that say so."""
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """One artifact and where it comes from: all that is known of one that the machine which built it cannot run."""
 
     schema: int
     recipe: str
@@ -113,10 +113,10 @@ class Verdict:
     headline: str
     """The verdict in words."""
     reasons: tuple[str, ...]
+    budget_metric: str
+    """The judged metric."""
+    budget_confidence: float
     budget_drop_pp: float
-    accuracy: Accuracy
-    latency: Latency
-    execution: Execution
     ladder: Ladder
     golden: Golden
     environment: Environment
@@ -135,11 +135,20 @@ class Verdict:
         return self.outcome == "pass"
 
 
-def write(verdict: Verdict, path: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Verdict(Built):
+    """Whether one artifact is inside the recipe's budget, with the figures that say so."""
+
+    accuracy: Accuracy
+    latency: Latency
+    execution: Execution
+
+
+def write(verdict: Built, path: Path) -> None:
     """Write `verdict.json`."""
     path.write_text(json.dumps(fields(verdict), indent=2, allow_nan=False) + "\n")
 
 
-def fields(verdict: Verdict) -> dict[str, object]:
+def fields(verdict: Built) -> dict[str, object]:
     """Give the verdict as what JSON can hold."""
     return asdict(verdict) | {"passed": verdict.passed}

@@ -1,10 +1,11 @@
 """Judge a compiled artifact against the eager float model: same images, same threads, one process."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import onnx
@@ -15,14 +16,14 @@ from torch import nn
 import targets
 from device.arrays import Images, Outputs, Predict
 from pipeline import cache, export, progress, statistics, trace
-from pipeline.artifacts import Compiled, FloatModel, Program, Split, Verified
+from pipeline.artifacts import Compiled, FloatModel, Program, Split, Unmeasured, Verified
 from pipeline.figures import Accuracy, Latency
 from pipeline.judge import Measured, judge
 from pipeline.measure import execution, golden, ladder, layers, speed
 from pipeline.measure.accuracy import measure, percent
 from pipeline.measure.latency import Effort
 from pipeline.recipe import Recipe
-from pipeline.verdict import SCHEMA, Execution, Ladder, LayerError, Verdict
+from pipeline.verdict import SCHEMA, Built, Execution, Ladder, LayerError, Verdict
 
 BATCH = 64
 LAYER_IMAGES = 32
@@ -76,6 +77,27 @@ def verify(
     return Verified(verdict, baseline, scores, fresh.scores, files, evaluation)
 
 
+def unmeasured(recipe: Recipe, way: Way, evaluation: Split, build: cache.Cache, *, command: str) -> Unmeasured:
+    """Say what is known of an artifact that this machine cannot run: how far the steps before it are from float.
+
+    Its golden files are answered by the last of those steps; the machine that runs it is held to those answers.
+    """
+    model, compiled = way.program.baseline, way.compiled
+    baseline = float_scores(model, evaluation, build)
+    climbed = _ladder(way, evaluation, baseline, build)
+    files = golden.make(evaluation, model.preprocessing, build)
+    last = list(way.steps.values())[-1].load()
+    scores = golden.answer(files, model.preprocessing, last)
+    proved = golden.prove(files, model.preprocessing, last, scores, eager(model.module()))
+    there = compiled.environment
+    headline = f"Built {compiled.precision} on {compiled.target} for {there.device}, not measured: {there.unmeasured}"
+    remedy = "`bitferry verify BUNDLE --data IMAGES` on a machine that runs it completes the verdict"
+    verdict = Built(outcome="unmeasured", headline=headline, reasons=(remedy,), ladder=climbed, golden=proved,
+                    **_made(recipe, way, evaluation, command))  # fmt: skip
+    progress.stage("verify", f"{compiled.target} cannot run here")
+    return Unmeasured(verdict, baseline, scores, files, evaluation)
+
+
 def eager(module: nn.Module) -> Predict:
     """Wrap a PyTorch module as a Predict."""
 
@@ -90,7 +112,7 @@ def eager(module: nn.Module) -> Predict:
 def load_artifact(compiled: Compiled) -> Predict:
     """Load an artifact with the threads it is verified and shipped with."""
     target = targets.get(compiled.target)
-    return target.load(compiled.path, precision=compiled.precision, threads=compiled.threads)
+    return target.load(compiled.path, precision=compiled.precision, options=compiled.options)
 
 
 def float_scores(model: FloatModel, evaluation: Split, build: cache.Cache) -> Outputs:
@@ -102,10 +124,9 @@ def float_scores(model: FloatModel, evaluation: Split, build: cache.Cache) -> Ou
 
 def artifact_scores(compiled: Compiled, evaluation: Split, build: cache.Cache) -> Outputs:
     """Answer every evaluation image with the artifact, once per artifact, runtime and machine."""
-    environment = targets.get(compiled.target).environment()
     key = cache.key(
-        "answers", code=__file__, artifact=compiled.key, environment=environment, data=evaluation.key,
-        threads=compiled.threads,
+        "answers", code=__file__, artifact=compiled.key, environment=compiled.environment, data=evaluation.key,
+        options=asdict(compiled.options),
     )  # fmt: skip
     load = partial(load_artifact, compiled)
     return _scores(build, "answers", key, load, evaluation.images, f"{compiled.target} {compiled.precision}")
@@ -116,22 +137,49 @@ def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, co
     outcome, headline, reasons = judge(
         measured, recipe.budget, evaluation.labels, f"{compiled.precision} on {compiled.target}"
     )
-    environment = targets.get(compiled.target).environment()
     return Verdict(
-        schema=SCHEMA,
-        recipe=recipe.name,
-        version=recipe.version,
-        target=compiled.target,
-        precision=compiled.precision,
         outcome=outcome,
         headline=headline,
         reasons=reasons,
-        budget_drop_pp=recipe.budget.accuracy_drop_pp,
         accuracy=measured.accuracy,
         latency=measured.latency,
         execution=_execution(way),
         ladder=measured.ladder,
         golden=measured.golden,
+        **_made(recipe, way, evaluation, command),
+    )
+
+
+class _Made(TypedDict):
+    schema: int
+    recipe: str
+    version: str
+    target: str
+    precision: targets.Precision
+    budget_metric: str
+    budget_confidence: float
+    budget_drop_pp: float
+    environment: targets.Environment
+    versions: dict[str, str]
+    command: str
+    compiled_key: str
+    model_key: str
+    data_key: str
+    measured_at: str
+
+
+def _made(recipe: Recipe, way: Way, evaluation: Split, command: str) -> _Made:
+    """Give what a verdict says of where the artifact comes from."""
+    compiled, environment = way.compiled, way.compiled.environment
+    return _Made(
+        schema=SCHEMA,
+        recipe=recipe.name,
+        version=recipe.version,
+        target=compiled.target,
+        precision=compiled.precision,
+        budget_metric=recipe.metric,
+        budget_confidence=recipe.budget.confidence,
+        budget_drop_pp=recipe.budget.accuracy_drop_pp,
         environment=environment,
         versions={name: version(name) for name in PACKAGES} | {environment.runtime: environment.version},
         command=command,
@@ -161,7 +209,8 @@ def _matrix_products_and_convolutions(source: Path) -> int | None:
 
 
 def _executed(compiled: Compiled) -> tuple[targets.Layer, ...]:
-    return tuple(targets.get(compiled.target).executed(compiled.path, precision=compiled.precision))
+    target = targets.get(compiled.target)
+    return tuple(target.executed(compiled.path, precision=compiled.precision, options=compiled.options))
 
 
 def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) -> Ladder:
@@ -183,14 +232,14 @@ def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) 
         make = partial(_layer_errors, way.program, sample.images[spread])
         errors = LAYERS.validate_json((build.folder("layers", key, make) / "layers.json").read_bytes())
     lossless = way.program.precision == "float32"
-    first, last = next(iter(way.steps)), way.compiled.target
+    first, last = next(iter(way.steps), None), way.compiled.target
     lossy = None if lossless else first if way.program.precision == "int8" else last
     return ladder.climb(sample, way.steps, lossy=lossy, layers=errors, answering=answering)
 
 
 def _key(stage: str, way: Way, evaluation: Split, **inputs: object) -> str:
     codes = [cache.file_hash(Path(str(module.__file__))) for module in (ladder, layers, statistics, trace, export)]
-    environment = targets.get(way.compiled.target).environment().isa
+    environment = way.compiled.environment.isa
     return cache.key(
         stage, code=__file__, codes=codes, packages=PACKAGES, isa=environment, data=evaluation.key, **inputs
     )

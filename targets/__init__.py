@@ -4,31 +4,66 @@ import importlib
 import os
 import pkgutil
 import platform
-from collections.abc import Mapping, Sequence
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
 from device.arrays import Predict
 from device.errors import InputError, TargetUnavailable
 
-Form = Literal["onnx", "torchscript"]
-Precision = Literal["int8", "float32", "bfloat16", "float16"]
+Form = Literal["onnx", "torchscript", "exported"]
+"""What a target compiles from: simplified ONNX, a TorchScript file, or a torch.export program (`.pt2`)."""
+Precision = Literal["int8", "float32", "bfloat16", "float16", "float8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Batch = int | Literal["dynamic"]
+MOST_THREADS, MOST_BATCH = 1024, 4096
+
+FOLDERS = "BITFERRY_TARGETS"
+"""Environment variable: more folders to look for targets in, separated as in PATH."""
+__path__ += [folder for folder in os.environ.get(FOLDERS, "").split(os.pathsep) if folder]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How a target wants its int8 graph; two targets with equal schemes share one quantized model."""
+    """How a target wants its int8 graph; targets with equal schemes share one quantized model."""
 
     activation: Literal["uint8", "int8"] = "uint8"
     activation_symmetric: bool = False
     """Zero point fixed at the middle of the range (TensorRT); False lets it move (affine)."""
     weight_bits: int = 8
     """Weights are int8, symmetric and per output channel; fewer bits leave head room in 16-bit accumulators."""
-    quantize_add: bool = True
-    """Quantize both inputs of a residual addition, so that it runs on int8 as well."""
+    bias: Literal["float32", "int32"] = "float32"
+    """int32 has the scale of input times weight, and zero point 0."""
+    additions: Literal["both", "skip", "none"] = "both"
+    """Which inputs of a residual addition are quantized: both, so that it runs on int8 as well, or the one that no
+    layer gives directly, so that the other fuses with its layer."""
+    outputs: Literal["float32", "int8"] = "float32"
+    """What a layer gives that no quantized layer takes, the classifier's scores above all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a recipe may set under `[targets.NAME]`; a target adds its own in a subclass of this name."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, where there is one
+
+    threads: int | None = None
+    """CPU threads; None for every CPU this process may use."""
+    batch: Batch = 1
+    """Images of one call of the compiled model: fixed, which most runtimes turn into speed, or "dynamic"."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no runtime takes; a subclass calls this before its own checks."""
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads must be 1 to {MOST_THREADS}, not {self.threads}")
+        if self.batch != "dynamic" and not 1 <= self.batch <= MOST_BATCH:
+            raise ValueError(f'batch must be 1 to {MOST_BATCH}, or "dynamic", not {self.batch}')
 
 
 @dataclass(frozen=True)
@@ -38,8 +73,15 @@ class Environment:
     runtime: str
     version: str
     device: str
+    """What runs the artifact."""
     isa: tuple[str, ...]
     system: str
+    devices: tuple[str, ...] = ()
+    """Everything this runtime found that it could run on."""
+    fast: tuple[Precision, ...] = ("float32",)
+    """The precisions that the device has instructions for."""
+    unmeasured: str | None = None
+    """Why an artifact that compiles here cannot run here; None where it can."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +94,10 @@ class Layer:
     """Of its inputs: int8, float32, bfloat16, float16."""
 
 
-class Target(Protocol):
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+class Target(Protocol[AnyOptions]):
     """What a module in this folder provides. Its file name is its name everywhere."""
 
     CONSUMES: Form
@@ -60,17 +105,18 @@ class Target(Protocol):
     """Of the compiled file, dot included; files beside it belong to it."""
     SCHEMES: Mapping[Precision, Scheme | None]
     """The precisions it can run; the scheme is None where no quantization is needed."""
+    Options: type[AnyOptions]
 
-    def environment(self) -> Environment:
+    def environment(self, *, options: AnyOptions) -> Environment:
         """Say which runtime and hardware would run the artifact here."""
 
-    def compile(self, model: Path, out: Path, *, precision: Precision) -> None:
-        """Compile `model` (of form CONSUMES) to `out`; several precisions may give the same file."""
+    def compile(self, model: Path, out: Path, *, precision: Precision, options: AnyOptions) -> None:
+        """Compile `model` (of form CONSUMES, its batch dynamic) to `out`; several precisions may give the same file."""
 
-    def load(self, path: Path, *, precision: Precision, threads: int | None = None) -> Predict:
-        """Load a compiled file on this machine; `threads` is None for the runtime's own choice."""
+    def load(self, path: Path, *, precision: Precision, options: AnyOptions) -> Predict:
+        """Load a compiled file on this machine; the Predict takes any number of images, whatever the batch."""
 
-    def executed(self, path: Path, *, precision: Precision) -> Sequence[Layer]:
+    def executed(self, path: Path, *, precision: Precision, options: AnyOptions) -> Sequence[Layer]:
         """List the convolutions and matrix products with the precision the runtime really runs them in."""
 
 
@@ -87,7 +133,7 @@ def check_name(name: str) -> None:
         raise InputError(f"unknown target '{name}'; {hint}the targets are {', '.join(names())}")
 
 
-def get(name: str) -> Target:
+def get(name: str) -> Target[Any]:
     """Import the target called `name`.
 
     Raises InputError for a name that is no file here, TargetUnavailable when its runtime is not installed.
@@ -101,39 +147,65 @@ def get(name: str) -> Target:
             raise  # our own mistake, not the user's machine
         raise TargetUnavailable(
             f"target '{name}' needs the Python package '{missing}', which is not installed; "
-            f"install it (`pip install {missing}`) or leave this target out"
+            f"install it (`{install_command(name, missing)}`) or leave this target out"
         ) from error
-    return cast(Target, module)
+    return cast(Target[Any], module)
+
+
+def install_command(name: str, package: str) -> str:
+    """Give the command that would install what the target called `name` lacks, at the versions tried with bitferry."""
+    try:
+        wanted = [line.partition(";") for line in metadata.requires("bitferry") or ()]
+    except metadata.PackageNotFoundError:  # on a device
+        wanted = []
+    pins = [pin.strip() for pin, _, marker in wanted if f"extra == '{name}'" in marker.replace('"', "'")]
+    pins = pins or [pin.strip() for pin, _, marker in wanted if not marker and re.split(r"[<=>!~]", pin)[0] == package]
+    return f"pip install {shlex.join(pins or [package])}"
 
 
 def source(name: str) -> Path:
     """Give the file of the target called `name`: what compiles, verifies and ships it."""
-    return Path(__path__[0]) / f"{name}.py"
+    found = find_spec(f"{__name__}.{name}")
+    return Path(str(found.origin if found else None))
 
 
 def cpu_isa() -> tuple[str, ...]:
     """List the instruction sets that decide int8 and 16-bit speed on this CPU (Linux; empty where unknown)."""
-    wanted = (
-        "avx2",
-        "avx512f",
-        "avx512_vnni",
-        "avx_vnni",
-        "avx512_bf16",
-        "amx_int8",
-        "amx_bf16",
-        "asimddp",
-        "i8mm",
-    )
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return ()
-    return tuple(name for name in wanted if name in flags)
+    return tuple(name for name in ISA if name in flags)
+
+
+ISA: Mapping[str, tuple[Precision, ...]] = {
+    "avx2": ("float32",),
+    "avx512f": ("float32",),
+    "avx512_vnni": ("int8",),
+    "avx_vnni": ("int8",),
+    "avx512_bf16": ("bfloat16",),
+    "avx512_fp16": ("float16",),
+    "amx_int8": ("int8",),
+    "amx_bf16": ("bfloat16",),
+    "amx_fp16": ("float16",),
+    "asimd": ("float32",),
+    "asimddp": ("int8",),
+    "i8mm": ("int8",),
+    "asimdhp": ("float16",),
+    "bf16": ("bfloat16",),
+}
+"""Instruction sets as Linux names them, with the precisions they make fast."""
+
+
+def fast_on_cpu(precisions: Iterable[Precision]) -> tuple[Precision, ...]:
+    """Choose from a target's precisions those that this CPU has instructions for; float32 it always has."""
+    native = {"float32"} | {precision for name in cpu_isa() for precision in ISA[name]}
+    return tuple(precision for precision in precisions if precision in native)
 
 
 def has_bfloat16() -> bool:
     """Say whether this CPU computes in bfloat16, so that float32 layers may silently run in it."""
-    return bool({"amx_bf16", "avx512_bf16"} & set(cpu_isa()))
+    return "bfloat16" in fast_on_cpu(("bfloat16",))
 
 
 def usable_cpus() -> int:

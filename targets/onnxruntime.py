@@ -9,7 +9,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from device.arrays import Images, Outputs, Predict
-from targets import Environment, Form, Layer, Precision, Scheme, cpu_isa, system
+from targets import Environment, Form, Layer, Options, Precision, Scheme, cpu_isa, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".onnx"
@@ -38,16 +38,16 @@ FLOAT_KERNELS = {
 }
 
 
-def environment() -> Environment:
+def environment(*, options: Options) -> Environment:
     return Environment("onnxruntime", ort.__version__, "CPU", cpu_isa(), system())
 
 
-def compile(model: Path, out: Path, *, precision: Precision) -> None:
+def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:
     shutil.copyfile(model, out)
 
 
-def load(path: Path, *, precision: Precision, threads: int | None = None) -> Predict:
-    session = ort.InferenceSession(path, _options(threads), providers=["CPUExecutionProvider"])
+def load(path: Path, *, precision: Precision, options: Options) -> Predict:
+    session = ort.InferenceSession(path, _options(options.threads), providers=["CPUExecutionProvider"])
     name: str = session.get_inputs()[0].name
 
     def predict(images: Images) -> Outputs:
@@ -57,15 +57,15 @@ def load(path: Path, *, precision: Precision, threads: int | None = None) -> Pre
     return predict
 
 
-def executed(path: Path, *, precision: Precision) -> Sequence[Layer]:
+def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[Layer]:
     import onnx  # noqa: PLC0415 - only the engineer's machine has it
 
     with tempfile.TemporaryDirectory() as folder:
-        options = _options(None)
+        session_options = _options(None)
         # The one step left out, the NCHWc layout of float convolutions, renames them and changes no precision.
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = f"{folder}/optimized.onnx"
-        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        session_options.optimized_model_filepath = f"{folder}/optimized.onnx"
+        ort.InferenceSession(path, session_options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(f"{folder}/optimized.onnx").graph.node
     return [
         Layer(

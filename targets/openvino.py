@@ -9,7 +9,7 @@ import numpy as np
 import openvino as ov
 
 from device.arrays import Images, Outputs, Predict
-from targets import Environment, Form, Layer, Precision, Scheme, cpu_isa, system
+from targets import Environment, Form, Layer, Options, Precision, Scheme, cpu_isa, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
@@ -27,12 +27,12 @@ KINDS: Mapping[str, Literal["convolution", "matrix product"]] = {
 }
 
 
-def environment() -> Environment:
+def environment(*, options: Options) -> Environment:
     device: str = ov.Core().get_property("CPU", "FULL_DEVICE_NAME")
     return Environment("openvino", ov.get_version().split("-")[0], device, cpu_isa(), system())
 
 
-def compile(model: Path, out: Path, *, precision: Precision) -> None:
+def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:
     graph = ov.Core().read_model(model)
     # Batch 1 fixed: 2026.4 answers some int8 graphs wrongly when the batch is dynamic
     # (docs/decisions/0006-openvino-batch-1.md), and it is faster besides.
@@ -41,8 +41,8 @@ def compile(model: Path, out: Path, *, precision: Precision) -> None:
     ov.save_model(graph, out, compress_to_fp16=False)
 
 
-def load(path: Path, *, precision: Precision, threads: int | None = None) -> Predict:
-    request = _compiled(path, precision, threads).create_infer_request()
+def load(path: Path, *, precision: Precision, options: Options) -> Predict:
+    request = _compiled(path, precision, options.threads).create_infer_request()
 
     def predict(images: Images) -> Outputs:
         rows = [request.infer([image[None]], share_inputs=True, share_outputs=False)[0] for image in images]
@@ -51,7 +51,7 @@ def load(path: Path, *, precision: Precision, threads: int | None = None) -> Pre
     return predict
 
 
-def executed(path: Path, *, precision: Precision) -> Sequence[Layer]:
+def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[Layer]:
     layers = []
     for layer in _compiled(path, precision, None).get_runtime_model().get_ordered_ops():
         info = {name: str(value.value) for name, value in layer.get_rt_info().items()}

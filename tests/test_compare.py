@@ -279,6 +279,7 @@ class TestVerifyBundle:
         found = verify(deployed, bundle, "--data", str(bundle.parent / "relabelled.npz"), code=None)["accuracy"]
         recorded = record.read_answers(bundle / "answers.npz")
         assert found["float_percent"] == pytest.approx(100 * (recorded.float_answers == data["labels"]).mean())
+        assert recorded.answers is not None
         assert found["percent"] == pytest.approx(100 * (recorded.answers == data["labels"]).mean())
 
     def test_too_few_images_leave_it_undecided(self, deployed: Project, bundle: Path) -> None:

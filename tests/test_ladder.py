@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+import targets
 from device.arrays import Predict
 from device.errors import StageFailed
 from device.preprocess import Preprocessing
@@ -109,7 +110,7 @@ def steps(model: FloatModel, images: Split, build: Cache) -> dict[str, Step]:
     traced = trace(program, images, build)
     exported = export(program, images, build)
     simplified = simplify(exported, images, build)
-    compiled = compile(simplified, TARGET, build, threads=1)
+    compiled = compile(simplified, TARGET, build, options=targets.get(TARGET).Options(threads=1))
     loads: dict[str, Callable[[], Predict]] = dict(
         zip(
             STEPS,

@@ -79,6 +79,7 @@ def candidate(name: str, precision: str, accuracy: float | None, median_ms: floa
 def latency() -> Latency:
     return Latency(
         threads=2,
+        batch=1,
         seconds=48.3,
         candidates=(
             candidate("eager PyTorch float32", "float32", 91.62, 13.31, 44.8),
@@ -176,6 +177,8 @@ def verdict() -> Verdict:
             "top-1 drops by 0.25 pp, at most 0.47 pp at 95 % confidence; the budget is 1.00 pp",
             "speed-up is at least 8.4×; 2.0× was asked for",
         ),
+        budget_metric="top-1",
+        budget_confidence=0.95,
         budget_drop_pp=1.0,
         accuracy=accuracy(NAMES),
         latency=latency(),
@@ -241,7 +244,7 @@ def awkward() -> Verdict:
             further_images=12_345,
         ),
         latency=Latency(
-            1, 0.4, (slow, fast), Ratio(21_000.0, 0.5, 1e6), None, (Suspicion("noise", NASTY, f"close {NASTY}"),)
+            1, 1, 0.4, (slow, fast), Ratio(21_000.0, 0.5, 1e6), None, (Suspicion("noise", NASTY, f"close {NASTY}"),)
         ),
         execution=Execution("float32 requested", (), None),
         ladder=Ladder(

@@ -79,7 +79,7 @@ def test_every_convolution_and_the_classifier_are_quantized_per_channel(
 
 
 def test_the_scheme_decides(model: FloatModel, images: Split, build: Cache) -> None:
-    scheme = Scheme(activation="int8", activation_symmetric=True, weight_bits=4, quantize_add=False)
+    scheme = Scheme(activation="int8", activation_symmetric=True, weight_bits=4, additions="none")
     made = quantize(model, images, scheme, Quantization(observer="minmax"), build)
     onnx_file = export(made, images, build).path
     values = initializers(onnx_file)

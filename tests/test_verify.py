@@ -38,7 +38,7 @@ def timed(speedup: float) -> Latency:
     eager = candidate("eager PyTorch float32", "float32", 90.0, 10.0, 44.0)
     both = (eager, candidate("openvino int8", "int8", 89.9, 10.0 / speedup, 11.0))
     ratio = Ratio(speedup, speedup * 0.95, speedup * 1.05)
-    return Latency(2, 3.0, both, ratio, None, ())
+    return Latency(2, 1, 3.0, both, ratio, None, ())
 
 
 def measured(accuracy: Accuracy, speedup: float, golden: Golden = GOLDEN) -> Measured:

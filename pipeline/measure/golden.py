@@ -39,6 +39,11 @@ def make(evaluation: Split, contract: Preprocessing, build: cache.Cache) -> Path
     return build.folder("golden", key, partial(_make, evaluation, contract))
 
 
+def answer(folder: Path, contract: Preprocessing, predict: Predict) -> Outputs:
+    """Answer for each golden file of a folder, in their order."""
+    return predict(np.stack([contract.load((folder / name).read_bytes(), name) for name in KINDS]))
+
+
 def prove(folder: Path, contract: Preprocessing, predict: Predict, fresh: Outputs, baseline: Predict) -> Golden:
     """Compare the scores that a fresh process gave for each file with this one's, and the pixels with torchvision's.
 

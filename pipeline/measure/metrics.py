@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torchmetrics import Metric
 
-Task = Literal["classification", "multilabel"]
+Task = Literal["classification", "multilabel", "segmentation"]
 Values = NDArray[np.float64]
 Paired = Callable[[Indices], tuple[float, float]]
 """A metric of the float model and of the artifact on the images at these positions, as shares."""
 
-COUNTED: dict[Task, tuple[str, ...]] = {"classification": ("top-1", "top-5"), "multilabel": ("mAP", "AUC")}
+COUNTED: dict[Task, tuple[str, ...]] = {
+    "classification": ("top-1", "top-5"),
+    "multilabel": ("mAP", "AUC"),
+    "segmentation": ("mIoU", "pixel accuracy"),
+}
 """Measured for each task, the one that is judged by default first."""
 TORCHMETRICS = "torchmetrics:"
 KINDS: dict[Task, tuple[str, str]] = {
@@ -152,6 +156,9 @@ def build(name: str, options: Mapping[str, object], task: Task, classes: int) ->
     Raises InputError when there is none of that name for the task, its options are wrong, it gives no single number,
     or it does not say whether higher is better.
     """
+    if task not in KINDS:
+        told = ", ".join(COUNTED[task])
+        raise InputError(f"'{name}' needs the scores of every pixel, which are not kept; task '{task}' has {told}")
     import torchmetrics.classification as library  # noqa: PLC0415 - seconds to import, for these metrics only
 
     title, (kind, count) = name.removeprefix(TORCHMETRICS), KINDS[task]

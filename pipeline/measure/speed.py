@@ -49,14 +49,18 @@ def measure(
     effort: Effort,
     footprint: Footprint,
 ) -> Latency:
-    """Time all of them interleaved on one image 1×H×W×3 with the artifact's threads, then what they can do at once."""
+    """Time all of them interleaved with the artifact's threads, then what the artifact can do at once.
+
+    `image` 1×H×W×3 is repeated to the artifact's batch, the same for all; each time is of the whole batch.
+    """
     compiled = [*([runtime_float] if runtime_float else []), artifact]
     predicts = {EAGER: eager} | {_name(one): _load(one, artifact.threads) for one in compiled}
+    images = np.repeat(image, artifact.batch, axis=0)
     torch.set_num_threads(artifact.threads)
     seconds = latency.SECONDS[effort]
     start = time.perf_counter()
     with other_load() as others:
-        series = latency.interleave({name: _call(p, image) for name, p in predicts.items()}, seconds=seconds)
+        series = latency.interleave({name: _call(p, images) for name, p in predicts.items()}, seconds=seconds)
     spent = time.perf_counter() - start
     candidates = [_eager(series[EAGER])] + [_candidate(one, series[_name(one)]) for one in compiled]
     if effort != "quick":
@@ -67,6 +71,7 @@ def measure(
     told = suspicions(series, threads=artifact.threads, others=others())
     return Latency(
         threads=artifact.threads,
+        batch=artifact.batch,
         seconds=spent,
         candidates=tuple(candidates),
         speedup=speedup,
@@ -81,7 +86,7 @@ def throughput(compiled: Compiled, image: Images, seconds: float) -> Throughput:
     for streams in dict.fromkeys((1, compiled.threads)):
         threads = max(1, compiled.threads // streams)
         predicts = [_load(compiled, threads) for _ in range(streams)]
-        for batch in BATCHES:
+        for batch in BATCHES if compiled.batch == 1 else (compiled.batch,):
             images = np.repeat(image, batch, axis=0)
             rate = _rate(predicts, images, seconds)
             found.append(Throughput(rate, streams, threads, batch))
@@ -94,7 +99,7 @@ def fresh(compiled: Compiled, contract: Preprocessing, golden: Sequence[Path]) -
         compiled.target,
         str(compiled.path),
         compiled.precision,
-        str(compiled.threads),
+        json.dumps(asdict(compiled.options)),
         json.dumps(asdict(contract)),
         *map(str, golden),
     ]
@@ -139,7 +144,8 @@ def eager_precision() -> str:
 
 
 def _candidate(compiled: Compiled, series: Series) -> Candidate:
-    layers = targets.get(compiled.target).executed(compiled.path, precision=compiled.precision)
+    target = targets.get(compiled.target)
+    layers = target.executed(compiled.path, precision=compiled.precision, options=compiled.options)
     ran = execution.precision(layers, compiled.precision)
     asked = "" if ran == compiled.precision else f" ({compiled.precision} asked for)"
     return Candidate(f"{compiled.target} {ran}{asked}", ran, None, latency.timing(series), None, None)
@@ -150,7 +156,8 @@ def _name(compiled: Compiled) -> str:
 
 
 def _load(compiled: Compiled, threads: int) -> Predict:
-    return targets.get(compiled.target).load(compiled.path, precision=compiled.precision, threads=threads)
+    options = replace(compiled.options, threads=threads)
+    return targets.get(compiled.target).load(compiled.path, precision=compiled.precision, options=options)
 
 
 def _call(predict: Predict, image: Images) -> latency.Call:

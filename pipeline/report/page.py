@@ -14,7 +14,7 @@ from PIL import Image
 from device.arrays import Images
 from pipeline.figures import ClassChange
 from pipeline.report import charts
-from pipeline.verdict import LayerError, Verdict
+from pipeline.verdict import Built, LayerError, Verdict
 
 SHOWN = 20
 """Rows of a long table that are open; the rest is folded away."""
@@ -42,6 +42,31 @@ def write(verdict: Verdict, images: Mapping[int, Images], path: Path, *, others:
 
 def render(verdict: Verdict, images: Mapping[int, Images], *, others: Sequence[Verdict] = ()) -> str:
     """Give the page as text."""
+    measured = [candidate for _, candidate in charts.measured(verdict, others)]
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            v=verdict,
+            charts=charts,
+            trade_off=partial(charts.trade_off, verdict, others),
+            left_out=[candidate.name for candidate in measured if candidate.accuracy_percent is None],
+            classes=by_change(verdict.accuracy.classes),
+            layers=by_own_error(verdict.ladder.layers),
+            precisions=Counter(layer.precision for layer in verdict.execution.layers).most_common(),
+            thumbnails={index: thumbnail(image) for index, image in images.items()},
+            shown=SHOWN,
+            why_no_percentile=WHY_NO_PERCENTILE,
+        )
+    )
+
+
+def write_built(built: Built, path: Path) -> None:
+    """Write the page of an artifact that was built and not measured."""
+    path.write_text(_environment().get_template("built.html.jinja").render(v=built), encoding="utf-8")
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -50,19 +75,7 @@ def render(verdict: Verdict, images: Mapping[int, Images], *, others: Sequence[V
         lstrip_blocks=True,
     )
     environment.filters |= FORMATS
-    measured = [candidate for _, candidate in charts.measured(verdict, others)]
-    return environment.get_template("report.html.jinja").render(
-        v=verdict,
-        charts=charts,
-        trade_off=partial(charts.trade_off, verdict, others),
-        left_out=[candidate.name for candidate in measured if candidate.accuracy_percent is None],
-        classes=by_change(verdict.accuracy.classes),
-        layers=by_own_error(verdict.ladder.layers),
-        precisions=Counter(layer.precision for layer in verdict.execution.layers).most_common(),
-        thumbnails={index: thumbnail(image) for index, image in images.items()},
-        shown=SHOWN,
-        why_no_percentile=WHY_NO_PERCENTILE,
-    )
+    return environment
 
 
 def by_change(classes: Sequence[ClassChange]) -> list[ClassChange]:

@@ -5,8 +5,10 @@ import shlex
 import shutil
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 from device.arrays import Outputs
 from device.errors import InputError, first_line
 from pipeline import cache, verdict
-from pipeline.artifacts import Labels, Verified
+from pipeline.artifacts import Labels, Unmeasured, Verified
 from pipeline.measure.answers import answers
 from pipeline.report import page
-from pipeline.verdict import SCHEMA, Verdict
+from pipeline.verdict import SCHEMA, Built, Verdict
 
 VERDICT, ANSWERS, REPORT = "verdict.json", "answers.npz", "report.html"
-VERDICTS = TypeAdapter(Verdict)
+VERDICTS, BUILT = TypeAdapter(Verdict), TypeAdapter(Built)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Recorded:
     """N×16: the first half of the sha256 of each image's pixels."""
     labels: Labels
     float_answers: Labels
-    answers: Labels
+    answers: Labels | None = None
+    """None where the artifact was built and not measured."""
 
     @property
     def float_right(self) -> NDArray[np.bool_]:
@@ -40,10 +43,12 @@ class Recorded:
 
     @property
     def right(self) -> NDArray[np.bool_]:
+        if self.answers is None:
+            raise InputError("this artifact was built and not measured: it has no answers to compare")
         return right(self.answers, self.labels)
 
 
-def write(verified: Verified, build: cache.Cache) -> Path:
+def write(verified: Verified | Unmeasured, build: cache.Cache) -> Path:
     """Write the record of one target and precision into the build folder, replacing the last one; give the report."""
     found = verified.verdict
     final = build.root / "reports" / f"{found.target}-{found.precision}"
@@ -51,31 +56,47 @@ def write(verified: Verified, build: cache.Cache) -> Path:
     with cache.locked(build.root / ".reports.lock", "report"):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        siblings = sorted(final.parent.glob(f"[!.]*/{VERDICT}"))
-        others = [other for path in siblings if (other := _sibling(path, found))]
         write_figures(verified, temporary)
-        images = {worst.index: verified.evaluation.images[worst.index] for worst in found.accuracy.worst}
-        page.write(found, images, temporary / REPORT, others=others)
+        _write_page(verified, temporary / REPORT, sorted(final.parent.glob(f"[!.]*/{VERDICT}")))
         cache.publish(temporary, final)
     return final / REPORT
 
 
-def write_figures(verified: Verified, folder: Path, *, private: bool = True) -> None:
+def _write_page(verified: Verified | Unmeasured, path: Path, siblings: Sequence[Path]) -> None:
+    if isinstance(verified, Unmeasured):
+        page.write_built(verified.verdict, path)
+        return
+    found = verified.verdict
+    others = [other for sibling in siblings if (other := _sibling(sibling, found))]
+    images = {worst.index: verified.evaluation.images[worst.index] for worst in found.accuracy.worst}
+    page.write(found, images, path, others=others)
+
+
+def write_figures(verified: Verified | Unmeasured, folder: Path, *, private: bool = True) -> None:
     """Write `verdict.json` and the answers; without paths of this machine unless `private`."""
     found = verified.verdict
     verdict.write(found if private else _public(found), folder / VERDICT)
     evaluation = verified.evaluation
-    np.savez_compressed(
-        folder / ANSWERS,
-        digests=np.frombuffer(b"".join(evaluation.digests), np.uint8).reshape(len(evaluation), -1),
-        labels=_small(evaluation.labels),
-        float_answers=_small(chosen(verified.float_scores, evaluation.labels)),
-        answers=_small(chosen(verified.scores, evaluation.labels)),
-    )
+    scores = {"float_answers": verified.float_scores}
+    scores |= {"answers": verified.scores} if isinstance(verified, Verified) else {}
+    arrays: dict[str, Any] = {name: _small(chosen(values, evaluation.labels)) for name, values in scores.items()}
+    digests = np.frombuffer(b"".join(evaluation.digests), np.uint8).reshape(len(evaluation), -1)
+    np.savez_compressed(folder / ANSWERS, digests=digests, labels=_small(evaluation.labels), **arrays)
 
 
 def read_verdict(path: Path) -> Verdict:
-    """Read a `verdict.json`; raise InputError when it is none, or of another schema."""
+    """Read a measured `verdict.json`; raise InputError when it is none, or was not measured."""
+    found = read_built(path)
+    if not isinstance(found, Verdict):
+        raise InputError(f"{path} holds no measurement: {found.headline}")
+    return found
+
+
+def read_built(path: Path) -> Built:
+    """Read a `verdict.json`, a Verdict where the artifact was measured.
+
+    Raises InputError when it is none, or of another schema.
+    """
     try:
         text = path.read_bytes()
         found = json.loads(text, parse_constant=_refuse)
@@ -84,16 +105,19 @@ def read_verdict(path: Path) -> Verdict:
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         raise InputError(f"{path} has schema {schema!r}; this bitferry reads schema {SCHEMA}: verify again")
+    kind: TypeAdapter[Built] | TypeAdapter[Verdict] = BUILT if found["outcome"] == "unmeasured" else VERDICTS
     try:
-        verdict_ = VERDICTS.validate_json(text, strict=True)
+        built = kind.validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         told = f"{error.error_count()} faults, the first in {place or 'its nesting'}: {first['msg']}"
         raise InputError(f"{path} is damaged: {told}") from None
-    if not verdict_.latency.candidates or min(verdict_.latency.speedup.lower, verdict_.latency.speedup.value) <= 0:
+    if isinstance(built, Verdict) and not (
+        built.latency.candidates and min(built.latency.speedup.lower, built.latency.speedup.value) > 0
+    ):
         raise InputError(f"{path} is damaged: it holds no speed-up of one candidate over another")
-    return verdict_
+    return built
 
 
 def _refuse(token: str) -> float:
@@ -107,7 +131,8 @@ def read_answers(path: Path) -> Recorded:
             if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
                 raise InputError(f"{path} unpacks to more than {MOST_BYTES / 1e9:g} GB; it is not one of bitferry's")
         with np.load(path) as arrays:
-            found = [arrays[name].astype(np.int64) if name != "digests" else arrays[name] for name in NAMES]
+            names = [name for name in NAMES if name in arrays or name != "answers"]
+            found = [arrays[name].astype(np.int64) if name != "digests" else arrays[name] for name in names]
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from error
     if (
@@ -123,16 +148,13 @@ MOST_BYTES = 500_000_000
 NAMES = ("digests", "labels", "float_answers", "answers")
 
 
-def _public(found: Verdict) -> Verdict:
-    worst = tuple(replace(one, source=Path(one.source).name) for one in found.accuracy.worst)
+def _public(found: Built) -> Built:
     command = shlex.join(Path(word).name for word in shlex.split(found.command))
     rungs = tuple(replace(one, missing=one.missing and _placeless(one.missing)) for one in found.ladder.rungs)
-    return replace(
-        found,
-        accuracy=replace(found.accuracy, worst=worst),
-        ladder=replace(found.ladder, rungs=rungs),
-        command=command,
-    )
+    if isinstance(found, Verdict):
+        worst = tuple(replace(one, source=Path(one.source).name) for one in found.accuracy.worst)
+        found = replace(found, accuracy=replace(found.accuracy, worst=worst))
+    return replace(found, ladder=replace(found.ladder, rungs=rungs), command=command)
 
 
 def _placeless(text: str) -> str:

@@ -10,25 +10,29 @@ from rich.table import Table
 import targets
 from device.errors import TargetUnavailable
 from pipeline import verdict
-from pipeline.artifacts import Bundle, Verified
+from pipeline.artifacts import Bundle, Unmeasured, Verified
 from pipeline.figures import Candidate, Ratio
-from pipeline.verdict import Verdict
+from pipeline.verdict import Built, Verdict
 
-STYLES = {"pass": "green", "fail": "red", "undecided": "yellow"}
-
-
-def exit_code(results: Sequence[Bundle | Verified]) -> int:
-    """Give 0 when every target is inside the budget, 1 when one is not or not provably."""
-    return 0 if all(_verdict(result).passed for result in results) else 1
+STYLES = {"pass": "green", "fail": "red", "undecided": "yellow", "unmeasured": "yellow"}
+Result = Bundle | Verified | Unmeasured
 
 
-def show(results: Sequence[Bundle | Verified], *, as_json: bool) -> None:
+def exit_code(results: Sequence[Result], *, allow_unmeasured: bool = False) -> int:
+    """Give 0 when every target is inside the budget, 1 when one is not, or not provably; unmeasured as allowed."""
+    good = {"pass", "unmeasured"} if allow_unmeasured else {"pass"}
+    return 0 if all(_verdict(result).outcome in good for result in results) else 1
+
+
+def show(results: Sequence[Result], *, as_json: bool) -> None:
     """Print the verdict of each target on stdout."""
     if as_json:
         print(json.dumps([_fields(result) for result in results], indent=2, allow_nan=False))
         return
     console = Console()
-    console.print(_table([_verdict(result) for result in results]))
+    measured = [found for result in results if isinstance(found := _verdict(result), Verdict)]
+    if measured:
+        console.print(_table(measured))
     for result in results:
         for line in _told(_verdict(result)):
             console.print(line, soft_wrap=True)
@@ -51,7 +55,7 @@ def show_targets(*, as_json: bool) -> None:
 def _target(name: str) -> dict[str, str]:
     try:
         target = targets.get(name)
-        found = target.environment()
+        found = target.environment(options=target.Options())
     except TargetUnavailable as error:
         return {"name": name, "ready": "no", "runtime": str(error), "device": "", "precisions": ""}
     runtime = f"{found.runtime} {found.version}"
@@ -64,21 +68,22 @@ def _target(name: str) -> dict[str, str]:
     }
 
 
-def _verdict(result: Bundle | Verified) -> Verdict:
+def _verdict(result: Result) -> Built:
     return result.verified.verdict if isinstance(result, Bundle) else result.verdict
 
 
-def _fields(result: Bundle | Verified) -> dict[str, object]:
+def _fields(result: Result) -> dict[str, object]:
     path = str(result.path) if isinstance(result, Bundle) else None
     return verdict.fields(_verdict(result)) | {"bundle": path}
 
 
-def _told(found: Verdict) -> Iterator[str]:
+def _told(found: Built) -> Iterator[str]:
     """Say the verdict, its reasons, what ran, where accuracy was lost and what to be suspicious of, a line each."""
     yield f"[{STYLES[found.outcome]}]{found.outcome}[/] {escape(found.headline)}"
     for reason in found.reasons:
         yield f"     {escape(reason)}"
-    yield f"     {escape(found.execution.summary)}"
+    if isinstance(found, Verdict):
+        yield f"     {escape(found.execution.summary)}"
     if found.ladder.lost_most and not found.passed:
         layers = ", ".join(layer.name for layer in found.ladder.worst_layers)
         yield f"     most is lost in {escape(found.ladder.lost_most)}" + (
@@ -86,7 +91,7 @@ def _told(found: Verdict) -> Iterator[str]:
         )
     for name in found.ladder.suspects:
         yield f"     [yellow]suspicious:[/] the step {escape(name)} should change nothing, and does; see the report"
-    for suspicion in found.latency.suspicions:
+    for suspicion in found.latency.suspicions if isinstance(found, Verdict) else ():
         yield f"     [yellow]suspicious:[/] {escape(suspicion.finding)}; {escape(suspicion.remedy)}"
 
 
@@ -144,6 +149,6 @@ def _ratio(ratio: Ratio | None) -> str:
 
 def _caption(found: Verdict) -> str:
     return (
-        f"{found.accuracy.images} images, the same for both. Batch 1, {found.latency.threads} threads, interleaved "
-        "blocks; intervals are 95 %. A percentile that too few calls support is left out (—)."
+        f"{found.accuracy.images} images, the same for both. Batch {found.latency.batch}, {found.latency.threads} "
+        "threads, interleaved blocks; intervals are 95 %. A percentile that too few calls support is left out (—)."
     )

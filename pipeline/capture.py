@@ -1,0 +1,28 @@
+"""Program → torch.export program (`.pt2`), for the targets that compile from it."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pipeline import cache
+from pipeline.artifacts import Captured, Program, Quantized, Split
+from pipeline.quantize import export_program
+
+
+def capture(program: Program, calibration: Split, build: cache.Cache) -> Captured:
+    """Capture with torch.export, batch dynamic; a quantized program is one already.
+
+    Raises StageFailed when the model cannot be captured.
+    """
+    if isinstance(program, Quantized):
+        return Captured(program.path, program.precision, program.key)
+    key = cache.key("capture", code=__file__, packages=("torch",), program=program.key, data=calibration.key)
+    done = build.folder("capture", key, partial(_capture, program, calibration))
+    return Captured(done / "program.pt2", program.precision, key)
+
+
+def _capture(program: Program, calibration: Split, out: Path) -> None:
+    example = torch.from_numpy(calibration.images[:1].repeat(2, axis=0))
+    with torch.no_grad():
+        torch.export.save(export_program(program.module(), example), out / "program.pt2")

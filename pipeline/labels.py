@@ -1,0 +1,151 @@
+"""What data says of each image: one class, any number of them, or a class for every pixel."""
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from device.errors import InputError
+from device.pixels import IGNORED
+from pipeline import progress
+from pipeline.artifacts import Labels
+from pipeline.measure.metrics import Task
+
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
+WAYS: dict[Task, str] = {
+    "classification": "`file<TAB>label`",
+    "multilabel": "`file<TAB>A|B`, nothing after the tab for no label",
+    "segmentation": "`file<TAB>mask.png`",
+}
+"""How a line of a list is written for each task; of several views, one file each before the last."""
+FOLDER_HINTS: dict[Task, str] = {
+    "multilabel": "whose layout can name only one class per image; for task 'multilabel' give a list of "
+    "`file<TAB>A|B` lines, or an .npz with `labels` N×K of 0 and 1",
+    "segmentation": "whose layout can name only one class per image; for task 'segmentation' give a list of "
+    "`file<TAB>mask.png` lines, or an .npz with `labels` N×H×W",
+}
+
+
+def of_text(text: str, classes: Sequence[str], task: Task, where: str) -> tuple[int, ...]:
+    """Read a list's label: an index or a class name; for multi-label data any number with `|` between."""
+    parts = [text] if task == "classification" else [part.strip() for part in text.split("|") if text]
+    return tuple(_label(part, classes, where) for part in parts)
+
+
+def of_folders(names: Sequence[str], classes: Sequence[str], root: Path) -> list[int]:
+    """Match folders with classes by name; where none matches but the counts agree, by sorted order (torchvision)."""
+    strange = [name for name in names if name not in classes]
+    if not strange:
+        return [_by_name(name, classes) for name in names]
+    if len(strange) == len(names) == len(classes):
+        progress.stage("data", f"{root}: no folder is named like a class; taken in sorted order")
+        return list(range(len(names)))
+    raise InputError(
+        f"{root} has folders that are no class of this recipe: {_some(strange)}; the classes are {_some(classes)}"
+    )
+
+
+def of_array(
+    labels: NDArray[Any], images: int, classes: Sequence[str], path: Path, task: Task
+) -> list[tuple[int, ...]]:
+    """Read N integers, or for multi-label data N×K of 0 and 1, as the classes of each image."""
+    found = f"found {labels.dtype} {labels.shape}"
+    if task == "multilabel":
+        wanted = (images, len(classes))
+        if labels.shape != wanted or labels.dtype.kind not in "iub":
+            raise InputError(f"{path}: expected `labels` of shape {wanted}, 0 or 1 for each class, {found}")
+        strange = sorted(set(np.unique(labels).tolist()) - {0, 1})
+        if strange:
+            raise InputError(f"{path}: expected `labels` of 0 and 1 only, found {_some([str(v) for v in strange])}")
+        return [tuple(np.flatnonzero(row).tolist()) for row in labels]
+    if labels.shape != (images,) or labels.dtype.kind not in "iu":
+        hint = {2: '; for several labels per image set task = "multilabel"'}.get(labels.ndim, "")
+        hint = '; for a class for every pixel set task = "segmentation"' if labels.ndim == 3 else hint
+        raise InputError(f"{path}: expected `labels` of {images} integers, {found}{hint}")
+    _refuse_strange(labels.astype(np.int64), classes, path)
+    return [(label,) for label in labels.tolist()]
+
+
+def gathered(labels: Sequence[tuple[int, ...]], classes: int, task: Task) -> Labels:
+    """Put the labels of all images together: N, or for multi-label data N×K of 0 and 1."""
+    if task == "classification":
+        return np.array([one[0] for one in labels], dtype=np.int64)
+    found = np.zeros((len(labels), classes), dtype=np.int64)
+    for row, one in zip(found, labels, strict=True):
+        row[list(one)] = 1
+    return found
+
+
+def decode_mask(content: bytes, name: str, classes: Sequence[str]) -> Image.Image:
+    """Decode a mask, an indexed or grey image file, to 8-bit grey: a class index for each pixel, 255 for none."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            kind, mode = image.format, image.mode
+            values = np.asarray(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"the mask {name} cannot be read: {error}") from error
+    if kind in LOSSY:
+        raise InputError(f"the mask {name} is a {kind} file, which does not keep the values; save it as PNG")
+    if values.ndim != 2 or mode == "F":
+        raise InputError(
+            f"the mask {name} has pixels of mode {mode}; expected an indexed or grey PNG whose values are class indices"
+        )
+    return mask(values, name, classes)
+
+
+def mask(values: NDArray[Any], name: str, classes: Sequence[str]) -> Image.Image:
+    """Make sure that H×W values are class indices or 255, and give them as 8-bit grey."""
+    found = np.unique(values)
+    strange = found[(found < 0) | ((found >= len(classes)) & (found != IGNORED))]
+    if len(strange):
+        raise InputError(
+            f"the mask {name} has values that are no class ({_some([str(v) for v in strange])}); there are "
+            f"{len(classes)} classes, counted from 0, and {IGNORED} marks pixels that do not count"
+        )
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def refuse_unmarked(masks: NDArray[np.uint8], name: str, classes: Sequence[str]) -> None:
+    """Refuse masks N×H×W of 0 and 255, which a tool wrote that means a class by 255, or of 255 alone."""
+    found = set(np.flatnonzero(sum(np.bincount(one.ravel(), minlength=256) for one in masks)).tolist())
+    if IGNORED in found and len(found) <= 2:
+        only = f"is of class '{classes[min(found)]}'" if len(found) == 2 else "is left"
+        raise InputError(
+            f"in the {name} masks every pixel that counts {only}, the others being {IGNORED}, which marks pixels that "
+            f"do not count; write each class as its index, 0 to {len(classes) - 1}"
+        )
+
+
+def _label(text: str, classes: Sequence[str], where: str) -> int:
+    if text in classes:
+        return _by_name(text, classes)
+    if not text.isdecimal():
+        hint = '; for several labels per image set task = "multilabel"' if "|" in text else ""
+        raise InputError(f"{where}: '{text}' is neither a class of this recipe ({_some(classes)}) nor an index{hint}")
+    if int(text) >= len(classes):
+        raise InputError(f"{where}: label {text} is out of range; there are {len(classes)} classes, counted from 0")
+    return int(text)
+
+
+def _by_name(name: str, classes: Sequence[str]) -> int:
+    if classes.count(name) > 1:
+        raise InputError(
+            f"the class name '{name}' stands for {classes.count(name)} classes; use indices in a list file"
+        )
+    return classes.index(name)
+
+
+def _refuse_strange(labels: Labels, classes: Sequence[str], path: Path) -> None:
+    strange = Counter(labels[(labels < 0) | (labels >= len(classes))].tolist())
+    if strange:
+        found = ", ".join(str(label) for label in sorted(strange)[:5])
+        raise InputError(f"{path}: labels out of range ({found}); there are {len(classes)} classes, counted from 0")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
