@@ -20,7 +20,7 @@ deploy: $(STAMP) ## build, verify and bundle RECIPE for TARGET into OUT
 	@$(BIN)/bitferry deploy "$(RECIPE)" $(if $(TARGET),--target "$(TARGET)") --out "$(OUT)"
 
 test: $(STAMP) ## run every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 static: $(STAMP) ## the part of check that runs nothing: formatting, lint, types
 	$(BIN)/ruff format --check

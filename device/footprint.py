@@ -9,21 +9,25 @@ from typing import Any, cast
 
 import numpy as np
 
+from device import pixels
 from device.arrays import Images
 from device.preprocess import Preprocessing
 from device.runner import Runtime, options_of
 
 
 def measure(target: str, path: Path, precision: str, options: dict[str, Any], images: Images) -> dict[str, Any]:
-    """Load the artifact and answer for each image N×H×W×3, one by one; milliseconds, bytes and the scores."""
+    """Load the artifact and answer for each image N×H×W×3, one by one; milliseconds, bytes and the scores.
+
+    Of maps it gives the scores of a few pixels.
+    """
     runtime = cast(Runtime, importlib.import_module(f"targets.{target}"))
     chosen = options_of(runtime, options)
     base, start = peak_memory(), time.perf_counter()
     predict = runtime.load(path, precision=precision, options=chosen)
     loaded = time.perf_counter()
-    scores = [predict(images[:1])]
+    first = predict(images[:1])
     answered = time.perf_counter()
-    scores += [predict(image[None]) for image in images[1:]]
+    scores = [pixels.thin(first), *(pixels.thin(predict(image[None])) for image in images[1:])]
     return {
         "load_ms": (loaded - start) * 1e3,
         "first_answer_ms": (answered - loaded) * 1e3,
@@ -51,5 +55,6 @@ def peak_memory() -> int:
 if __name__ == "__main__":
     name, file, asked, given, contract, *golden = sys.argv[1:]
     preprocessing = Preprocessing.from_json(json.loads(contract))
-    pixels = np.stack([preprocessing.load(Path(image).read_bytes(), image) for image in golden])
-    print(json.dumps(measure(name, Path(file), asked, json.loads(given), pixels)))
+    groups = preprocessing.groups([Path(image) for image in golden])
+    pictures = np.stack([preprocessing.read(group) for group in groups])
+    print(json.dumps(measure(name, Path(file), asked, json.loads(given), pictures)))

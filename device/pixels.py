@@ -2,6 +2,7 @@
 
 import colorsys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ FEWEST_PIXELS = 64
 
 def maps(scores: Outputs) -> Maps:
     """Choose each pixel's class; scores N×K×H×W."""
-    return scores.argmax(axis=1).astype(np.uint8)
+    return np.asarray(scores.argmax(axis=1), np.uint8)
 
 
 def thin(scores: Outputs) -> Outputs:
@@ -30,19 +31,24 @@ def thin(scores: Outputs) -> Outputs:
     if scores.ndim < 4:
         return scores
     flat = scores.reshape(*scores.shape[:2], -1)
-    return np.ascontiguousarray(flat[:, :, picked(scores.shape[1], flat.shape[2])])
+    return np.ascontiguousarray(flat[:, :, _picked(scores.shape[1], flat.shape[2])])
 
 
-def picked(classes: int, pixels: int) -> NDArray[np.int64]:
+def thin_masks(masks: NDArray[Any], classes: int) -> NDArray[Any]:
+    """Keep the same pixels of masks: N×P of N×H×W."""
+    flat = masks.reshape(len(masks), -1)
+    return flat[:, _picked(classes, flat.shape[1])]
+
+
+def _picked(classes: int, pixels: int) -> NDArray[np.int64]:
     """Say which of an image's pixels `thin` keeps."""
     wanted = min(pixels, max(FEWEST_PIXELS, THIN_SCORES // classes))
     return np.linspace(0, pixels - 1, wanted).astype(np.int64)
 
 
-def shares(found: Maps, classes: int) -> list[float]:
-    """Give the share of pixels of each class, of those that have one."""
-    counts = np.bincount(found[found != IGNORED], minlength=classes)[:classes]
-    return [float(count) / max(1, int(counts.sum())) for count in counts]
+def shares(found: Maps, classes: int) -> NDArray[np.float64]:
+    """Give the share of pixels of each class."""
+    return np.bincount(found.ravel(), minlength=classes) / found.size
 
 
 def picture(found: Maps) -> Image.Image:

@@ -3,23 +3,24 @@
 import argparse
 import hashlib
 import json
-import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
+from device import golden, pixels, rebuilt
 from device.arrays import Outputs, Predict
 from device.errors import BitferryError, InputError, first_line
-from device.preprocess import Preprocessing
+from device.pixels import IGNORED, Maps
+from device.preprocess import Preprocessing, decode
 
 FORMAT = "bitferry-bundle"
 SCHEMA = 2
-Task = Literal["classification", "multilabel"]
+Task = Literal["classification", "multilabel", "segmentation"]
 FIELDS = {
     "target": str,
     "model": dict,
@@ -32,8 +33,8 @@ FIELDS = {
 MODEL = {"file": str, "precision": str, "options": dict}
 
 
-class Runtime(Protocol):
-    """The part of a target that a device needs: a loader, and its options."""
+class Runtime(rebuilt.Compiler, Protocol):
+    """The part of a target that a device needs: a loader, its options, and what builds again."""
 
     Options: Any
 
@@ -42,12 +43,16 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """The likeliest classes for one image, best first."""
+    """The likeliest classes for one image, best first; for segmentation those of most pixels."""
 
-    image: str
+    images: tuple[str, ...]
+    """One file for each view."""
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
+    """For segmentation the share of pixels of each class."""
     milliseconds: float
+    map: Maps | None = None
+    """The class of every pixel of the first image, 255 where it was cropped away; segmentation only."""
 
 
 def read_manifest(bundle: Path) -> dict[str, Any]:
@@ -75,14 +80,16 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
 def check(bundle: Path, manifest: dict[str, Any]) -> None:
     """Compare every file with the manifest's sha256; raise InputError naming each missing, changed or extra one.
 
-    This finds damage, not forgery: whoever can write the files can write the manifest.
+    This finds damage, not forgery: whoever can write the files can write the manifest. What was rebuilt here has a
+    manifest of its own.
     """
     listed: dict[str, dict[str, Any]] = manifest["files"]
     if not all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in listed.values()):
         raise InputError(f"{bundle}/manifest.json lists a file without its sha256; copy the bundle again")
     if manifest["model"]["file"] not in listed:
         raise InputError(f"{bundle}/manifest.json names a model that is not among its files; copy the bundle again")
-    present = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if not p.is_dir()} - {"manifest.json"}
+    files = (path.relative_to(bundle) for path in bundle.rglob("*") if not path.is_dir())
+    present = {file.as_posix() for file in files if file.parts[0] not in rebuilt.PARTS} - {"manifest.json"}
     both = present & set(listed)
     changed = {n for n in both if hashlib.sha256((bundle / n).read_bytes()).hexdigest() != listed[n]["sha256"]}
     faults = {
@@ -130,11 +137,12 @@ class Runner:
         model = manifest["model"]
         self.manifest = manifest
         self.classes: list[str] = manifest["classes"]
-        self.task: Task = "multilabel" if manifest.get("task") == "multilabel" else "classification"
+        self.task: Task = manifest["task"] if manifest.get("task") in get_args(Task) else "classification"
         self.preprocessing = Preprocessing.from_json(manifest["preprocessing"])
-        path = bundle / model["file"]
+        found = rebuilt.find(bundle, manifest)
+        path, self.rebuilt = found or bundle / model["file"], found is not None
         options = options_of(runtime, model["options"] | ({"threads": threads} if threads else {}))
-        blank = np.zeros((1, self.preprocessing.height, self.preprocessing.width, 3), np.uint8)
+        blank = np.zeros((1, *self.preprocessing.shape), np.uint8)
         try:
             self.predict = runtime.load(path, precision=model["precision"], options=options)
             scores = self.predict(blank)
@@ -142,81 +150,68 @@ class Runner:
             raise
         except Exception as error:  # the vendor's runtime may raise anything
             raise InputError(f"this runtime cannot run {path}: {first_line(error)}") from error
-        if scores.shape != (1, len(self.classes)):
+        size = blank.shape[-3:-1] if self.task == "segmentation" else ()
+        if scores.shape != (1, len(self.classes), *size):
             raise InputError(f"{path} gives scores of shape {scores.shape} for {len(self.classes)} classes")
 
-    def answer(self, path: Path, *, top: int = 5) -> Answer:
-        """Answer for one image file; the time covers decoding, resizing and the model."""
+    def answers(self, files: Sequence[Path], *, top: int = 5, out: Path | None = None) -> Iterator[Answer]:
+        """Answer for image files, as many at a time as the model takes views.
+
+        With `out`, each answer's map is written there as NAME.png, indexed and as large as the image NAME.
+        """
+        groups = self.preprocessing.groups(files)
+        places = self._places(groups, out) if out else [None] * len(groups)
+        for group, place in zip(groups, places, strict=True):
+            answer = self.answer(*group, top=top)
+            if place and answer.map is not None:
+                pixels.write(answer.map, place)
+            yield answer
+
+    def answer(self, *files: Path, top: int = 5) -> Answer:
+        """Answer for one image file, or one for each view; the time covers decoding, resizing and the model."""
         start = time.perf_counter()
         try:
-            content = path.read_bytes()
+            images = [decode(path.read_bytes(), str(path)) for path in files]
         except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        scores = self.predict(self.preprocessing.load(content, str(path))[None])
-        likely = probabilities(scores, self.task)[0]
+            raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+        contract = self.preprocessing
+        scores = self.predict(contract.join([contract.finish(image) for image in images])[None])
+        found = pixels.maps(scores)[0] if self.task == "segmentation" else None
+        likely = probabilities(scores, self.task)[0] if found is None else pixels.shares(found, len(self.classes))
         milliseconds = (time.perf_counter() - start) * 1e3
         best = np.argsort(-likely, kind="stable")[:top]
         return Answer(
-            image=str(path),
+            images=tuple(map(str, files)),
             classes=tuple(self.classes[i] for i in best),
             probabilities=tuple(round(float(likely[i]), 6) for i in best),
             milliseconds=round(milliseconds, 3),
+            map=None if found is None else contract.undo(found, images[0].size, outside=IGNORED),
         )
 
-
-def golden(runner: Runner, bundle: Path) -> tuple[float, dict[str, float]]:
-    """Answer for each golden file; give the limit, and each file's largest difference as a share of the largest score.
-
-    The bytes take the same way as any image's: decoded, resized, answered.
-    """
-    limit, scores = _expected(bundle / "golden/expected.json")
-    strange = [name for name in scores if f"golden/{name}" not in runner.manifest["files"]]
-    if strange:
-        raise InputError(f"{bundle}/golden/expected.json names {strange[0]!r}, which is not a file of the bundle")
-    differences = {}
-    for name, wanted in scores.items():
-        pixels = runner.preprocessing.load((bundle / "golden" / name).read_bytes(), name)
-        found = runner.predict(pixels[None])[0]
-        same = found.shape == wanted.shape
-        differences[name] = (
-            float(np.abs(found - wanted).max()) / max(1e-6, float(np.abs(wanted).max())) if same else math.inf
-        )
-    return limit, differences
+    def _places(self, groups: Sequence[Sequence[Path]], out: Path) -> list[Path]:
+        """Name the file of each map; raise InputError when two are one, or one would replace an image."""
+        if self.task != "segmentation":
+            raise InputError(f"--out is for maps; this model's task is {self.task}")
+        places = [out / f"{group[0].stem}.png" for group in groups]
+        files = {file.resolve() for group in groups for file in group}
+        taken = [place for i, place in enumerate(places) if place in places[:i] or place.resolve() in files]
+        if taken:
+            raise InputError(f"{taken[0]} would be written over; rename the image, or name another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        return places
 
 
-def finite(differences: dict[str, float]) -> dict[str, float | None]:
-    """Give None, which JSON can hold, for scores that are not finite or are another number of them."""
-    return {name: value if math.isfinite(value) else None for name, value in differences.items()}
-
-
-def _expected(path: Path) -> tuple[float, dict[str, Outputs]]:
-    try:
-        expected = json.loads(path.read_bytes())
-        scores = {name: np.array(file["scores"], np.float32) for name, file in expected["files"].items()}
-        limit = float(expected["score_limit"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} cannot be used ({error!r}); copy the bundle again") from error
-    if not scores:
-        raise InputError(f"{path} names no file to answer for; copy the bundle again")
-    return limit, scores
-
-
-def _selftest(bundle: Path, runtime: Runtime, *, as_json: bool) -> int:
-    limit, differences = golden(Runner(bundle, runtime), bundle)
-    passed = all(difference <= limit for difference in differences.values())
-    if as_json:
-        print(json.dumps({"passed": passed, "score_limit": limit, "differences": finite(differences)}))
-        return 0 if passed else 1
-    for name, difference in differences.items():
-        print(f"{name}\t{difference:.2g} of the largest score, {limit:.2g} allowed")
-    print("every golden file is answered as it was verified" if passed else "this machine answers otherwise")
-    return 0 if passed else 1
+def fields(answer: Answer) -> dict[str, object]:
+    """Give an answer as what JSON can hold."""
+    named = {"image": answer.images[0]} if len(answer.images) == 1 else {"images": answer.images}
+    likely = {"probabilities" if answer.map is None else "shares": answer.probabilities}
+    return {**named, "classes": answer.classes, **likely, "milliseconds": answer.milliseconds}
 
 
 def text(answer: Answer) -> str:
     """One line for a person: the file, then each class with its probability."""
     ranked = zip(answer.classes, answer.probabilities, strict=True)
-    return f"{answer.image}\t" + "  ".join(f"{name} {p:.1%}" for name, p in ranked)
+    return f"{' '.join(answer.images)}\t" + "  ".join(f"{name} {p:.1%}" for name, p in ranked)
 
 
 def _positive(text: str) -> int:
@@ -228,15 +223,54 @@ def _positive(text: str) -> int:
 
 def main(runtime: Runtime, bundle: Path, arguments: Sequence[str] | None = None) -> int:
     """Run the command line of a bundle's `run.pyz`; return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "check":
+            return _check(bundle)
+        if options.command == "rebuild":
+            return _rebuild(bundle, runtime)
+        if options.command == "selftest":
+            runner = Runner(bundle, runtime)
+            print(f"the model runs as {'rebuilt here' if runner.rebuilt else 'shipped'}", file=sys.stderr)
+            found = golden.compare(bundle, runner.manifest, runner.preprocessing, runner.predict)
+            return golden.show(*found, as_json=options.json)
+        runner = Runner(bundle, runtime, threads=options.threads)
+        for answer in runner.answers(options.images, top=options.top, out=options.out):
+            print(json.dumps(fields(answer)) if options.json else text(answer))
+    except (BitferryError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check(bundle: Path) -> int:
+    manifest = read_manifest(bundle)
+    check(bundle, manifest)
+    found = rebuilt.find(bundle, manifest)
+    print(f"every file is as the manifest says{', and as rebuilt here' if found else ''}")
+    return 0
+
+
+def _rebuild(bundle: Path, runtime: Runtime) -> int:
+    manifest = read_manifest(bundle)
+    check(bundle, manifest)
+    made = rebuilt.rebuild(bundle, manifest, runtime, options_of(runtime, manifest["model"]["options"]))
+    print(f"{made} was built here and is what runs from now on; try it with `python run.pyz selftest`")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run.pyz",
         description="Run the model in this bundle.",
         epilog="example: python run.pyz predict photo.png",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    predict = commands.add_parser("predict", help="classify image files")
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    predict = commands.add_parser("predict", help="answer for image files")
+    several = "a model of several views takes so many files for each answer, in order"
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help=several)
     predict.add_argument("--top", type=_positive, default=3, help="how many classes to print (default: 3)")
+    predict.add_argument("--out", type=Path, metavar="FOLDER", help="segmentation: write a mask for each answer here")
     predict.add_argument("--threads", type=_positive, help="CPU threads (default: as verified)")
     predict.add_argument("--json", action="store_true", help="print one JSON object per image")
     commands.add_parser("check", help="compare every file with the manifest")
@@ -244,19 +278,5 @@ def main(runtime: Runtime, bundle: Path, arguments: Sequence[str] | None = None)
         "selftest", help="answer for the golden image files and compare with what is expected"
     )
     selftest.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "check":
-            check(bundle, read_manifest(bundle))
-            print("every file is as the manifest says")
-            return 0
-        if options.command == "selftest":
-            return _selftest(bundle, runtime, as_json=options.json)
-        runner = Runner(bundle, runtime, threads=options.threads)
-        for image in options.images:
-            answer = runner.answer(image, top=options.top)
-            print(json.dumps(vars(answer)) if options.json else text(answer))
-    except (BitferryError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    commands.add_parser("rebuild", help="compile the model again, for the hardware and the runtime of this machine")
+    return parser

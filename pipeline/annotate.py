@@ -22,7 +22,9 @@ from targets import Scheme
 aten = torch.ops.aten
 WEIGHTED = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}
 ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
-POOLS = {aten.adaptive_avg_pool2d.default}
+JOINS = {aten.mul.Tensor, aten.mul_.Tensor, aten.cat.default, aten.avg_pool2d.default}
+"""What runs on int8 as well, where layers give it."""
+NORM, POOL, MEAN = aten.batch_norm.default, aten.adaptive_avg_pool2d.default, aten.mean.dim
 RELUS = {getattr(aten, name + place).default for name in ("relu", "relu6", "hardtanh", "clamp") for place in ("", "_")}
 """What every runtime fuses into the layer before it."""
 CARRIERS = {
@@ -59,7 +61,18 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         self.activation = _activation(scheme, settings)
 
     def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
-        """Give each layer a bias node of its own: layers that share one have other input scales, so other biases."""
+        """Prepare what no annotation can say.
+
+        Each layer gets a bias node of its own: layers that share one have other input scales, so other biases.
+        Pooling to 1×1 becomes the mean that it is: on its way to ONNX it would end in a gather of every value from
+        where it already is, to keep the memory format. And where layers give int8, a batch norm that no convolution
+        could take in becomes one itself, channel by channel.
+        """
+        for node in [node for node in model.graph.nodes if node.target is POOL and _to_one(node)]:
+            node.target, node.args = MEAN, (node.args[0], [-1, -2], True)
+        if self.scheme.outputs == "int8":
+            for node in [node for node in model.graph.nodes if node.target is NORM]:
+                _as_convolution(model, node)
         for node in [node for node in model.graph.nodes if node.target in WEIGHTED]:
             bias = _bias(node)
             if bias is not None and len(bias.users) > 1:
@@ -84,7 +97,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
             return self._layer(model, node)
         if node.target in ADDITIONS and all(_is_activation(argument) for argument in node.args[:2]):
             return dict.fromkeys(self._added(node), self.activation)
-        if node.target in POOLS:
+        if node.target in JOINS and self.scheme.outputs == "int8" and _joins_activations(node):
+            return dict.fromkeys(node.all_input_nodes, self.activation)
+        if node.target is POOL or _is_global_mean(node):
             return {_node(node.args[0]): self.activation}
         return {}
 
@@ -225,6 +240,42 @@ def _bias(node: fx.Node) -> fx.Node | None:
 
 def _node(argument: Any) -> fx.Node:
     return cast(fx.Node, argument)
+
+
+def _as_convolution(model: fx.GraphModule, norm: fx.Node) -> None:
+    """Make a batch norm of N×C×H×W in evaluation mode a convolution of each channel with one weight."""
+    data, weight, bias, mean, variance, training, _, eps, _ = norm.args
+    if training or _node(data).meta["val"].ndim != 4:
+        return
+    scale = (_value(model, _node(variance)) + cast(float, eps)).rsqrt()
+    scale = scale * _value(model, weight) if isinstance(weight, fx.Node) else scale
+    shift = -_value(model, _node(mean)) * scale
+    shift = shift + _value(model, bias) if isinstance(bias, fx.Node) else shift
+    made = []
+    for name, value in (("weight", scale.view(-1, 1, 1, 1)), ("bias", shift)):
+        model.register_buffer(f"{norm.name}_{name}", value.clone())
+        with model.graph.inserting_before(norm):
+            made.append(model.graph.get_attr(f"{norm.name}_{name}"))
+    norm.target = aten.conv2d.default
+    norm.args = (data, *made, [1, 1], [0, 0], [1, 1], len(scale))
+
+
+def _joins_activations(node: fx.Node) -> bool:
+    values = [value.meta["val"] for value in node.all_input_nodes if _is_activation(value)]
+    tensors = all(isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 4 for value in values)
+    wanted = 2 if node.target in (aten.mul.Tensor, aten.mul_.Tensor) else 1
+    return tensors and len(values) == len(node.all_input_nodes) >= wanted
+
+
+def _to_one(pool: fx.Node) -> bool:
+    return list(cast(Sequence[Any], pool.args[1])) in ([1], [1, 1])
+
+
+def _is_global_mean(node: fx.Node) -> bool:
+    """Say whether a node takes the mean of N×C×H×W over height and width."""
+    if node.target is not MEAN or _node(node.args[0]).meta["val"].ndim != 4:
+        return False
+    return sorted(axis % 4 for axis in cast(Sequence[int], node.args[1])) == [2, 3]
 
 
 def _is_weight(node: Any) -> bool:

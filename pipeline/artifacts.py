@@ -6,13 +6,14 @@ they are loaded when a stage asks for them, not before.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 import targets
 from device.arrays import Images, Outputs
+from device.pixels import Maps
 from device.preprocess import Preprocessing
 from pipeline.verdict import Built, Verdict
 from targets import Options, Precision, Scheme
@@ -20,13 +21,15 @@ from targets import Options, Precision, Scheme
 if TYPE_CHECKING:
     from torch import nn
 
-Labels = NDArray[np.int64]
-"""N class indices; for multi-label data N×K, 1 where an image is of the class and 0 where it is not."""
+Labels = NDArray[np.integer[Any]]
+"""N class indices; for multi-label data N×K, 1 where an image is of the class and 0 where it is not; for segmentation
+N×H×W uint8, a class index for each pixel or 255 where none counts."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one purpose, decoded and resized by the recipe's contract: N×H×W×3 uint8, memory-mapped."""
+    """Images of one purpose, decoded and resized by the recipe's contract: N×H×W×3 uint8 (of several views N×V×H×W×3),
+    memory-mapped."""
 
     name: str
     images: Images
@@ -57,6 +60,8 @@ class Program(Protocol):
     @property
     def precision(self) -> Precision: ...
     @property
+    def quantized(self) -> bool: ...
+    @property
     def baseline(self) -> "FloatModel":
         """Give the float model it was made from, itself if it is that."""
 
@@ -73,6 +78,7 @@ class FloatModel:
     classes: tuple[str, ...]
     key: str
     precision: Precision = "float32"
+    quantized = False
 
     @property
     def baseline(self) -> "FloatModel":
@@ -92,6 +98,8 @@ class Quantized:
     calibration_images: int
     key: str
     precision: Precision = "int8"
+    """float8 where a target makes that of the int8 program."""
+    quantized = True
 
     def module(self) -> "nn.Module":
         from pipeline.quantize import read_program  # noqa: PLC0415 - this file stays free of torch
@@ -180,6 +188,9 @@ class Verified:
     golden: Path
     """The folder of golden files."""
     evaluation: Split
+    maps: tuple[Maps, ...] = ()
+    """The classes of all pixels, N×H×W, as the float model and the artifact say; of segmentation alone, whose scores
+    are those of a few pixels."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +203,8 @@ class Unmeasured:
     """Of the last step that runs here."""
     golden: Path
     evaluation: Split
+    maps: tuple[Maps, ...] = ()
+    """As in `Verified`; the float model's alone."""
 
 
 @dataclass(frozen=True)

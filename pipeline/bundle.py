@@ -57,7 +57,7 @@ def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Veri
         write_runner(temporary / "run.pyz", compiled.target)
         record.write_figures(verified, temporary, private=False)
         shutil.copytree(verified.golden, temporary / "golden")
-        expected = golden.expected(verified.verdict.golden, verified.golden_scores)
+        expected = golden.expected(verified.verdict.golden, verified.golden_scores, model.preprocessing)
         (temporary / "golden/expected.json").write_text(expected)
         manifest = _manifest(recipe, model, compiled, verified, temporary)
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")

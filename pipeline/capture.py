@@ -4,10 +4,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from pipeline import cache
+from device.errors import StageFailed, first_line
+from pipeline import cache, unsupported
 from pipeline.artifacts import Captured, Program, Quantized, Split
-from pipeline.quantize import export_program
 
 
 def capture(program: Program, calibration: Split, build: cache.Cache) -> Captured:
@@ -20,6 +21,15 @@ def capture(program: Program, calibration: Split, build: cache.Cache) -> Capture
     key = cache.key("capture", code=__file__, packages=("torch",), program=program.key, data=calibration.key)
     done = build.folder("capture", key, partial(_capture, program, calibration))
     return Captured(done / "program.pt2", program.precision, key)
+
+
+def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """Capture `model` with torch.export, batch dynamic; raise StageFailed when it cannot be captured."""
+    try:
+        return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    except Exception as error:  # torch.export raises many kinds, some only once their own code gives up
+        place = unsupported.in_code(error) or "run with --debug for the line in the model"
+        raise StageFailed(f"torch.export cannot capture the model: {first_line(error)} ({place})") from error
 
 
 def _capture(program: Program, calibration: Split, out: Path) -> None:

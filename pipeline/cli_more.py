@@ -4,7 +4,6 @@
 # ruff: noqa: PLC0415
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,7 @@ def predict(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     top: Annotated[int, typer.Option(help="How many classes to print.", min=1)] = 3,
+    out: Annotated[Path | None, typer.Option(help="Segmentation: a folder to write masks to.")] = None,
     json_: Json = False,
 ) -> None:
     """Answer for image files with a bundle, as its own run.pyz does.
@@ -30,21 +30,39 @@ def predict(
     from device import runner
 
     loaded = runner.Runner(bundle, registry.get(runner.read_manifest(bundle)["target"]))
-    for image in images:
-        answer = loaded.answer(image, top=top)
-        typer.echo(json.dumps(asdict(answer)) if json_ else runner.text(answer))
+    for answer in loaded.answers(images, top=top, out=out):
+        typer.echo(json.dumps(runner.fields(answer)) if json_ else runner.text(answer))
 
 
 @commands.command()
 def targets(json_: Json = False) -> None:
-    """List every target: ready on this machine or not, its version and the precisions it runs.
+    """List every target in short: ready on this machine or not, its version, its precisions and what is missing.
 
     Example: bitferry targets
     """
+    from pipeline import doctor as examined
+    from pipeline.report import doctor as report
 
-    from pipeline.report import terminal
+    report.show_targets(examined.states(), as_json=json_)
 
-    terminal.show_targets(as_json=json_)
+
+@commands.command()
+def doctor(
+    build: Annotated[Path, typer.Option("--build", help="Where stages would keep their output.")] = Path("build"),
+    json_: Json = False,
+) -> None:
+    """Examine this machine: packages, CPU, GPU, settings that disturb timings, and every target.
+
+    Installs nothing: says what would stop a deployment, and the command that helps. Exit code 2 where none can run.
+
+    Example: bitferry doctor
+    """
+    from pipeline import doctor as examined
+    from pipeline.report import doctor as report
+
+    found = examined.examine(build)
+    report.show(found, as_json=json_)
+    raise typer.Exit(0 if found.able else 2)
 
 
 @commands.command()

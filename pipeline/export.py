@@ -18,8 +18,9 @@ import torch
 
 from device.arrays import Images, Outputs
 from device.errors import StageFailed, first_line
-from pipeline import cache
+from pipeline import cache, unsupported
 from pipeline.artifacts import Onnx, Program, Simplified, Split
+from pipeline.capture import export_program
 from pipeline.statistics import sqnr_db
 
 OPSET = 18
@@ -61,14 +62,21 @@ def answer(model: Path, images: Images) -> Outputs:
     return scores
 
 
+def _answer(model: Path, images: Images, what: str) -> Outputs:
+    try:
+        return answer(model, images)
+    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+        raise StageFailed(f"{what} cannot be run to compare its answers: {first_line(error)}") from error
+
+
 def _export(program: Program, calibration: Split, out: Path) -> None:
     images = calibration.images[:CHECKED_IMAGES]
-    module = program.module()
+    module, example = program.module(), torch.from_numpy(images[:2].copy())
     with torch.no_grad(), _quiet():
         try:
             exported = torch.onnx.export(
                 module,
-                (torch.from_numpy(images[:2].copy()),),
+                (example,),
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
                 opset_version=OPSET,
@@ -76,10 +84,11 @@ def _export(program: Program, calibration: Split, out: Path) -> None:
                 output_names=["scores"],
             )
         except Exception as error:
-            raise StageFailed(f"torch.onnx.export failed: {first_line(error)}") from error
+            why = unsupported.in_export(error, partial(export_program, module, example))
+            raise StageFailed(f"torch.onnx.export failed: {why}") from error
         cast("torch.onnx.ONNXProgram", exported).save(out / "model.onnx", external_data=False)
         expected = module(torch.from_numpy(images.copy())).numpy()
-    _compare(expected, answer(out / "model.onnx", images), images, program, "the exported ONNX")
+    _compare(expected, _answer(out / "model.onnx", images, "the exported ONNX"), images, program, "the exported ONNX")
 
 
 def _simplify(model: Onnx, calibration: Split, out: Path) -> None:
@@ -95,23 +104,23 @@ def _simplify(model: Onnx, calibration: Split, out: Path) -> None:
         raise StageFailed(f"onnxsim failed on {model.path}: {first_line(error)}") from error
     onnx.save(simplified, out / "model.onnx")
     images = calibration.images[:CHECKED_IMAGES]
-    before, after = answer(model.path, images), answer(out / "model.onnx", images)
+    before, after = answer(model.path, images), _answer(out / "model.onnx", images, "the simplified ONNX")
     _compare(before, after, images, model.program, "the simplified ONNX")
 
 
 def _name_by_module(model: onnx.ModelProto) -> None:
     """Name each convolution and matrix product after the PyTorch module it came from, for the reader of a report.
 
-    A float weight still has its module's name; a quantized one does not, and there the exporter's note tells, which
-    in turn names the batch norm where a float convolution has swallowed one.
+    Every other node gets the module's name before its own, so that a compiler's complaint names the layer. A float
+    weight still has its module's name; a quantized one does not, and there the exporter's note tells, which in turn
+    names the batch norm where a float convolution has swallowed one.
     """
-    layers = [node for node in model.graph.node if node.op_type in NAMED]
-    modules = {node.name: _module(node) for node in layers}
-    shared = Counter(modules.values())
-    for node in layers:
+    modules = {node.name: _module(node) for node in model.graph.node}
+    shared = Counter(modules[node.name] for node in model.graph.node if node.op_type in NAMED)
+    for node in model.graph.node:
         module = modules[node.name]
         if module:
-            node.name = module if shared[module] == 1 else f"{module}/{node.name}"
+            node.name = module if node.op_type in NAMED and shared[module] == 1 else f"{module}/{node.name}"
 
 
 def _module(node: onnx.NodeProto) -> str:
@@ -145,7 +154,7 @@ def _compare(before: Outputs, after: Outputs, images: Images, program: Program, 
     Two right int8 graphs need not agree closely: where sums differ in the last bit, a rounding tie falls the other
     way, and each such step makes more of them in the layers after it. What must not grow is the distance to float.
     """
-    if program.precision == "int8":
+    if program.quantized:
         reference = program.baseline.module()(torch.from_numpy(images.copy())).detach().numpy()
         had, has = sqnr_db(reference, before), sqnr_db(reference, after)
         wrong = not has >= had - MOST_LOST_DB
@@ -161,7 +170,12 @@ def _compare(before: Outputs, after: Outputs, images: Images, program: Program, 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter's chatter; failures come as exceptions."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        silent = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -9,7 +9,7 @@ class Change:
     """One metric of the float model and of the artifact on the same images, in percent."""
 
     metric: str
-    """`top-1`, `top-5`, `mAP`, `AUC`, or `torchmetrics:` and a class name."""
+    """`top-1`, `top-5`, `mAP`, `AUC`, `mIoU`, `pixel accuracy`, or `torchmetrics:` and a class name."""
     method: Literal["tango", "bootstrap"]
     """How the bounds were found: Tango's score interval of paired counts, or a paired bootstrap over images."""
     float_percent: float
@@ -29,18 +29,21 @@ class Flips:
     """Image by image, where the float model and the artifact differ. A multi-label answer is right when it is whole."""
 
     lost: int
-    """Images the float model gets right and the artifact does not."""
+    """Images the float model gets right and the artifact does not; of maps, those with fewer right pixels."""
     gained: int
-    """Images the artifact gets right and the float model does not."""
+    """Images the artifact gets right and the float model does not; of maps, those with more right pixels."""
     flipped: int
-    """Images on which the two answers differ, right or wrong."""
+    """Images on which the two answers differ, right or wrong, be it in one pixel."""
     mcnemar_p: float
     """Two-sided mid-p McNemar test of lost = gained."""
+    pixels_percent: float | None = None
+    """Pixels that count whose class differs; segmentation only."""
 
 
 @dataclass(frozen=True)
 class ClassChange:
-    """One class before and after: recall in percent of its images; average precision for multi-label models."""
+    """One class before and after: recall in percent of its images; average precision for multi-label models, and
+    intersection over union for segmentation."""
 
     name: str
     images: int
@@ -90,7 +93,8 @@ class Reliability:
 
 @dataclass(frozen=True)
 class WorstImage:
-    """An evaluation image whose answer changed most, by the largest change of a class's probability."""
+    """An evaluation image whose answer changed most, by the largest change of a class's probability; for segmentation
+    by the share of its pixels whose class changed."""
 
     index: int
     """Position in the evaluation data."""
@@ -100,8 +104,9 @@ class WorstImage:
     float_confidence_percent: float
     answer: str
     confidence_percent: float
+    """Of the answer; for segmentation the share of the pixels that are right, and likewise above."""
     change_pp: float
-    """Largest change of any class's probability."""
+    """Largest change of any class's probability; for segmentation the share of pixels whose class changed."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +120,11 @@ class Accuracy:
     flips: Flips
     classes: tuple[ClassChange, ...]
     confusions: tuple[Confusion, ...]
-    """Pairs of different classes whose count changed most, at most 20; none for multi-label models."""
+    """Pairs of different classes whose count changed most, at most 20; for classification only."""
     reliability: Reliability
     sqnr_db: float | None
-    """Signal-to-quantization-noise ratio of the scores against the float model's; None when they are equal."""
+    """Signal-to-quantization-noise ratio of the scores against the float model's; None when they are equal. For
+    segmentation, of the scores of a few pixels of each image."""
     worst: tuple[WorstImage, ...]
     """The images whose answers changed most, worst first, twelve at most."""
     further_images: int | None = None

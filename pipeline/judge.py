@@ -8,6 +8,7 @@ from pipeline.artifacts import Labels
 from pipeline.figures import Accuracy, Latency
 from pipeline.measure.accuracy import judge_accuracy
 from pipeline.measure.golden import LEAST_LIMIT
+from pipeline.measure.segmentation import constant_percent
 from pipeline.recipe import Budget
 from pipeline.statistics import binomial_tail
 from pipeline.verdict import Golden, Ladder, Outcome
@@ -80,24 +81,29 @@ def _baseline(accuracy: Accuracy, labels: Labels, budget: Budget) -> list[Check]
     """Doubt a float model that guesses: nothing can be lost where nothing is right."""
     if budget.accuracy_drop_pp >= ANY_DROP:
         return []
-    if labels.ndim > 1:
-        areas = [one.float_percent for one in accuracy.others if one.metric == "AUC"]
-        areas += [accuracy.judged.float_percent] if accuracy.judged.metric == "AUC" else []
-        guesses = bool(areas) and areas[0] <= 50
-        told = f"the float model itself ranks no better than chance (AUC {areas[0] if areas else 0:.1f} %)"
+    if labels.ndim == 3:
+        overlap, constant = _float_percent(accuracy, "mIoU"), constant_percent(labels)
+        guesses = overlap <= constant
+        told = (
+            f"the float model itself has a mIoU of {overlap:.1f} %, and the commonest class everywhere {constant:.1f} %"
+        )
+    elif labels.ndim == 2:
+        area = _float_percent(accuracy, "AUC")
+        guesses = area <= 50
+        told = f"the float model itself ranks no better than chance (AUC {area:.1f} %)"
     else:
         chance = float(np.bincount(labels).max() / len(labels))  # always answering the commonest class
-        right = round(len(labels) * _float_top1(accuracy) / 100)
+        right = round(len(labels) * _float_percent(accuracy, "top-1") / 100)
         guesses = binomial_tail(right, len(labels), chance) > GUESSING
         told = f"the float model itself is right on {right / len(labels):.1%}, and guessing gives {chance:.1%}"
     remedy = "check labels, class order, weights and preprocessing, or allow a drop of 100 pp to judge speed alone"
     return [("undecided", f"{told}: {remedy}")] if guesses else []
 
 
-def _float_top1(accuracy: Accuracy) -> float:
-    """Give the share of right answers in percent, whichever metric is judged."""
+def _float_percent(accuracy: Accuracy, metric: str) -> float:
+    """Give the float model's value of a metric, whichever is judged."""
     changes = (accuracy.judged, *accuracy.others)
-    return next(one.float_percent for one in changes if one.metric == "top-1")
+    return next(one.float_percent for one in changes if one.metric == metric)
 
 
 def _golden(proved: Golden) -> list[Check]:

@@ -5,11 +5,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from device.errors import InputError, StageFailed, first_line
+from device.errors import InputError
 from pipeline import cache, progress
 from pipeline.artifacts import FloatModel, Quantized, Split
+from pipeline.capture import export_program
 from pipeline.recipe import Quantization
 from targets import Scheme
 
@@ -34,16 +35,6 @@ def quantize(
     )
     done = build.folder("quantize", key, partial(_quantize, model, calibration, count, scheme, settings))
     return Quantized(done / "program.pt2", model, scheme, count, key)
-
-
-def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """Capture `model` with torch.export, batch dynamic; raise StageFailed when it cannot be captured."""
-    try:
-        return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    except Exception as error:  # torch.export raises many kinds, some only once their own code gives up
-        raise StageFailed(
-            f"torch.export cannot capture the model: {first_line(error)} (run with --debug for the line in the model)"
-        ) from error
 
 
 def read_program(path: Path) -> nn.Module:

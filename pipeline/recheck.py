@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 
 import targets
-from device import runner
+from device import golden, runner
 from device.errors import InputError
 from pipeline import cache, dataset, progress
 from pipeline.artifacts import Split
 from pipeline.figures import Change, Suspicion, Timing
-from pipeline.measure import latency
+from pipeline.measure import kept, latency, segmentation
 from pipeline.measure.accuracy import paired_change
 from pipeline.measure.latency import Effort
 from pipeline.measure.suspicion import other_load, suspicions
@@ -24,8 +24,6 @@ from pipeline.report import record
 from pipeline.report.terminal import STYLES
 from pipeline.verdict import Built, Outcome, Verdict
 from targets import Environment
-
-BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def verify(bundle: Path, data: Path | None = None, *, effort: Effort = "default"
     loaded = runner.Runner(bundle, target)
     verified = record.read_built(bundle / record.VERDICT)
     with progress.timed("verify", str(bundle)):
-        limit, differences = runner.golden(loaded, bundle)
+        limit, differences = golden.compare(bundle, manifest, loaded.preprocessing, loaded.predict)
         timing, found = _time(loaded, options, effort)
         change = _accuracy(loaded, bundle, data, verified) if data else None
     faults = [
@@ -100,7 +98,7 @@ def _complete(bundle: Path, manifest: dict[str, Any], found: Recheck) -> None:
 
 
 def _fields(found: Recheck) -> dict[str, object]:
-    return asdict(found) | {"golden": runner.finite(found.golden)}
+    return asdict(found) | {"golden": golden.finite(found.golden)}
 
 
 def show(found: Recheck, *, as_json: bool) -> int:
@@ -157,14 +155,15 @@ def _told(change: Change | None, verified: Built) -> tuple[str, ...]:
         if judged == change.metric
         else f"the budget is about {judged}, not judged here"
     )
-    right = f"{change.percent:.2f} % right, float {change.float_percent:.2f} %"
+    what = "right" if change.method == "tango" else change.metric
+    right = f"{change.percent:.2f} % {what}, float {change.float_percent:.2f} %"
     return (f"{right}; at most {change.drop_upper_pp:.2f} pp worse, {budget}",)
 
 
 def _time(loaded: runner.Runner, options: targets.Options, effort: Effort) -> tuple[Timing, tuple[Suspicion, ...]]:
-    contract, threads = loaded.preprocessing, options.threads or targets.usable_cpus()
+    threads = options.threads or targets.usable_cpus()
     batch = 1 if options.batch == "dynamic" else options.batch
-    image = np.full((batch, contract.height, contract.width, 3), 127, np.uint8)
+    image = np.full((batch, *loaded.preprocessing.shape), 127, np.uint8)
     with other_load() as others:
         series = latency.interleave({"artifact": lambda: loaded.predict(image)}, seconds=latency.SECONDS[effort] / 2)
     return latency.timing(series["artifact"]), suspicions(series, threads=threads, others=others())
@@ -181,23 +180,21 @@ def _accuracy(loaded: runner.Runner, bundle: Path, data: Path, verified: Built) 
     if len(pairs) < len(images):
         progress.stage("verify", f"{len(images) - len(pairs)} images left out: the bundle was not verified on them")
     ours, theirs = (np.array(column) for column in zip(*pairs, strict=True))
-    starts = range(0, len(ours), BATCH)
-    batches = [
-        loaded.predict(images.images[ours[i : i + BATCH]])
-        for i in progress.track(starts, "evaluate", total=len(starts))
-    ]
-    labels = images.labels[ours]
-    right = record.right(record.chosen(np.concatenate(batches), labels), labels)
-    return paired_change(
-        "top-1" if labels.ndim == 1 else "whole answers",
-        record.right(recorded.float_answers[theirs], labels),
-        right,
-        verified.budget_confidence,
-    )
+    found = kept.answer(loaded.predict, images.images[ours], "evaluate")
+    labels, before, confidence = images.labels[ours], recorded.float_answers[theirs], verified.budget_confidence
+    if found.maps is not None:
+        after = segmentation.counts(found.maps, labels, len(loaded.classes))
+        exact = segmentation.unpacked(segmentation.perfect(after), before)
+        return segmentation.change(verified.budget_metric, exact, after, confidence)
+    right = record.right(record.chosen(found.scores, labels), labels)
+    name = "top-1" if labels.ndim == 1 else "whole answers"
+    return paired_change(name, record.right(before, labels), right, confidence)
 
 
 def _split(loaded: runner.Runner, data: Path) -> Split:
     with tempfile.TemporaryDirectory() as folder:
         build = cache.Cache(Path(folder) / "build")
         found = dataset.split("evaluation", data, loaded.classes, loaded.preprocessing, build, task=loaded.task)
-        return Split(found.name, np.array(found.images), found.labels, found.sources, found.digests, found.key)
+        return Split(
+            found.name, np.array(found.images), np.array(found.labels), found.sources, found.digests, found.key
+        )

@@ -23,6 +23,7 @@ from pydantic import (
 
 import targets
 from device.errors import InputError, TargetUnavailable
+from device.pixels import IGNORED
 from device.preprocess import Preprocessing
 from pipeline import progress
 from pipeline.measure import metrics
@@ -70,7 +71,7 @@ class Model(Section):
 
 
 class Data(Section):
-    """Each an image folder (not if multi-label), a `file<TAB>label` list or an `.npz` with `images` and `labels`."""
+    """Each an image folder (one class and one view per image), a list or an `.npz` with `images` and `labels`."""
 
     calibration: Beside
     evaluation: Beside
@@ -96,7 +97,7 @@ class Quantization(Section):
 
 class Budget(Section):
     metric: Annotated[str, Field(min_length=1)] | None = None
-    """`top-1`, `top-5`, `mAP`, `AUC` or `torchmetrics:CLASS`; None for the task's first (`Recipe.metric`)."""
+    """One of `metrics.COUNTED`, or `torchmetrics:CLASS`; None for the task's first (`Recipe.metric`)."""
     metric_options: dict[str, JsonValue] = {}
     """Keyword arguments of the torchmetrics class."""
     accuracy_drop_pp: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -131,6 +132,9 @@ class Recipe(Section):
         faults = [*_metric_faults(self)]
         if self.task == "multilabel" and self.training.label_smoothing:
             faults.append("training.label_smoothing is for classification only; take it out for task 'multilabel'")
+        if self.task == "segmentation" and len(self.classes) > IGNORED:
+            told = f"{len(self.classes)} classes, at most {IGNORED} for task 'segmentation', whose masks are 8-bit"
+            faults.append(f"classes: {told}")
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -159,7 +163,7 @@ def _metric_faults(recipe: Recipe) -> Iterator[str]:
         except InputError as error:
             yield f"budget.metric: {error}"
         return
-    known = [*COUNTED[recipe.task], f"{TORCHMETRICS}ClassName"]
+    known = [*COUNTED[recipe.task], *([f"{TORCHMETRICS}ClassName"] if recipe.task in metrics.KINDS else [])]
     if name in known and name == "top-5" and len(recipe.classes) <= 5:
         yield f"budget.metric: 'top-5' needs more than 5 classes; this recipe has {len(recipe.classes)}"
     elif name not in known:

@@ -114,7 +114,8 @@ class Deployment:
         scheme = targets.get(self.name).SCHEMES[self.precision]
         if scheme is None:
             return replace(run.model, precision=self.precision)
-        return quantize(run.model, run.calibration, scheme, run.recipe.quantization, run.build)
+        made = quantize(run.model, run.calibration, scheme, run.recipe.quantization, run.build)
+        return replace(made, precision=self.precision)
 
     @cached_property
     def traced(self) -> Traced:
@@ -185,7 +186,7 @@ class Deployment:
         """Name each step between the float model and what the target compiles, with how to load it, then it."""
         form = targets.get(self.name).CONSUMES
         steps: dict[str, Callable[[], Predict]] = {}
-        if self.precision == "int8":
+        if self.program.quantized:
             steps["PyTorch int8"] = lambda: eager(self.program.module())
         elif form == "exported":
             steps["torch.export"] = lambda: eager(read_program(self.captured.path))

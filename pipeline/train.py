@@ -75,12 +75,11 @@ def _train(recipe: Recipe, data: Split, bfloat16: bool, folder: Path, out: Path)
 
 
 def _loss(recipe: Recipe, scores: Tensor, labels: Tensor) -> Tensor:
-    """Give the cross entropy of one class per image or pixel, or of each label for itself where there may be several."""
+    """Give the cross entropy of one class per image or pixel, or of each label where there may be several."""
     if recipe.task == "multilabel":
         return F.binary_cross_entropy_with_logits(scores, labels.float())
-    if recipe.task == "segmentation":
-        return F.cross_entropy(scores, labels, ignore_index=IGNORED)
-    return F.cross_entropy(scores, labels, label_smoothing=recipe.training.label_smoothing)
+    ignored = IGNORED if recipe.task == "segmentation" else -1
+    return F.cross_entropy(scores, labels, label_smoothing=recipe.training.label_smoothing, ignore_index=ignored)
 
 
 def _flipped(images: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:

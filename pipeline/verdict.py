@@ -33,9 +33,9 @@ class Rung:
     sqnr_db: float | None
     """Of the scores, against the float model; None for equal scores, and where `missing` says why."""
     flipped: int
-    """Answers that differ from the float model's."""
+    """Answers that differ from the float model's; for segmentation pixels, of those compared."""
     percent: float
-    """Top-1, or whole multi-label answers."""
+    """Top-1, whole multi-label answers, or for segmentation pixels."""
     noise_added: float
     """Noise power over signal power that this rung added to the one before it; negative where it took some away."""
     missing: str | None = None
@@ -65,6 +65,8 @@ class Ladder:
     """Rungs that should change nothing and did."""
     layers: tuple[LayerError, ...]
     """In the order they run; empty where nothing was quantized."""
+    pixels: int | None = None
+    """How many pixels' classes are compared, spread evenly over the images; segmentation only."""
 
     @property
     def worst_layers(self) -> tuple[LayerError, ...]:
@@ -82,7 +84,7 @@ class GoldenFile:
     """As in `JPEG`, `grey PNG` or `JPEG turned by EXIF`."""
     score_difference: float
     """Largest difference of the scores between the shipped code in a fresh process and this one, as a share of the
-    largest score."""
+    largest score; for segmentation, of the scores of a few pixels."""
     torchvision_mean: float | None
     """Mean difference of the pixels from torchvision's own decoding and resizing, in levels of 255; None where
     torchvision has no such resampling."""

@@ -14,23 +14,24 @@ from pydantic import TypeAdapter
 from torch import nn
 
 import targets
+from device import pixels
 from device.arrays import Images, Outputs, Predict
 from pipeline import cache, export, progress, statistics, trace
 from pipeline.artifacts import Compiled, FloatModel, Program, Split, Unmeasured, Verified
 from pipeline.figures import Accuracy, Latency
 from pipeline.judge import Measured, judge
-from pipeline.measure import execution, golden, ladder, layers, speed
-from pipeline.measure.accuracy import measure, percent
+from pipeline.measure import accuracy, execution, golden, kept, ladder, layers, segmentation, speed
+from pipeline.measure.kept import Kept
 from pipeline.measure.latency import Effort
 from pipeline.recipe import Recipe
 from pipeline.verdict import SCHEMA, Built, Execution, Ladder, LayerError, Verdict
 
-BATCH = 64
 LAYER_IMAGES = 32
 PACKAGES = (
     "bitferry", "torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxsim", "onnxruntime", "torchmetrics",
     "numpy", "pillow",
 )  # fmt: skip
+KEPT = [cache.file_hash(Path(str(module.__file__))) for module in (kept, pixels)]
 LAYERS = TypeAdapter(tuple[LayerError, ...])
 
 
@@ -55,13 +56,13 @@ def verify(
     measured anew.
     """
     model, compiled = way.program.baseline, way.compiled
-    baseline = float_scores(model, evaluation, build)
-    scores = artifact_scores(compiled, evaluation, build)
-    climbed = _ladder(way, evaluation, baseline, build)
+    baseline = float_answers(model, evaluation, build)
+    answers = artifact_answers(compiled, evaluation, build)
+    climbed = _ladder(way, evaluation, baseline.scores, build)
     files = golden.make(evaluation, model.preprocessing, build)
     with progress.timed("verify", compiled.target):
-        accuracy = measure(baseline, scores, evaluation, recipe)
-        fresh = speed.fresh(compiled, model.preprocessing, [files / name for name in golden.KINDS])
+        found = _compared(baseline, answers, evaluation, recipe)
+        fresh = speed.fresh(compiled, model.preprocessing, golden.paths(files, model.preprocessing))
         predict = load_artifact(compiled)
         proved = golden.prove(files, model.preprocessing, predict, fresh.scores, eager(model.module()))
         timed = speed.measure(
@@ -72,9 +73,10 @@ def verify(
             effort=effort,
             footprint=fresh.footprint,
         )
-    timed = _with_accuracy(timed, accuracy, way.runtime_float, evaluation, recipe, build)
-    verdict = _verdict(recipe, way, evaluation, Measured(accuracy, timed, climbed, proved), command)
-    return Verified(verdict, baseline, scores, fresh.scores, files, evaluation)
+    timed = _with_accuracy(timed, found, way.runtime_float, evaluation, recipe, build)
+    verdict = _verdict(recipe, way, evaluation, Measured(found, timed, climbed, proved), command)
+    maps = kept.maps(baseline, answers)
+    return Verified(verdict, baseline.scores, answers.scores, fresh.scores, files, evaluation, maps)
 
 
 def unmeasured(recipe: Recipe, way: Way, evaluation: Split, build: cache.Cache, *, command: str) -> Unmeasured:
@@ -83,19 +85,19 @@ def unmeasured(recipe: Recipe, way: Way, evaluation: Split, build: cache.Cache, 
     Its golden files are answered by the last of those steps; the machine that runs it is held to those answers.
     """
     model, compiled = way.program.baseline, way.compiled
-    baseline = float_scores(model, evaluation, build)
-    climbed = _ladder(way, evaluation, baseline, build)
+    baseline = float_answers(model, evaluation, build)
+    climbed = _ladder(way, evaluation, baseline.scores, build)
     files = golden.make(evaluation, model.preprocessing, build)
     last = list(way.steps.values())[-1].load()
     scores = golden.answer(files, model.preprocessing, last)
-    proved = golden.prove(files, model.preprocessing, last, scores, eager(model.module()))
+    proved = golden.prove(files, model.preprocessing, last, scores, eager(model.module()), golden.UNMEASURED_LIMIT)
     there = compiled.environment
     headline = f"Built {compiled.precision} on {compiled.target} for {there.device}, not measured: {there.unmeasured}"
     remedy = "`bitferry verify BUNDLE --data IMAGES` on a machine that runs it completes the verdict"
     verdict = Built(outcome="unmeasured", headline=headline, reasons=(remedy,), ladder=climbed, golden=proved,
                     **_made(recipe, way, evaluation, command))  # fmt: skip
     progress.stage("verify", f"{compiled.target} cannot run here")
-    return Unmeasured(verdict, baseline, scores, files, evaluation)
+    return Unmeasured(verdict, baseline.scores, scores, files, evaluation, kept.maps(baseline))
 
 
 def eager(module: nn.Module) -> Predict:
@@ -115,21 +117,35 @@ def load_artifact(compiled: Compiled) -> Predict:
     return target.load(compiled.path, precision=compiled.precision, options=compiled.options)
 
 
-def float_scores(model: FloatModel, evaluation: Split, build: cache.Cache) -> Outputs:
+def float_answers(model: FloatModel, evaluation: Split, build: cache.Cache) -> Kept:
     """Answer every evaluation image with the float model, once."""
-    key = cache.key("baseline", code=__file__, packages=("torch",), model=model.key, data=evaluation.key)
+    key = cache.key(
+        "baseline", code=__file__, codes=KEPT, packages=("torch",), model=model.key, data=evaluation.key
+    )  # fmt: skip
     load = partial(eager, model.module())
-    return _scores(build, "baseline", key, load, evaluation.images, "float")
+    return _answers(build, "baseline", key, load, evaluation.images, "float")
 
 
-def artifact_scores(compiled: Compiled, evaluation: Split, build: cache.Cache) -> Outputs:
+def artifact_answers(compiled: Compiled, evaluation: Split, build: cache.Cache) -> Kept:
     """Answer every evaluation image with the artifact, once per artifact, runtime and machine."""
     key = cache.key(
-        "answers", code=__file__, artifact=compiled.key, environment=compiled.environment, data=evaluation.key,
-        options=asdict(compiled.options),
+        "answers", code=__file__, codes=KEPT, artifact=compiled.key, environment=compiled.environment,
+        data=evaluation.key, options=asdict(compiled.options),
     )  # fmt: skip
     load = partial(load_artifact, compiled)
-    return _scores(build, "answers", key, load, evaluation.images, f"{compiled.target} {compiled.precision}")
+    return _answers(build, "answers", key, load, evaluation.images, f"{compiled.target} {compiled.precision}")
+
+
+def _compared(baseline: Kept, answers: Kept, evaluation: Split, recipe: Recipe) -> Accuracy:
+    if recipe.task == "segmentation":
+        return segmentation.measure(baseline, answers, evaluation, recipe)
+    return accuracy.measure(baseline.scores, answers.scores, evaluation, recipe)
+
+
+def _percent(answers: Kept, evaluation: Split, recipe: Recipe) -> float:
+    if recipe.task == "segmentation":
+        return segmentation.percent(answers, evaluation, recipe)
+    return accuracy.percent(answers.scores, evaluation, recipe)
 
 
 def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, command: str) -> Verdict:
@@ -226,14 +242,14 @@ def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) 
         return scores
 
     errors: tuple[LayerError, ...] = ()
-    if way.program.precision == "int8":
+    if way.program.quantized:
         key = _key("layers", way, evaluation, of=way.program.key)
         spread = np.unique(np.linspace(0, len(sample.images) - 1, LAYER_IMAGES).astype(int))
         make = partial(_layer_errors, way.program, sample.images[spread])
         errors = LAYERS.validate_json((build.folder("layers", key, make) / "layers.json").read_bytes())
     lossless = way.program.precision == "float32"
     first, last = next(iter(way.steps), None), way.compiled.target
-    lossy = None if lossless else first if way.program.precision == "int8" else last
+    lossy = None if lossless else first if way.program.quantized else last
     return ladder.climb(sample, way.steps, lossy=lossy, layers=errors, answering=answering)
 
 
@@ -251,32 +267,25 @@ def _layer_errors(program: Program, images: Images, out: Path) -> None:
 
 def _with_accuracy(
     timed: Latency,
-    accuracy: Accuracy,
+    found: Accuracy,
     runtime_float: Compiled | None,
     evaluation: Split,
     recipe: Recipe,
     build: cache.Cache,
 ) -> Latency:
     """Write each candidate's accuracy beside its latency; the runtime's float is answered for it."""
-    percents = [accuracy.judged.float_percent]
+    percents = [found.judged.float_percent]
     if runtime_float:
-        scores = artifact_scores(runtime_float, evaluation, build)
-        percents.append(percent(scores, evaluation, recipe))
-    percents.append(accuracy.judged.percent)
+        answers = artifact_answers(runtime_float, evaluation, build)
+        percents.append(_percent(answers, evaluation, recipe))
+    percents.append(found.judged.percent)
     pairs = zip(timed.candidates, percents, strict=True)
     return replace(timed, candidates=tuple(replace(one, accuracy_percent=value) for one, value in pairs))
 
 
-def _scores(build: cache.Cache, stage: str, key: str, load: "partial[Predict]", images: Images, of: str) -> Outputs:
+def _answers(build: cache.Cache, stage: str, key: str, load: "partial[Predict]", images: Images, of: str) -> Kept:
     def make(out: Path) -> None:
         torch.set_num_threads(targets.usable_cpus())
-        np.save(out / "scores.npy", _answer(load(), images, f"evaluate {of}"))
+        kept.write(kept.answer(load(), images, f"evaluate {of}"), out)
 
-    scores: Outputs = np.load(build.folder(stage, key, make, of=of) / "scores.npy")
-    return scores
-
-
-def _answer(predict: Predict, images: Images, text: str) -> Outputs:
-    starts = range(0, len(images), BATCH)
-    batches = progress.track(starts, text, total=len(starts))
-    return np.concatenate([predict(images[i : i + BATCH].copy()) for i in batches])
+    return kept.read(build.folder(stage, key, make, of=of))

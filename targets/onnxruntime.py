@@ -1,86 +1,299 @@
-"""Microsoft ONNX Runtime on the CPU: runs the simplified ONNX as it is."""
+"""Microsoft ONNX Runtime: ONNX → ONNX rearranged so that its int8 kernels take whole layers; on a CPU, or CUDA."""
 
+import json
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
-from device.arrays import Images, Outputs, Predict
-from targets import Environment, Form, Layer, Options, Precision, Scheme, cpu_isa, system
+import targets
+from device.arrays import Images, Outputs, Predict, in_batches
+from device.errors import TargetUnavailable
+from targets import Environment, Form, Layer, Precision, Scheme, cpu_isa, fast_on_cpu, system
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".onnx"
-SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None}
+SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(bias="int32", outputs="int8"), "float32": None}
+PACKAGES = {"CPU": "onnxruntime", "CUDA": "onnxruntime-gpu", "OpenVINO": "onnxruntime-openvino"}
+DATATYPES = {"uint8": "int8", "int8": "int8", "float": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool"}
+"""What runs on int8 as it is."""
+CARRIERS = MOVES | {"Relu", "Clip"}
+ARITHMETIC = {"Cast", "Mul", "Add", "Slice", "Gather", "Split"}
+"""What may stand, with moves, between the images and the first layer."""
+INT8_KERNELS = {"Conv", "Add", "Mul", "GlobalAveragePool", "AveragePool", "Sigmoid", "LeakyRelu", "Concat"}
+"""What runs on int8 when its inputs and its output are."""
+FLOAT_GIVERS = {"Gemm", "MatMul"}
+"""What runs on int8 when its inputs are, and can give float."""
+GATES = {"Sigmoid": (0.0, 0.0), "HardSigmoid": (0.2, 0.5), "HardSwish": (1 / 6, 0.5)}
+"""What ends in 0 to 1, or multiplies by that; with the slope and middle that ONNX gives a hard one."""
+LAYERS = ("Conv", "MatMul", "Gemm", "Attention")
 
-INT8_KERNELS = {
-    "QLinearConv",
-    "QLinearMatMul",
-    "QGemm",
-    "ConvInteger",
-    "MatMulInteger",
-    "DynamicQuantizeMatMul",
-    "MatMulIntegerToFloat",
-    "QAttention",
-}
-FLOAT_KERNELS = {
-    "Conv",
-    "FusedConv",
-    "Gemm",
-    "FusedGemm",
-    "MatMul",
-    "FusedMatMul",
-    "ConvTranspose",
-    "Attention",
-    "MultiHeadAttention",
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Options(targets.Options):
+    """What a recipe may set under `[targets.onnxruntime]`."""
+
+    provider: Literal["CPU", "CUDA", "OpenVINO"] = "CPU"
+    """What runs the graph; all but CPU need another build of ONNX Runtime."""
+    spinning: bool = True
+    """Threads wait busily for their next piece of work: faster, but they hold their CPUs for the whole of a call."""
 
 
 def environment(*, options: Options) -> Environment:
-    return Environment("onnxruntime", ort.__version__, "CPU", cpu_isa(), system())
+    missing = _missing(options)
+    fast = fast_on_cpu(SCHEMES) if options.provider == "CPU" else () if missing else tuple(SCHEMES)
+    device = (options.provider, cpu_isa(), system(), _found())
+    return Environment("onnxruntime", ort.__version__, *device, fast, missing)
 
 
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:
-    shutil.copyfile(model, out)
+    import onnx  # noqa: PLC0415 - only the engineer's machine has it
+
+    made = onnx.load(model)
+    if options.batch != "dynamic":
+        for value in (made.graph.input[0], made.graph.output[0]):
+            value.type.tensor_type.shape.dim[0].dim_value = options.batch
+        del made.graph.value_info[:]  # which name the dynamic batch still
+    made = onnx.shape_inference.infer_shapes(made)
+    _widen_normalization(_Graph(made.graph))
+    _pool_means(_Graph(made.graph))
+    if precision == "int8":
+        _quantize_gates(_Graph(made.graph))
+        while _drop_idle_pair(_Graph(made.graph)):
+            pass
+    _Graph(made.graph).drop_unused()
+    del made.graph.value_info[:]
+    onnx.checker.check_model(made, full_check=True)
+    onnx.save(made, out)
 
 
 def load(path: Path, *, precision: Precision, options: Options) -> Predict:
-    session = ort.InferenceSession(path, _options(options.threads), providers=["CPUExecutionProvider"])
-    name: str = session.get_inputs()[0].name
+    session = _session(path, options)
+    name = session.get_inputs()[0].name
 
     def predict(images: Images) -> Outputs:
         scores: Outputs = session.run(None, {name: images})[0]
         return scores
 
-    return predict
+    return predict if options.batch == "dynamic" else in_batches(predict, options.batch)
 
 
 def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[Layer]:
-    import onnx  # noqa: PLC0415 - only the engineer's machine has it
-
     with tempfile.TemporaryDirectory() as folder:
-        session_options = _options(None)
+        session = _session(path, options, profile=f"{folder}/profile")
+        images = session.get_inputs()[0]
+        shape = [size if isinstance(size, int) else 1 for size in images.shape]
+        session.run(None, {images.name: np.zeros(shape, np.uint8)})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    return [layer for event in events if event["name"].endswith("_kernel_time") and (layer := _layer(event))]
+
+
+def _layer(event: dict[str, Any]) -> Layer | None:
+    """Read one event of ONNX Runtime's profile: which kernel ran for a node, on inputs of which types."""
+    kernel, inputs = event["args"]["op_name"], event["args"]["input_type_shape"]
+    if not inputs or not any(word in kernel for word in LAYERS):
+        return None
+    kind: Literal["convolution", "matrix product"] = "convolution" if "Conv" in kernel else "matrix product"
+    name = re.sub(r"_token_\d+$", "", event["name"].removesuffix("_kernel_time"))  # which fusing appends
+    datatype = next(iter(inputs[0]))
+    return Layer(name, kind, DATATYPES.get(datatype, datatype))
+
+
+def _session(path: Path, options: Options, *, profile: str | None = None) -> ort.InferenceSession:
+    if missing := _missing(options):
+        raise TargetUnavailable(missing)
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 4
+    settings.intra_op_num_threads = options.threads or targets.usable_cpus()
+    settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
+    if profile:
+        settings.enable_profiling, settings.profile_file_prefix = True, profile
         # The one step left out, the NCHWc layout of float convolutions, renames them and changes no precision.
-        session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        session_options.optimized_model_filepath = f"{folder}/optimized.onnx"
-        ort.InferenceSession(path, session_options, providers=["CPUExecutionProvider"])
-        nodes = onnx.load(f"{folder}/optimized.onnx").graph.node
-    return [
-        Layer(
-            re.sub(r"_token_\d+$", "", node.name),  # which fusing appends
-            "convolution" if "Conv" in node.op_type else "matrix product",
-            "int8" if node.op_type in INT8_KERNELS else "float32",
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    wanted = f"{options.provider}ExecutionProvider"
+    providers = list(dict.fromkeys((wanted, "CPUExecutionProvider")))
+    session = ort.InferenceSession(path, settings, providers=providers)
+    if session.get_providers()[0] != wanted:  # it falls back without a word
+        raise TargetUnavailable(
+            f"ONNX Runtime has the provider {options.provider} but cannot start it: a driver or a library is missing"
         )
-        for node in nodes
-        if node.op_type in INT8_KERNELS | FLOAT_KERNELS
-    ]
+    return session
 
 
-def _options(threads: int | None) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    return options
+def _found() -> tuple[str, ...]:
+    return tuple(name.removesuffix("ExecutionProvider") for name in ort.get_available_providers())
+
+
+def _missing(options: Options) -> str | None:
+    """Say why the provider cannot be used here; None where it can."""
+    if options.provider in _found():
+        return None
+    return (
+        f"the ONNX Runtime installed here has no {options.provider} provider (it has {', '.join(_found())}); install "
+        f"the package {PACKAGES[options.provider]} in place of onnxruntime, or choose another provider"
+    )
+
+
+class _Graph:
+    """An ONNX graph, with who makes and who takes each value as it was when this was made."""
+
+    def __init__(self, graph: "GraphProto") -> None:
+        from onnx import helper, numpy_helper  # noqa: PLC0415 - only the engineer's machine has it
+
+        self.graph, self._node, self._numpy = graph, helper.make_node, numpy_helper
+        self.nodes = list(graph.node)
+        self.maker = {output: node for node in graph.node for output in node.output}
+        self.takers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for value in node.input:
+                self.takers.setdefault(value, []).append(node)
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        values = (*graph.input, *graph.value_info, *graph.output)
+        self.shapes = {v.name: [size.dim_value for size in v.type.tensor_type.shape.dim] for v in values}
+
+    def array(self, constant: str) -> NDArray[np.generic]:
+        return cast(NDArray[np.generic], self._numpy.to_array(self.constants[constant]))
+
+    def constant(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
+        self.graph.initializer.append(self._numpy.from_array(np.asarray(value), name))
+        return name
+
+    def insert(self, before: "NodeProto", kind: str, inputs: Sequence[str], output: str) -> str:
+        made = self._node(kind, inputs, [output], name=output)
+        self.graph.node.insert(list(self.graph.node).index(before), made)
+        return output
+
+    def replace(self, old: str, new: str) -> None:
+        """Make everything that takes `old` take `new`; a result of the graph keeps its name."""
+        for node in self.takers.get(old, []):
+            node.input[:] = [new if value == old else value for value in node.input]
+        if any(old == result.name for result in self.graph.output):
+            self.maker[old].output[0], self.maker[new].output[0] = f"{old}/idle", old
+            self.replace(new, old)
+
+    def drop_unused(self) -> None:
+        wanted = {result.name for result in self.graph.output}
+        for node in reversed(self.nodes):
+            if wanted.isdisjoint(node.output):
+                self.graph.node.remove(node)
+            else:
+                wanted.update(node.input)
+        for tensor in [tensor for tensor in self.graph.initializer if tensor.name not in wanted]:
+            self.graph.initializer.remove(tensor)
+
+    def runs_on_int8(self, node: "NodeProto") -> bool:
+        """Say whether ONNX Runtime has an int8 kernel for a node, quantized around it as it is."""
+        data = node.input[:2] if node.op_type in ("Conv", "Gemm") else node.input
+        makers = [self.source(value, MOVES) for value in data]
+        inputs = all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
+        gives = {user.op_type for user in self.users(node.output[0])} == {"QuantizeLinear"}
+        return inputs and (node.op_type in FLOAT_GIVERS or (gives and node.op_type in INT8_KERNELS))
+
+    def users(self, value: str) -> "list[NodeProto]":
+        """Give what takes a value, be it after a ReLU or a move."""
+        found = (self.users(n.output[0]) if n.op_type in CARRIERS else [n] for n in self.takers.get(value, []))
+        return [user for users in found for user in users]
+
+    def source(self, value: str, over: set[str]) -> "NodeProto | None":
+        """Go back to what made a value, before operators of the kinds `over`."""
+        node = self.maker.get(value)
+        while node is not None and node.op_type in over:
+            node = self.maker.get(node.input[0])
+        return node
+
+
+def _widen_normalization(graph: _Graph) -> None:
+    """Give the constants of the normalization the size of an image.
+
+    ONNX Runtime transposes after it, not before, and multiplies N×H×W×3 by three numbers at the pace of several
+    convolutions; as many numbers as an image has take hardly any time.
+    """
+    reached = {graph.graph.input[0].name}
+    for node in graph.nodes:
+        data = set(node.input).difference(graph.constants)
+        if node.op_type not in MOVES | ARITHMETIC or not data <= reached:
+            continue
+        reached.update(node.output)
+        sizes = graph.shapes.get(node.output[0], [0])[1:]
+        for place, value in enumerate(node.input):
+            narrow = value in graph.constants and np.prod(graph.constants[value].dims) > 1
+            if narrow and node.op_type in ("Mul", "Add") and all(sizes):
+                shape = graph.constant(f"{node.name}/size", np.array([1, *sizes]))
+                node.input[place] = graph.insert(node, "Expand", [value, shape], f"{node.name}/wide")
+
+
+def _pool_means(graph: _Graph) -> None:
+    """Make a mean over height and width a global average pooling, which has an int8 kernel."""
+    for node in [node for node in graph.nodes if node.op_type == "ReduceMean"]:
+        rank = len(graph.shapes.get(node.input[0], []))
+        axes = [int(axis) for value in node.input[1:] if value in graph.constants for axis in graph.array(value)]
+        if rank != 4 or sorted(axis % 4 for axis in axes) != [2, 3]:
+            continue
+        node.op_type = "GlobalAveragePool" if _attribute(node, "keepdims", 1) else "Flatten"
+        del node.input[1:], node.attribute[:]
+        if node.op_type == "Flatten":
+            node.input[0] = graph.insert(node, "GlobalAveragePool", node.input[:1], f"{node.output[0]}/pooled")
+
+
+def _quantize_gates(graph: _Graph) -> None:
+    """Run sigmoids, hard sigmoids and hard-swishes of uint8 values on int8: a gate's range needs no calibration.
+
+    A hard sigmoid becomes an addition, whose int8 kernel cuts its result off at both ends of the range.
+    """
+    for node in graph.nodes:
+        data = graph.maker.get(node.input[0]) if node.op_type in GATES else None
+        if data is None or data.op_type != "DequantizeLinear" or graph.array(data.input[2]).dtype != np.uint8:
+            continue
+        values, name = node.input[0], node.output[0]
+        zero = graph.constant(f"{name}/zero", np.uint8(0))
+        unit = step = graph.constant(f"{name}/unit", np.float32(1 / 255))
+        slope, middle = GATES[node.op_type]
+        if slope:
+            slope, middle = _attribute(node, "alpha", slope), _attribute(node, "beta", middle)
+            full = graph.constant(f"{name}/full", np.uint8(255))
+            step = graph.constant(f"{name}/step", np.float32(1 / slope / 255))
+            shift = graph.constant(f"{name}/shift", np.float32(middle / slope / 255))
+            constant = graph.insert(node, "DequantizeLinear", [full, shift, zero], f"{name}/constant")
+        inner = graph.insert(node, *(("Add", [values, constant]) if slope else ("Sigmoid", [values])), f"{name}/inner")
+        inner = graph.insert(node, "QuantizeLinear", [inner, step, zero], f"{name}/int8")
+        gate = graph.insert(node, "DequantizeLinear", [inner, unit, zero], f"{name}/gate")
+        if node.op_type == "HardSwish":
+            node.op_type, node.input[:] = "Mul", [values, gate]
+            continue
+        for pair in (taker for taker in graph.takers[name] if taker.op_type == "QuantizeLinear"):  # calibrated
+            for taker in graph.takers[pair.output[0]]:
+                graph.replace(taker.output[0], gate)
+        graph.replace(name, gate)
+
+
+def _attribute(node: "NodeProto", name: str, default: float) -> float:
+    found = [attribute for attribute in node.attribute if attribute.name == name]
+    return (found[0].f if found[0].type == found[0].FLOAT else found[0].i) if found else default
+
+
+def _drop_idle_pair(graph: _Graph) -> bool:
+    """Drop one quantization that no int8 kernel gives or takes, which would only round; say whether there was one."""
+    for node in graph.nodes:
+        pairs = graph.takers.get(node.output[0], [])
+        if node.op_type != "QuantizeLinear" or any(pair.op_type != "DequantizeLinear" for pair in pairs):
+            continue
+        source = graph.source(node.input[0], CARRIERS)
+        given = source is not None and source.op_type not in FLOAT_GIVERS and graph.runs_on_int8(source)
+        taken = any(graph.runs_on_int8(user) for pair in pairs for user in graph.users(pair.output[0]))
+        if not given and not taken:
+            for pair in pairs:
+                graph.replace(pair.output[0], node.input[0])
+                graph.graph.node.remove(pair)
+            graph.graph.node.remove(node)
+            return True
+    return False

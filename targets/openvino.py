@@ -1,23 +1,29 @@
-"""Intel OpenVINO on the CPU: ONNX → IR with batch 1."""
+"""Intel OpenVINO on a CPU, GPU or NPU: ONNX → IR, every batch size compiled as a model of its own."""
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import openvino as ov
 
-from device.arrays import Images, Outputs, Predict
-from targets import Environment, Form, Layer, Options, Precision, Scheme, cpu_isa, system
+import targets
+from device.arrays import Images, Outputs, Predict, in_batches
+from device.errors import TargetUnavailable
+from targets import Environment, Form, Layer, Precision, Scheme, cpu_isa, fast_on_cpu, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
-SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None, "bfloat16": None}
+SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None, "bfloat16": None, "float16": None}
 
-# Without a hint OpenVINO runs float layers in bfloat16 where the CPU can; what an int8 graph leaves in
-# float must be the float32 that was verified, too.
-HINTS = {"int8": "f32", "float32": "f32", "bfloat16": "bf16"}
+# Without a hint OpenVINO runs float layers in bfloat16 where the CPU can, and in float16 on a GPU; what an int8
+# graph leaves in float must be the float32 that was verified, too.
+HINTS = {"int8": "f32", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+CAPABILITIES: Mapping[Precision, str] = {"int8": "INT8", "float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 KINDS: Mapping[str, Literal["convolution", "matrix product"]] = {
     "Convolution": "convolution",
     "Deconvolution": "convolution",
@@ -25,41 +31,155 @@ KINDS: Mapping[str, Literal["convolution", "matrix product"]] = {
     "MatMul": "matrix product",
     "Gemm": "matrix product",
 }
+PLAIN = r"(?:CPU|GPU(?:\.\d+)?|NPU)"
+DEVICE = re.compile(rf"{PLAIN}|AUTO|(?:AUTO|HETERO):{PLAIN}(?:,{PLAIN})*")
+MOST_AT_ONCE = 64
+"""Images of one call of the model with a dynamic batch; more are answered in several."""
+MOST_SIZES = 4
+"""How many batch sizes stay compiled, each with its own copy of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(targets.Options):
+    device: str = "CPU"
+    """`CPU`, `GPU`, `GPU.1`, `NPU`, `AUTO`, or several as in `AUTO:GPU,CPU` and `HETERO:GPU,CPU`."""
+    hint: Literal["latency", "throughput"] = "latency"
+    """What OpenVINO chooses its settings for; throughput answers a call of many images in several streams."""
+    streams: int | None = None
+    """How many calls of the model run at once and share the threads; None for what the hint makes of it."""
+    half_weights: bool = False
+    """Keep float weights in 16 bits: half the file, rounded. Precision float16 always does."""
+    cache: str | None = None
+    """A folder on the device for compiled models, which makes the next load faster; no manifest covers it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not DEVICE.fullmatch(self.device):
+            raise ValueError(
+                f"device '{self.device}' is none of OpenVINO's: CPU, GPU, GPU.1, NPU, AUTO, or several as AUTO:GPU,CPU "
+                f"or HETERO:GPU,CPU; found here: {', '.join(_found())}"
+            )
+        if self.streams is not None and self.streams < 1:
+            raise ValueError(f"streams must be 1 or more, not {self.streams}")
+        if self.batch == "dynamic" and (self.hint == "throughput" or self.streams not in (None, 1)):
+            raise ValueError('several streams share a call by fixed batches; with batch = "dynamic" leave them out')
 
 
 def environment(*, options: Options) -> Environment:
-    device: str = ov.Core().get_property("CPU", "FULL_DEVICE_NAME")
-    return Environment("openvino", ov.get_version().split("-")[0], device, cpu_isa(), system())
+    missing = _missing(options.device)
+    chosen = _plain(options.device)
+    return Environment(
+        runtime="openvino",
+        version=ov.get_version().split("-")[0],
+        device=options.device if missing else ", ".join(dict.fromkeys(map(_full_name, chosen))),
+        isa=cpu_isa(),
+        system=system(),
+        devices=tuple(f"{device}: {_full_name(device)}" for device in _found()),
+        fast=() if missing else tuple(p for p in SCHEMES if all(p in _fast(device) for device in chosen)),
+        unmeasured=missing,
+    )
 
 
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:
     graph = ov.Core().read_model(model)
-    # Batch 1 fixed: 2026.4 answers some int8 graphs wrongly when the batch is dynamic
-    # (docs/decisions/0006-openvino-batch-1.md), and it is faster besides.
-    graph.reshape([1, *(dimension.get_length() for dimension in list(graph.input(0).get_partial_shape())[1:])])
+    if options.batch != "dynamic":
+        _fix_batch(graph, options.batch)
     _name_by_position(graph)
-    ov.save_model(graph, out, compress_to_fp16=False)
+    ov.save_model(graph, out, compress_to_fp16=options.half_weights or precision == "float16")
 
 
 def load(path: Path, *, precision: Precision, options: Options) -> Predict:
-    request = _compiled(path, precision, options.threads).create_infer_request()
+    if options.batch == "dynamic":
+        return _of_any_size(path, precision, options)
+    compiled = _compiled(path, precision, options, options.batch)
+    at_once = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+    predicts = [in_batches(_predict(compiled), options.batch) for _ in range(at_once)]
+    return predicts[0] if at_once == 1 else _shared_out(predicts, options.batch)
+
+
+def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[Layer]:
+    batch = 1 if options.batch == "dynamic" else options.batch
+    layers = []
+    for layer in _compiled(path, precision, options, batch).get_runtime_model().get_ordered_ops():
+        info = {name: str(value.value) for name, value in layer.get_rt_info().items()}
+        if info.get("layerType") in KINDS:
+            name = layer.get_friendly_name().removesuffix("/WithoutBiases")
+            layers.append(Layer(name, KINDS[info["layerType"]], _precision(info)))
+    return layers
+
+
+def _precision(info: Mapping[str, str]) -> str:
+    """Read the kernel's name, as `brgconv_avx512_f32`: beside it a float32 layer of 16-bit weights is called f16."""
+    of_kernel = info["primitiveType"].rpartition("_")[2].lower()
+    return _NAMES.get(of_kernel) or _NAMES.get(info["runtimePrecision"], info["runtimePrecision"])
+
+
+_NAMES = {"u8": "int8", "i8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+
+
+def _predict(compiled: ov.CompiledModel) -> Predict:
+    """Answer with one request, as many images as the model was compiled for."""
+    request = compiled.create_infer_request()
 
     def predict(images: Images) -> Outputs:
-        rows = [request.infer([image[None]], share_inputs=True, share_outputs=False)[0] for image in images]
-        return np.concatenate(rows)
+        scores: Outputs = request.infer([images], share_inputs=True, share_outputs=False)[0]
+        return scores
 
     return predict
 
 
-def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[Layer]:
-    layers = []
-    for layer in _compiled(path, precision, None).get_runtime_model().get_ordered_ops():
-        info = {name: str(value.value) for name, value in layer.get_rt_info().items()}
-        if info["layerType"] in KINDS:
-            ran = info["runtimePrecision"]
-            name = layer.get_friendly_name().removesuffix("/WithoutBiases")
-            layers.append(Layer(name, KINDS[info["layerType"]], _NAMES.get(ran, ran)))
-    return layers
+def _of_any_size(path: Path, precision: Precision, options: Options) -> Predict:
+    """Compile for each number of images that comes: a model compiled for any number can answer wrongly.
+
+    See docs/decisions/0006-openvino-batch-1.md; tried with OpenVINO 2026.4.1.
+    """
+    sized = lru_cache(MOST_SIZES)(lambda images: _predict(_compiled(path, precision, options, images)))
+
+    def predict(images: Images) -> Outputs:
+        parts = [images[start : start + MOST_AT_ONCE] for start in range(0, len(images), MOST_AT_ONCE)]
+        return np.concatenate([sized(len(part))(part) for part in parts])
+
+    return predict
+
+
+def _shared_out(predicts: Sequence[Predict], batch: int) -> Predict:
+    """Give each of several requests its share of a call's batches, to be answered at once."""
+    pool = ThreadPoolExecutor(len(predicts))
+
+    def predict(images: Images) -> Outputs:
+        share = batch * -(-len(images) // (batch * len(predicts)))
+        parts = [images[start : start + share] for start in range(0, len(images), share)]
+        return np.concatenate(list(pool.map(lambda answer, part: answer(part), predicts, parts)))
+
+    return predict
+
+
+def _compiled(path: Path, precision: Precision, options: Options, batch: int) -> ov.CompiledModel:
+    if missing := _missing(options.device):
+        raise TargetUnavailable(missing)
+    settings: dict[str, object] = {
+        "PERFORMANCE_HINT": options.hint.upper(),
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
+    }
+    if options.threads is not None and "CPU" in _plain(options.device):  # other devices know no such setting
+        settings["DEVICE_PROPERTIES"] = {"CPU": {"INFERENCE_NUM_THREADS": options.threads}}
+    if options.streams is not None:
+        settings["NUM_STREAMS"] = options.streams
+    if options.device.startswith("AUTO"):  # or the CPU answers until another device is ready, in other time
+        settings["ENABLE_STARTUP_FALLBACK"] = False
+    if options.cache is not None:
+        settings["CACHE_DIR"] = str(Path(options.cache).expanduser())
+    core = ov.Core()
+    # Compiled from the path, a cached model would answer when the weights beside the .xml have changed.
+    graph = core.read_model(path)
+    _fix_batch(graph, batch)
+    return core.compile_model(graph, options.device, settings)
+
+
+def _fix_batch(graph: ov.Model, batch: int) -> None:
+    shape = graph.input(0).get_partial_shape()
+    shape[0] = batch
+    graph.reshape(shape)
 
 
 def _name_by_position(graph: ov.Model) -> None:
@@ -69,14 +189,43 @@ def _name_by_position(graph: ov.Model) -> None:
             operation.set_friendly_name(f"{operation.get_type_name()}_{position}")
 
 
-_NAMES = {"u8": "int8", "i8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+def _found() -> list[str]:
+    devices: list[str] = ov.Core().available_devices
+    return devices
 
 
-def _compiled(path: Path, precision: Precision, threads: int | None) -> ov.CompiledModel:
-    options: dict[str, str | int] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": HINTS[precision],
-    }
-    if threads is not None:
-        options["INFERENCE_NUM_THREADS"] = threads
-    return ov.Core().compile_model(path, "CPU", options)
+def _plain(device: str) -> list[str]:
+    """List the devices that a name stands for; `AUTO` alone for every one found."""
+    return re.findall(PLAIN, device) or _found()
+
+
+def _missing(device: str) -> str | None:
+    """Say which of the devices named is not here, and why as far as OpenVINO tells; None where all are."""
+    found = _found()
+    for one in _plain(device):
+        # The first of several GPUs answers to GPU as well, and the only one to GPU.0.
+        if one not in found and f"{one}.0" not in found and one.removesuffix(".0") not in found:
+            return f"OpenVINO finds no device '{one}' here{_why(one)}; it found {', '.join(found)}"
+    return None
+
+
+def _why(device: str) -> str:
+    """Name the system library that a device's plugin asks for in vain; its absence hides a device that is there."""
+    try:
+        ov.Core().get_property(device, "FULL_DEVICE_NAME")
+    except RuntimeError as error:
+        lacking = re.search(r"(\S+): cannot open shared object", str(error))
+        return f" (its plugin needs the system library {lacking[1]})" if lacking else ""
+    return ""
+
+
+def _full_name(device: str) -> str:
+    return str(ov.Core().get_property(device, "FULL_DEVICE_NAME"))
+
+
+def _fast(device: str) -> tuple[Precision, ...]:
+    """List what a device has instructions for; the CPU plugin says INT8 of every CPU, hence the CPU's own word."""
+    if device == "CPU":
+        return fast_on_cpu(SCHEMES)
+    able = ov.Core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+    return tuple(precision for precision, name in CAPABILITIES.items() if name in able)

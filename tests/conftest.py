@@ -135,6 +135,11 @@ def write_project(folder: Path) -> Project:
     return Project(folder)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take minutes, for the processes to end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return write_project(tmp_path / "project")

@@ -7,6 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from device import runner
 from tests.conftest import BITFERRY, Project, write_project
 
@@ -53,6 +55,7 @@ def kill_when(stage: str, project: Project) -> None:
     assert running.returncode == -signal.SIGKILL or stage == "bundle"  # which may be done before the kill arrives
 
 
+@pytest.mark.slow
 def test_killed_at_every_stage_the_result_is_the_same(tmp_path: Path) -> None:
     undisturbed, killed = write_project(tmp_path / "undisturbed"), write_project(tmp_path / "killed")
     done = undisturbed.bitferry(*map(str, COMMAND[1:]))

@@ -105,6 +105,7 @@ def commands(document: str) -> list[str]:
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
+@pytest.mark.slow
 def test_every_command_in_the_readme_runs(tmp_path: Path) -> None:
     """Run them in order in a copy of what git tracks; stages already in this checkout's build folder are reused.
 

@@ -36,7 +36,7 @@ def measure(baseline: Outputs, scores: Outputs, evaluation: Split, recipe: Recip
 
     Raises StageFailed when the scores are not finite or of another shape, or the judged metric has no value.
     """
-    _refuse_strange(baseline, scores)
+    refuse_strange(baseline, scores)
     labels, classes, task = evaluation.labels, recipe.classes, recipe.task
     before, after = answers(baseline, labels, task), answers(scores, labels, task)
     several = task == "multilabel"
@@ -104,7 +104,8 @@ def _further(accuracy: Accuracy, allowed_pp: float) -> int | None:
     return None if needed > MOST_IMAGES else max(int(np.ceil(needed)) - images, 1)
 
 
-def _refuse_strange(baseline: Outputs, scores: Outputs) -> None:
+def refuse_strange(baseline: Outputs, scores: Outputs) -> None:
+    """Raise StageFailed for scores that are not finite, not of one shape, or the same for every image."""
     for whose, found in (("float model", baseline), ("artifact", scores)):
         if found.shape != baseline.shape or not np.isfinite(found).all():
             what = f"shape {found.shape}" if found.shape != baseline.shape else "NaN or infinity"
@@ -121,7 +122,7 @@ def _change(name: str, before: Answers, after: Answers, labels: Labels, recipe: 
         first, second = (_in_top(one.scores, labels, PLACES[name]) for one in (before, after))
         return paired_change(name, first, second, confidence)
     paired, higher_is_better = _paired(name, before, after, labels, recipe)
-    return _resampled(name, paired, len(labels), confidence, higher_is_better=higher_is_better)
+    return resampled(name, paired, len(labels), confidence, higher_is_better=higher_is_better)
 
 
 def _paired(name: str, before: Answers, after: Answers, labels: Labels, recipe: Recipe) -> tuple[metrics.Paired, bool]:
@@ -159,7 +160,7 @@ def paired_change(name: str, before: Flags, after: Flags, confidence: float) -> 
     )
 
 
-def _resampled(
+def resampled(
     name: str, metric: metrics.Paired, images: int, confidence: float, *, higher_is_better: bool = True
 ) -> Change:
     """Bound a metric by the bootstrap, never closer than Tango's bound for images none of which flipped.

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device.arrays import Outputs
+from device.pixels import IGNORED
 from device.runner import softmax
 from pipeline.artifacts import Labels, Split
 from pipeline.figures import Bin, ClassChange, Confusion, Flips, Reliability, WorstImage
@@ -49,6 +50,12 @@ def answers(scores: Outputs, labels: Labels, task: Task) -> Answers:
     chosen, probabilities = scores.argmax(axis=1), softmax(scores)
     right = np.asarray(chosen == labels)
     return Answers(scores, probabilities, chosen, right, probabilities.max(axis=1), right)
+
+
+def of_pixels(scores: Outputs, labels: Labels) -> Answers:
+    """Decide about pixels, those left out that do not count; scores N×K×P, labels N×P."""
+    counted = labels != IGNORED
+    return answers(np.moveaxis(scores, 1, 2)[counted], labels[counted], "classification")
 
 
 def flips(before: Answers, after: Answers) -> Flips:

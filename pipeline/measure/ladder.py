@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from device import pixels
 from device.arrays import Images, Outputs, Predict
 from device.errors import first_line
 from pipeline import progress
 from pipeline.artifacts import Labels, Split
-from pipeline.measure.answers import Answers, answers, flips
+from pipeline.measure.answers import Answers, answers, flips, of_pixels
 from pipeline.statistics import noise_share, sqnr_db
 from pipeline.verdict import Ladder, LayerError, Rung
 
@@ -37,12 +38,12 @@ Answering = Callable[[str, Step, Images], Outputs]
 
 
 def answer(name: str, step: Step, images: Images) -> Outputs:
-    """Load a step and send the images N×H×W×3 through it, in small batches."""
+    """Load a step and send the images N×H×W×3 through it, in small batches; of maps a few pixels' scores are kept."""
     predict = step.load()
-    batch = max(1, BATCH_PIXELS // (images.shape[1] * images.shape[2]))
+    batch = max(1, BATCH_PIXELS // (images[0].size // 3))
     starts = range(0, len(images), batch)
     tracked = progress.track(starts, f"ladder: {name}", total=len(starts))
-    return np.concatenate([predict(images[i : i + batch].copy()) for i in tracked])
+    return np.concatenate([pixels.thin(predict(images[i : i + batch].copy())) for i in tracked])
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,18 @@ class Sample:
 
     images: Images
     labels: Labels
+    """Of masks, those pixels whose scores are kept, N×P."""
     baseline: Outputs
 
 
 def sample(evaluation: Split, baseline: Outputs) -> Sample:
-    """Take images for a ladder."""
-    height, width = evaluation.images.shape[1:3]
-    wanted = int(np.clip(PIXELS // (height * width), FEWEST, MOST))
+    """Take images for a ladder; `baseline` holds the float model's scores N×K, or those kept of maps N×K×P."""
+    wanted = int(np.clip(PIXELS // (evaluation.images[0].size // 3), FEWEST, MOST))
     picked = np.unique(np.linspace(0, len(evaluation) - 1, min(wanted, len(evaluation))).astype(int))
-    return Sample(evaluation.images[picked], evaluation.labels[picked], baseline[picked])
+    labels = evaluation.labels[picked]
+    if baseline.ndim == 3:
+        labels = pixels.thin_masks(labels, baseline.shape[1])
+    return Sample(evaluation.images[picked], labels, baseline[picked])
 
 
 def climb(
@@ -75,7 +79,7 @@ def climb(
     A step that cannot be loaded is kept with the reason. Noise is measured from the float model, so what a step did
     is the noise it added to the step before.
     """
-    rungs = [Rung("float PyTorch", None, 0, float(100 * _decided(sample.baseline, sample).right.mean()), 0.0)]
+    rungs = [Rung("float PyTorch", None, 0, _percent(_decided(sample.baseline, sample)), 0.0)]
     suspects, before = [], 0.0
     for name, step in steps.items():
         try:
@@ -99,6 +103,7 @@ def climb(
         lost_most=worst.name if worst.noise_added > 0 else None,
         suspects=tuple(suspects),
         layers=layers,
+        pixels=int((sample.labels != pixels.IGNORED).sum()) if sample.baseline.ndim == 3 else None,
     )
 
 
@@ -106,8 +111,16 @@ def _rung(name: str, scores: Outputs, sample: Sample, added: float) -> Rung:
     decibels = sqnr_db(sample.baseline, scores)
     before, after = _decided(sample.baseline, sample), _decided(scores, sample)
     shown = None if decibels == np.inf else decibels
-    return Rung(name, shown, flips(before, after).flipped, float(100 * after.right.mean()), added)
+    return Rung(name, shown, flips(before, after).flipped, _percent(after), added)
+
+
+def _percent(found: Answers) -> float:
+    """Give the share of right answers; 0 where every pixel is one that does not count."""
+    return 100 * float(found.right.mean()) if found.right.size else 0.0
 
 
 def _decided(scores: Outputs, sample: Sample) -> Answers:
+    """Decide for each image; of maps, for each pixel that counts."""
+    if scores.ndim == 3:
+        return of_pixels(scores, sample.labels)
     return answers(scores, sample.labels, "classification" if sample.labels.ndim == 1 else "multilabel")

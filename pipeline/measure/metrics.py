@@ -157,8 +157,8 @@ def build(name: str, options: Mapping[str, object], task: Task, classes: int) ->
     or it does not say whether higher is better.
     """
     if task not in KINDS:
-        told = ", ".join(COUNTED[task])
-        raise InputError(f"'{name}' needs the scores of every pixel, which are not kept; task '{task}' has {told}")
+        others = ", ".join(COUNTED[task])
+        raise InputError(f"'{name}' needs the scores of every pixel, which are not kept; task '{task}' has {others}")
     import torchmetrics.classification as library  # noqa: PLC0415 - seconds to import, for these metrics only
 
     title, (kind, count) = name.removeprefix(TORCHMETRICS), KINDS[task]

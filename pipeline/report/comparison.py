@@ -15,7 +15,7 @@ import targets
 from device import runner
 from device.errors import InputError, TargetUnavailable
 from pipeline.figures import Change, Ratio
-from pipeline.measure import latency
+from pipeline.measure import latency, segmentation
 from pipeline.measure.accuracy import paired_change
 from pipeline.measure.suspicion import other_load, suspicions
 from pipeline.report import record
@@ -48,7 +48,7 @@ class Comparison:
     common_images: int
     """Evaluation images that both answered, by their pixels."""
     accuracy: Change | None
-    """`float_percent` is A's share of right answers, `percent` B's; None without a common image."""
+    """`float_percent` is A's share of right answers or its mIoU, `percent` B's; None without a common image."""
     a_median_ms: float
     b_median_ms: float
     speedup: Ratio
@@ -73,7 +73,7 @@ def compare(first: Path, second: Path, *, seconds: float = latency.SECONDS["defa
     change = None
     if len(ours):
         confidence = a.verdict.accuracy.judged.confidence
-        change = paired_change("right answers", a.answers.right[ours], b.answers.right[theirs], confidence)
+        change = _change(a.answers, b.answers, ours, theirs, confidence)
     medians = [side.verdict.latency.artifact.timing.median_ms for side in (a, b)]
     return Comparison(
         a=str(first),
@@ -92,6 +92,14 @@ def compare(first: Path, second: Path, *, seconds: float = latency.SECONDS["defa
     )
 
 
+def _change(a: Recorded, b: Recorded, ours: list[int], theirs: list[int], confidence: float) -> Change:
+    """Compare the answers of these rows: right or wrong, or the overlap of maps."""
+    if a.labels.ndim < 3 or a.answers is None or b.answers is None:
+        return paired_change("right answers", a.right[ours], b.right[theirs], confidence)
+    before, after = (segmentation.unpacked(a.labels[ours], rows) for rows in (a.answers[ours], b.answers[theirs]))
+    return segmentation.change("mIoU", before, after, confidence)
+
+
 def show(found: Comparison, *, as_json: bool) -> None:
     """Print the two columns, and what B changes."""
     if as_json:
@@ -101,7 +109,7 @@ def show(found: Comparison, *, as_json: bool) -> None:
     change, ratio = found.accuracy, found.speedup
     if change:
         told = f"{0 - change.drop_pp:+.2f} pp ({-change.drop_upper_pp:+.2f} to {-change.drop_lower_pp:+.2f})"
-        table.add_row("right answers", f"{change.float_percent:.2f} %", f"{change.percent:.2f} %", told)
+        table.add_row(change.metric, f"{change.float_percent:.2f} %", f"{change.percent:.2f} %", told)
     told = f"{ratio.value:.2f}× as fast ({ratio.lower:.2f} to {ratio.upper:.2f})"
     table.add_row("latency, median", f"{found.a_median_ms:.2f} ms", f"{found.b_median_ms:.2f} ms", told)
     if found.a_bytes and found.b_bytes:
@@ -162,8 +170,7 @@ def _interleaved(a: Side, b: Side, seconds: float) -> Live | None:
 
 
 def _call(loaded: runner.Runner) -> latency.Call:
-    contract = loaded.preprocessing
-    image = np.full((1, contract.height, contract.width, 3), 127, np.uint8)
+    image = np.full((1, *loaded.preprocessing.shape), 127, np.uint8)
     return lambda: loaded.predict(image)
 
 

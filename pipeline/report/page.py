@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
@@ -93,6 +94,14 @@ def gain(change: ClassChange) -> float | None:
 def by_own_error(layers: Sequence[LayerError]) -> list[LayerError]:
     """Sort layers by the error of their own, the largest first; those without one last."""
     return sorted(layers, key=lambda layer: (layer.own_sqnr_db is None, layer.own_sqnr_db or 0.0))
+
+
+def grid(pictures: Sequence[Images]) -> Images:
+    """Put pictures two in a row, a narrower one beside white; the first row's may be of another width."""
+    rows = [np.concatenate(pictures[i : i + 2], axis=1) for i in range(0, len(pictures), 2)]
+    width = max(row.shape[1] for row in rows)
+    padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    return np.concatenate(padded)
 
 
 def thumbnail(image: Images) -> tuple[str, int, int]:

@@ -14,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from device.arrays import Outputs
+from device import pixels
+from device.arrays import Images, Outputs
 from device.errors import InputError, first_line
 from pipeline import cache, verdict
 from pipeline.artifacts import Labels, Unmeasured, Verified
+from pipeline.measure import segmentation
 from pipeline.measure.answers import answers
 from pipeline.report import page
+from pipeline.samples import VIEWS_JOINED
 from pipeline.verdict import SCHEMA, Built, Verdict
 
 VERDICT, ANSWERS, REPORT = "verdict.json", "answers.npz", "report.html"
@@ -28,7 +31,10 @@ VERDICTS, BUILT = TypeAdapter(Verdict), TypeAdapter(Built)
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was answered for each evaluation image; a class index, or for multi-label models 0 or 1 per class."""
+    """What was answered for each evaluation image; a class index, or for multi-label models 0 or 1 per class.
+
+    For segmentation N×K×2: pixels of each class rightly answered, and answered; `labels` are those of a perfect answer.
+    """
 
     digests: NDArray[np.uint8]
     """N×16: the first half of the sha256 of each image's pixels."""
@@ -68,8 +74,19 @@ def _write_page(verified: Verified | Unmeasured, path: Path, siblings: Sequence[
         return
     found = verified.verdict
     others = [other for sibling in siblings if (other := _sibling(sibling, found))]
-    images = {worst.index: verified.evaluation.images[worst.index] for worst in found.accuracy.worst}
+    images = {worst.index: _picture(verified, worst.index) for worst in found.accuracy.worst}
     page.write(found, images, path, others=others)
+
+
+def _picture(verified: Verified, index: int) -> Images:
+    """Put the views of one answer side by side, and any masks with them: of truth, float model and artifact."""
+    evaluation = verified.evaluation
+    image = evaluation.images[index]
+    views = np.concatenate(list(image), axis=1) if image.ndim == 4 else image
+    if not verified.maps:
+        return views
+    masks = [np.asarray(pixels.picture(one[index]).convert("RGB")) for one in (evaluation.labels, *verified.maps)]
+    return page.grid([views, *masks])
 
 
 def write_figures(verified: Verified | Unmeasured, folder: Path, *, private: bool = True) -> None:
@@ -77,11 +94,14 @@ def write_figures(verified: Verified | Unmeasured, folder: Path, *, private: boo
     found = verified.verdict
     verdict.write(found if private else _public(found), folder / VERDICT)
     evaluation = verified.evaluation
-    scores = {"float_answers": verified.float_scores}
-    scores |= {"answers": verified.scores} if isinstance(verified, Verified) else {}
-    arrays: dict[str, Any] = {name: _small(chosen(values, evaluation.labels)) for name, values in scores.items()}
+    scores = [verified.float_scores, *([verified.scores] if isinstance(verified, Verified) else [])]
+    labels, given = evaluation.labels, [chosen(one, evaluation.labels) for one in scores if not verified.maps]
+    if verified.maps:
+        counts = [segmentation.counts(one, labels, scores[0].shape[1]) for one in verified.maps]
+        labels, given = segmentation.perfect(counts[0]), [segmentation.packed(one) for one in counts]
+    arrays: dict[str, Any] = dict(zip(NAMES[1:], map(_small, (labels, *given)), strict=False))
     digests = np.frombuffer(b"".join(evaluation.digests), np.uint8).reshape(len(evaluation), -1)
-    np.savez_compressed(folder / ANSWERS, digests=digests, labels=_small(evaluation.labels), **arrays)
+    np.savez_compressed(folder / ANSWERS, digests=digests, **arrays)
 
 
 def read_verdict(path: Path) -> Verdict:
@@ -152,9 +172,13 @@ def _public(found: Built) -> Built:
     command = shlex.join(Path(word).name for word in shlex.split(found.command))
     rungs = tuple(replace(one, missing=one.missing and _placeless(one.missing)) for one in found.ladder.rungs)
     if isinstance(found, Verdict):
-        worst = tuple(replace(one, source=Path(one.source).name) for one in found.accuracy.worst)
+        worst = tuple(replace(one, source=_file_names(one.source)) for one in found.accuracy.worst)
         found = replace(found, accuracy=replace(found.accuracy, worst=worst))
     return replace(found, ladder=replace(found.ladder, rungs=rungs), command=command)
+
+
+def _file_names(source: str) -> str:
+    return VIEWS_JOINED.join(Path(view).name for view in source.split(VIEWS_JOINED))
 
 
 def _placeless(text: str) -> str:

@@ -7,8 +7,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import targets
-from device.errors import TargetUnavailable
 from pipeline import verdict
 from pipeline.artifacts import Bundle, Unmeasured, Verified
 from pipeline.figures import Candidate, Ratio
@@ -38,34 +36,6 @@ def show(results: Sequence[Result], *, as_json: bool) -> None:
             console.print(line, soft_wrap=True)
         if isinstance(result, Bundle):
             console.print(f"     {escape(str(result.path))}", soft_wrap=True)
-
-
-def show_targets(*, as_json: bool) -> None:
-    """Print which targets are ready here, and what the others lack."""
-    rows = [_target(name) for name in targets.names()]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table("target", "ready", "runtime", "device", "precisions")
-    for row in rows:
-        table.add_row(row["name"], row["ready"], row["runtime"], row["device"], row["precisions"])
-    Console().print(table)
-
-
-def _target(name: str) -> dict[str, str]:
-    try:
-        target = targets.get(name)
-        found = target.environment(options=target.Options())
-    except TargetUnavailable as error:
-        return {"name": name, "ready": "no", "runtime": str(error), "device": "", "precisions": ""}
-    runtime = f"{found.runtime} {found.version}"
-    return {
-        "name": name,
-        "ready": "yes",
-        "runtime": runtime,
-        "device": " ".join((found.device, *found.isa)),
-        "precisions": ", ".join(target.SCHEMES),
-    }
 
 
 def _verdict(result: Result) -> Built:
@@ -119,6 +89,7 @@ def _cells(found: Verdict) -> dict[str, str]:
         f"drop at most ({100 * judged.confidence:g}% sure)": f"{judged.drop_upper_pp:.2f} pp",
         **{one.metric: f"{one.float_percent:.2f} → {one.percent:.2f} %" for one in accuracy.others},
         "lost / gained / flipped": f"{flips.lost} / {flips.gained} / {flips.flipped}",
+        **({} if flips.pixels_percent is None else {"pixels flipped": f"{flips.pixels_percent:.2f} %"}),
         "SQNR of the scores": "equal" if accuracy.sqnr_db is None else f"{accuracy.sqnr_db:.1f} dB",
         "p50 / p90 / p99, eager float": _percentiles(latency.eager),
         "p50 / p90 / p99": _percentiles(artifact),

@@ -1,0 +1,152 @@
+"""Our int8 on ONNX Runtime against ONNX Runtime's own `quantize_static`: latency and SQNR of the scores.
+
+    python benchmarks/onnxruntime_placement.py RECIPE... [--seconds 60] [--threads 2] [--build build]
+
+`quantize_static` is given the float ONNX that bitferry exports, and the same calibration images one by one, in every
+way it has: Q/DQ or quantized operators, weights per channel or per tensor, activations uint8 or int8, and with the
+normalization of the pixels left in float. One more row is not offered to its users: its best way on the float graph as
+`targets/onnxruntime.py` rearranges it, which shows what is won by the rearrangement and what by the Q/DQ placement.
+All are timed interleaved in one process at batch 1, with the same session options. Prints a table and the ratio of our
+latency to that of its fastest result, and keeps every sample in benchmarks/results/.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+import targets
+from device.arrays import Images, Predict
+from pipeline import recipe
+from pipeline.cache import Cache
+from pipeline.measure import latency
+from pipeline.run import Deployment, Run
+from pipeline.statistics import ratio_interval, sqnr_db
+from pipeline.verify import eager
+
+HERE = Path(__file__).parent
+NAME = "onnxruntime"
+OURS, FLOAT, REARRANGED = "bitferry int8", "float32", "quantize_static on our float graph"
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Hand out the calibration images one by one."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = iter(images)
+
+    def get_next(self) -> dict[str, Images] | None:
+        image = next(self.images, None)
+        return None if image is None else {"images": image[None]}
+
+
+def peers(given: Path, images: Images, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Quantize a float ONNX in every way that `quantize_static` has."""
+    normalization = first_arithmetic(given)
+    formats = (QuantFormat.QDQ, QuantFormat.QOperator)
+    types = (QuantType.QUInt8, QuantType.QInt8)
+    for style, per_channel, activation, spared in itertools.product(formats, (True, False), types, (False, True)):
+        label = f"{style.name} {'channel' if per_channel else 'tensor'} {activation.name[1:]}"
+        label += " normalization float" if spared else ""
+        path = folder / f"{label.replace(' ', '-')}.onnx"
+        quantize_static(
+            given,
+            path,
+            Reader(images),
+            quant_format=style,
+            per_channel=per_channel,
+            activation_type=activation,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=normalization if spared else [],
+        )
+        yield label, path
+
+
+def first_arithmetic(path: Path) -> list[str]:
+    """Name the nodes between the images and the first layer."""
+    names: list[str] = []
+    for node in onnx.load(path).graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            break
+        names.append(node.name)
+    return names
+
+
+def batch_of_one(model: Path, out: Path) -> Path:
+    """Fix the batch and let ONNX Runtime prepare the graph, as its guide to quantization asks."""
+    made = onnx.load(model)
+    made.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    del made.graph.value_info[:]
+    onnx.save(made, out)
+    quant_pre_process(out, out, skip_symbolic_shape=True)
+    return out
+
+
+def candidates(run: Run, folder: Path, threads: int) -> dict[str, Predict]:
+    target = targets.get(NAME)
+    options = target.Options(threads=threads)
+    ours, plain = (Deployment(run, NAME, precision) for precision in ("int8", "float32"))
+    images = run.calibration.images[: run.recipe.quantization.images].copy()
+    paths = {OURS: ours.compiled.path, FLOAT: plain.compiled.path}
+    (folder / "ours").mkdir()
+    given = batch_of_one(plain.simplified.path, folder / "float.onnx")
+    rearranged = batch_of_one(plain.compiled.path, folder / "ours/float.onnx")
+    best = "QDQ channel UInt8 normalization float"
+    paths |= dict(peers(given, images, folder))
+    paths[REARRANGED] = dict(peers(rearranged, images, folder / "ours"))[best]
+    return {label: target.load(path, precision="int8", options=options) for label, path in paths.items()}
+
+
+def measure(path: Path, build: Path, seconds: float, threads: int) -> dict[str, object]:
+    """Print one recipe's table; give its raw samples."""
+    run = Run(recipe.read(path), path, Cache(build / recipe.read(path).name))
+    images = run.evaluation.images[:256].copy()
+    reference = eager(run.model.module())(images)
+    with tempfile.TemporaryDirectory() as folder:
+        predicts = candidates(run, Path(folder), threads)
+        quality = {label: sqnr_db(reference, predict(images)) for label, predict in predicts.items()}
+        series = latency.interleave({label: partial(p, images[:1]) for label, p in predicts.items()}, seconds=seconds)
+    show(f"{run.recipe.name}, {threads} threads", series, quality)
+    return {"sqnr_db": quality, "seconds": {label: one.seconds.tolist() for label, one in series.items()}}
+
+
+def show(title: str, series: dict[str, latency.Series], quality: dict[str, float]) -> None:
+    print(f"\n{title:44}{'p50 ms':>8}{'SQNR dB':>9}")
+    for label, samples in sorted(series.items(), key=lambda item: float(np.median(item[1].seconds))):
+        print(f"{label:44}{np.median(samples.seconds) * 1e3:8.2f}{quality[label]:9.1f}")
+    others = {label: one for label, one in series.items() if label not in (OURS, FLOAT, REARRANGED)}
+    best = min(others, key=lambda label: float(np.median(others[label].seconds)))
+    for label in (best, REARRANGED):
+        value, low, high = ratio_interval(series[OURS].block_medians, series[label].block_medians)
+        print(f"{OURS} takes {value:.3f} ({low:.3f} to {high:.3f}) of the time of {label}; ", end="")
+        print(f"SQNR {quality[OURS]:.2f} against {quality[label]:.2f} dB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+", type=Path, metavar="RECIPE")
+    parser.add_argument("--seconds", type=float, default=60, help="of timing for each recipe (default: 60)")
+    parser.add_argument("--threads", type=int, default=targets.usable_cpus())
+    parser.add_argument("--build", type=Path, default=Path("build"), help="where stages keep their output")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)  # quantize_static warns of what a comparison of all its ways does on purpose
+    kept = {path.stem: measure(path, options.build, options.seconds, options.threads) for path in options.recipes}
+    environment = vars(targets.get(NAME).environment(options=targets.get(NAME).Options()))
+    result = {"environment": environment, "threads": options.threads, "recipes": kept}
+    machine = "-".join(targets.cpu_isa()[-1:]) or "cpu"
+    path = HERE / f"results/{datetime.now(UTC):%Y-%m-%d}-onnxruntime-placement-{machine}.json"
+    path.write_text(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Say which operator of which layer a tool cannot take, and what else can be done: the text of a StageFailed."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from torch import fx
+
+import targets
+from device.errors import TargetUnavailable, first_line
+
+SHOWN = 3
+NO_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'")
+USER_CODE = re.compile(r'File "([^"<>]+)", line (\d+), in (?!<)\w+\n\s*(.+)')
+
+
+def in_export(error: BaseException, capture: Callable[[], torch.export.ExportedProgram]) -> str:
+    """Explain why torch.onnx.export refused a model: the operator it has no form for, or the cause and the line.
+
+    `capture` gives the program that it tried to export.
+    """
+    found = NO_FUNCTION.search(_chain(error))
+    if found is None:
+        while error.__cause__:
+            error = error.__cause__
+        return f"{first_line(error)} {in_code(error)}".strip()
+    operator, overload = found.groups()
+    with torch.no_grad():
+        graph = capture().run_decompositions().graph
+    named = f"{operator.replace('::', '.')}.{overload}"
+    places = [_place(node) for node in graph.nodes if str(node.target) == named]
+    where = "; ".join(dict.fromkeys(places[:SHOWN])) or "the model"
+    return f"the operator {operator} in {where} has no form in ONNX; {ways_out('onnx')}"
+
+
+def in_code(error: BaseException) -> str:
+    """Name the line of the model's own source that a capture stopped at; nothing where the error tells none."""
+    lines = [match for match in USER_CODE.findall(_chain(error)) if "/torch/" not in match[0]]
+    return f"at {Path(lines[-1][0]).name}:{lines[-1][1]}: {lines[-1][2].strip()}" if lines else ""
+
+
+def in_compile(error: BaseException, model: Path, target: str) -> str:
+    """Name the ONNX nodes that a target's compiler complains about, by operator and PyTorch module."""
+    form = targets.get(target).CONSUMES
+    if model.suffix != ".onnx":
+        return ways_out(form, target)
+    text, nodes = _chain(error), onnx.load(model, load_external_data=False).graph.node
+    blamed = [n for n in nodes if n.name and re.search(rf"(?<![\w/.]){re.escape(n.name)}(?![\w/.])", text)]
+    blamed = blamed or [n for n in nodes if re.search(rf"\b{n.op_type}\b", text)]
+    told = dict.fromkeys(f"the operator {n.op_type} in the layer '{n.name.partition('/node_')[0]}'" for n in blamed)
+    return "; ".join([*list(told)[:SHOWN], ways_out(form, target)])
+
+
+def ways_out(form: targets.Form, target: str | None = None) -> str:
+    """List the targets that might take what one, or every one fed by `form`, does not."""
+    others = [name for name in targets.names() if name != target and (target or _form(name) not in (form, None))]
+    return f"replace it in the model, or try another target ({', '.join(others)})"
+
+
+def _form(name: str) -> targets.Form | None:
+    try:
+        return targets.get(name).CONSUMES
+    except (TargetUnavailable, ImportError, OSError):
+        return None
+
+
+def _place(node: fx.Node) -> str:
+    stack: Sequence[tuple[str, object]] = list((node.meta.get("nn_module_stack") or {}).values())
+    layer = re.sub(r"^L\['self'\]\.?", "", str(stack[-1][0])).removeprefix("model.") if stack else ""
+    line = USER_CODE.findall(node.meta.get("stack_trace") or "")
+    source = f" ({Path(line[-1][0]).name}:{line[-1][1]}: {line[-1][2].strip()})" if line else ""
+    return f"the layer '{layer or 'model'}'{source}"
+
+
+def _chain(error: BaseException | None) -> str:
+    """Join the texts of an error and of what caused it."""
+    parts = []
+    while error is not None:
+        parts.append(str(error))
+        error = error.__cause__
+    return "\n".join(parts)

@@ -1,0 +1,298 @@
+"""PyTorch ExecuTorch with XNNPACK: torch.export program → `.pte` for phones and boards; its runtime runs it here."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from executorch import version
+
+import targets
+from device.arrays import Images, Outputs, Predict, in_batches
+from device.errors import StageFailed, first_line
+from targets import MOST_BATCH, Environment, Form, Layer, Precision, Scheme, cpu_isa, fast_on_cpu, system, usable_cpus
+
+Node = Any  # a torch.fx.Node, whose arguments may be of every type
+
+CONSUMES: Form = "exported"
+SUFFIX = ".pte"
+VERSION = version.__version__.partition("+")[0]
+NAMES = ".layers.json"
+"""Of a file beside it: the PyTorch module of each layer, by the number that XNNPACK knows it by."""
+SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(activation="int8", outputs="int8"), "float32": None}
+LAYERS = "XNNConv2d XNNDepthwiseConv2d XNNConvTranspose2d XNNFullyConnected XNNBatchMatrixMultiply"
+KERNELS = "aten::convolution aten::linear aten::addmm aten::mm aten::bmm"
+KINDS: Mapping[str, Literal["convolution", "matrix product"]] = {
+    name: "convolution" if "onv" in name else "matrix product" for name in f"{LAYERS} {KERNELS}".split()
+}
+QUANTIZE, DEQUANTIZE = (f"quantized_decomposed.{verb}_per_tensor" for verb in ("quantize", "dequantize"))
+RELUS = {"aten.relu", "aten.relu6", "aten.hardtanh"}
+CARRIERS = {f"aten.{name}" for name in ("max_pool2d", "permute", "flatten", "view", "reshape", "squeeze", "unsqueeze")}
+DATATYPES = {"xnn_datatype_fp32": "float32", "xnn_datatype_fp16": "float16", "xnn_datatype_qint8": "int8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(targets.Options):
+    """What a recipe may set under `[targets.executorch]`."""
+
+    max_batch: int = 32
+    """With batch = "dynamic": the most images of one call, for which the file plans its memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.max_batch <= MOST_BATCH:
+            raise ValueError(f"max_batch must be 2 to {MOST_BATCH}, not {self.max_batch}")
+
+
+def environment(*, options: Options) -> Environment:
+    return Environment("executorch", VERSION, "CPU", cpu_isa(), system(), fast=fast_on_cpu(SCHEMES))
+
+
+def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:
+    import torch  # noqa: PLC0415 - and what follows: the engineer's machine only
+
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # a notice about torchao's own enum
+    import torchao.quantization.pt2e  # noqa: F401, PLC0415 - the operators of a quantized program
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # noqa: PLC0415
+    from executorch.exir import to_edge_transform_and_lower  # noqa: PLC0415
+
+    program = torch.export.load(model)
+    images = program.example_inputs[0][0]
+    example = torch.zeros((2 if options.batch == "dynamic" else options.batch, *images.shape[1:]), dtype=images.dtype)
+    batch = {0: torch.export.Dim("batch", min=1, max=options.max_batch)} if options.batch == "dynamic" else {}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ExecuTorch about itself; failures come as exceptions
+        exported = torch.export.export(_respelled(program.module()), (example,), dynamic_shapes=(batch,))
+        graphs = [exported.graph]
+        try:
+            edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+            graphs.append(edge.exported_program().graph)
+            file = edge.to_executorch().buffer
+            _method(file)  # the runtime refuses some graphs that the compiler has let pass
+        except Exception as error:  # a tool of many passes, each with errors of its own
+            raise _refusal(first_line(error), graphs) from error
+    out.write_bytes(file)
+    out.with_suffix(NAMES).write_text(json.dumps(_names(edge.exported_program()), indent=1))
+
+
+def load(path: Path, *, precision: Precision, options: Options) -> Predict:
+    import torch  # noqa: PLC0415 - the runtime's Python binding takes and gives tensors
+
+    model = Loaded(path.read_bytes(), options.threads or usable_cpus())
+
+    def predict(images: Images) -> Outputs:
+        scores: Outputs = model.ready()([torch.from_numpy(np.ascontiguousarray(images))])[0].numpy()
+        return scores
+
+    if options.batch != "dynamic":
+        return in_batches(predict, options.batch)
+    return lambda images: in_batches(predict, min(len(images), options.max_batch))(images)
+
+
+def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[Layer]:
+    from executorch.exir._serialize._program import deserialize_pte_binary  # noqa: PLC0415 - seconds to import
+
+    names = json.loads(path.with_suffix(NAMES).read_text())
+    program = deserialize_pte_binary(path.read_bytes()).program
+    (plan,) = program.execution_plan
+    layers: list[Layer] = []
+    for call in [instruction.instr_args for instruction in plan.chains[0].instructions]:
+        if hasattr(call, "delegate_index"):
+            index = plan.delegates[call.delegate_index].processed.index
+            layers += _delegated(bytes(program.backend_delegate_data[index].data), names)
+        elif hasattr(call, "op_index") and (operator := plan.operators[call.op_index].name) in KINDS:
+            layers.append(Layer(f"{operator}, not by XNNPACK", KINDS[operator], "float32"))
+    return layers
+
+
+def _delegated(payload: bytes, names: Mapping[str, str]) -> Iterator[Layer]:
+    """Read the layers out of the graph that XNNPACK gets; its schema comes with the package."""
+    from executorch.backends.xnnpack import serialization  # noqa: PLC0415
+    from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader  # noqa: PLC0415
+    from executorch.exir._serialize._flatbuffer import _flatc_decompile  # noqa: PLC0415
+
+    header = XNNHeader.from_bytes(payload[: XNNHeader.EXPECTED_LENGTH])
+    with tempfile.TemporaryDirectory() as folder:
+        schema, binary = Path(folder, "schema.fbs"), Path(folder, "graph.bin")
+        schema.write_bytes(resources.files(serialization).joinpath(schema.name).read_bytes())
+        binary.write_bytes(payload[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size])
+        _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
+        text = binary.with_suffix(".json").read_text()
+    graph = json.loads(re.sub(r"(?<=: )-?(inf|nan)\b", "null", text))  # the bound of a ReLU
+    values = [value["xvalue_union"] for value in graph["xvalues"]]
+    tensors = [value.get("tensor_value", value) for value in values]
+    types = {tensor["id_out"]: DATATYPES.get(tensor["datatype"], tensor["datatype"]) for tensor in tensors}
+    for node in graph["xnodes"]:
+        kind, handle = node["xnode_union_type"], str(node["debug_handle"])
+        if kind in KINDS:
+            yield Layer(names.get(handle, f"{kind} {handle}"), KINDS[kind], types[node["xnode_union"]["input1_id"]])
+
+
+class Loaded:
+    """A model in the runtime, whose one thread pool all models share: loaded anew when another has changed it."""
+
+    pools: ClassVar[list[int]] = []
+    """The sizes of all pools so far. Only the last one lives, and a method keeps the one it was loaded with."""
+
+    def __init__(self, program: bytes, threads: int) -> None:
+        self.program, self.threads, self.pool = program, threads, 0
+        self.ready()
+
+    def ready(self) -> Any:
+        """Give the method, loaded with the threads that it is to have."""
+        if self.pools[-1:] != [self.threads]:
+            with _log():
+                _runtime()._unsafe_reset_threadpool(self.threads)
+            self.pools.append(self.threads)
+        if self.pool != len(self.pools):
+            self.method, self.pool = _method(self.program), len(self.pools)
+        return self.method
+
+
+def _method(program: bytes) -> Any:
+    with _log() as log:
+        try:
+            return _runtime()._load_program_from_buffer(program).load_method("forward")
+        except RuntimeError as error:
+            log.seek(0)
+            told = [line.decode(errors="replace").strip().split("] ", 1)[-1] for line in log.readlines()[-3:]]
+            why = "; ".join([*told, first_line(error)])
+            raise StageFailed(f"ExecuTorch {VERSION} cannot load the model: {why}") from error
+
+
+@contextlib.contextmanager
+def _log() -> Iterator[Any]:
+    """Catch what the runtime writes to the standard error stream, in C++: the reason of a failure, or small talk."""
+    with tempfile.TemporaryFile() as log:
+        kept = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield log
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _runtime() -> Any:
+    """Give the runtime's binding; its public face `executorch.runtime` imports the whole compiler, for seconds."""
+    import torch  # noqa: F401, PLC0415 - the binding is linked to its libraries
+    from executorch.extension.pybindings import _C  # noqa: PLC0415
+
+    return _C
+
+
+def _names(program: Any) -> dict[str, str]:
+    parts = [child.original_module for child in program.graph_module.children() if hasattr(child, "original_module")]
+    nodes = [node for part in parts for node in part.graph.nodes if "debug_handle" in node.meta and _module(node)]
+    return {str(node.meta["debug_handle"]): _module(node) for node in nodes}
+
+
+def _module(node: Node) -> str:
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
+    return str(stack[-1]).removeprefix("model.") if stack else ""
+
+
+def _refusal(told: str, graphs: Sequence[Any]) -> StageFailed:
+    """Name the operator that ExecuTorch stopped at, and the layers that use it."""
+    stopped = {name.replace("::", ".") for name in re.findall(r"\w+(?:::|\.)\w+", told)}
+    nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    where = sorted({f"{_operator(n)} in {_module(n) or n.name}" for n in nodes if _operator(n) in stopped})
+    return StageFailed(
+        f"ExecuTorch cannot take this model{': ' if where else ''}{', '.join(where)} ({told}); replace the operator "
+        "in the model, or deploy to a target that has it"
+    )
+
+
+def _respelled(module: Any) -> Any:
+    """Write the same arithmetic in the way that XNNPACK's partitioner knows it."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        _respell(node)
+    _permute_last(module, next(node for node in graph.nodes if node.op == "placeholder"))
+    for node in [node for node in graph.nodes if _operator(node) == QUANTIZE]:
+        _quantize_first(node)
+    for weight in [node.args[1] for node in graph.nodes if len(node.args) > 1 and not _runs_int8(node)]:
+        if "dequantize_per_channel" in _operator(weight):  # for which nothing but XNNPACK's int8 layers has a kernel
+            values = [attrgetter(a.target)(module) if isinstance(a, type(weight)) else a for a in weight.args]
+            weight.replace_all_uses_with(_constant(module, weight, weight.target(*values)))
+    graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _respell(node: Node) -> None:
+    from torch import ops  # noqa: PLC0415
+
+    if _operator(node) == "aten._assert_tensor_metadata":
+        node.graph.erase_node(node)
+    elif _operator(node) == "aten.dropout":
+        node.replace_all_uses_with(node.args[0])
+    elif _operator(node) == "aten.adaptive_avg_pool2d" and list(node.args[1]) == [1, 1]:
+        node.target, node.args = ops.aten.mean.dim, (node.args[0], [-1, -2], True)
+
+
+def _permute_last(module: Any, images: Node) -> None:
+    """Put N×H×W×3 → N×3×H×W behind the arithmetic on pixels: XNNPACK permutes numbers, but not the bytes of images."""
+    (permute,) = images.users if len(images.users) == 1 else (images,)
+    if _operator(permute) != "aten.permute":
+        return
+    order, last = list(permute.args[1]), permute
+    back = [order.index(axis) for axis in range(len(order))]
+    while len(last.users) == 1 and _operator(user := next(iter(last.users))) in ("aten.to", "aten.mul", "aten.add"):
+        constants = [node for node in user.all_input_nodes if node is not last]
+        values = [attrgetter(node.target)(module) for node in constants if node.op == "get_attr"]
+        if len(values) < len(constants) or any(value.dim() != len(order) for value in values):
+            break
+        for node, value in zip(constants, values, strict=True):
+            user.replace_input_with(node, _constant(module, node, value.permute(back).contiguous()))
+        last = user
+    with images.graph.inserting_after(last):
+        moved = images.graph.call_function(permute.target, (last, order))
+    last.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
+    permute.replace_all_uses_with(images)
+
+
+def _quantize_first(node: Node) -> None:
+    """Quantize before what only moves values: the same answer, but int8 is what is moved and what a layer gives."""
+    from torch import ops  # noqa: PLC0415
+
+    dequantize, given = ops.quantized_decomposed.dequantize_per_tensor.default, node.args[0]
+    while _operator(given) in CARRIERS and len(given.users) == 1:
+        before = given.args[0]
+        with node.graph.inserting_before(given):
+            inside = node.graph.call_function(node.target, (before, *node.args[1:]))
+            given.args = (node.graph.call_function(dequantize, (inside, *node.args[1:])), *given.args[1:])
+        given = before
+
+
+def _runs_int8(layer: Node) -> bool:
+    """Say whether XNNPACK will run a layer on int8: quantized input, at most one ReLU behind it, quantized output."""
+    if _operator(layer) == "aten.conv3d" or _operator(layer.args[0]) != DEQUANTIZE or len(layer.users) != 1:
+        return False
+    (user,) = layer.users
+    if _operator(user) in RELUS and len(user.users) == 1:
+        (user,) = user.users
+    return _operator(user) == QUANTIZE
+
+
+def _constant(module: Any, place: Node, value: Any) -> Node:
+    name = f"respelled_{place.name}"
+    module.register_buffer(name, value)
+    with place.graph.inserting_before(place):
+        return place.graph.get_attr(name)
+
+
+def _operator(node: Any) -> str:
+    """Name a node's operator, `aten.relu`, without its overload; one that works in place as the one that does not."""
+    found = re.match(r"(?:<EdgeOpOverload: )?(\w+\.\w+?)_?\.\w+", str(getattr(node, "target", "")))
+    return found[1] if found else ""
