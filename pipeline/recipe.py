@@ -1,5 +1,6 @@
 """TOML → a typed, validated recipe: everything that decides what is built, and how it is judged."""
 
+import contextlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -195,7 +196,6 @@ def choose_targets(text: str | None, recipe: Recipe) -> list[str]:
         raise InputError(f"no target: name some of {', '.join(targets.names())}")
     for name in wanted:
         schemes = targets.get(name).SCHEMES
-        recipe.options(name)
         if recipe.precision not in schemes:
             raise InputError(f"target '{name}' cannot run {recipe.precision}; it runs {', '.join(schemes)}")
     return wanted
@@ -230,8 +230,11 @@ def read(path: Path, *, precision: str | None = None) -> Recipe:
     except ValidationError as error:
         faults = [_told(dict(detail), detail["loc"], _known_keys(detail["loc"][:-1])) for detail in error.errors()]
         raise InputError(f"recipe {path}: {'; '.join(faults)}") from None
-    for name in recipe.targets:
+    for name, options in recipe.targets.items():
         targets.check_name(name)
+        if options:
+            with contextlib.suppress(TargetUnavailable):  # told when it is asked for
+                recipe.options(name)
     return recipe
 
 

@@ -255,7 +255,7 @@ def _refusal(error: Exception, graph: Any) -> StageFailed:
     told = first_line(error)
     stopped = {name.replace("::", ".") for name in re.findall(r"\w+", told)}
     nodes = [node for node in graph.nodes if _operator(node).rpartition(".")[2] in stopped]
-    where = sorted({f"{_operator(node)} in {_module(node) or node.name}" for node in nodes})
+    where = sorted({f"{_operator(node)} in layer '{_module(node) or node.name}'" for node in nodes})
     return StageFailed(
         f"coremltools cannot take this model{': ' if where else ''}{', '.join(where)} ({told}); replace the operator "
         "in the model, or deploy to a target that has it"

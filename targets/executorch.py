@@ -1,9 +1,9 @@
 """PyTorch ExecuTorch with XNNPACK: torch.export program → `.pte` for phones and boards; its runtime runs it here."""
 
 import contextlib
+import io
 import json
 import logging
-import os
 import re
 import tempfile
 import warnings
@@ -151,7 +151,7 @@ class Loaded:
     def ready(self) -> Any:
         """Give the method, loaded with the threads that it is to have."""
         if self.pools[-1:] != [self.threads]:
-            with _log():
+            with contextlib.redirect_stderr(io.StringIO()):  # where it tells what it finds about the CPU
                 _runtime()._unsafe_reset_threadpool(self.threads)
             self.pools.append(self.threads)
         if self.pool != len(self.pools):
@@ -160,27 +160,13 @@ class Loaded:
 
 
 def _method(program: bytes) -> Any:
-    with _log() as log:
+    with contextlib.redirect_stderr(io.StringIO()) as log:
         try:
             return _runtime()._load_program_from_buffer(program).load_method("forward")
         except RuntimeError as error:
-            log.seek(0)
-            told = [line.decode(errors="replace").strip().split("] ", 1)[-1] for line in log.readlines()[-3:]]
+            told = [line.split("] ", 1)[-1] for line in log.getvalue().splitlines()[-3:]]
             why = "; ".join([*told, first_line(error)])
             raise StageFailed(f"ExecuTorch {VERSION} cannot load the model: {why}") from error
-
-
-@contextlib.contextmanager
-def _log() -> Iterator[Any]:
-    """Catch what the runtime writes to the standard error stream, in C++: the reason of a failure, or small talk."""
-    with tempfile.TemporaryFile() as log:
-        kept = os.dup(2)
-        os.dup2(log.fileno(), 2)
-        try:
-            yield log
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def _runtime() -> Any:
@@ -206,7 +192,7 @@ def _refusal(told: str, graphs: Sequence[Any]) -> StageFailed:
     """Name the operator that ExecuTorch stopped at, and the layers that use it."""
     stopped = {name.replace("::", ".") for name in re.findall(r"\w+(?:::|\.)\w+", told)}
     nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
-    where = sorted({f"{_operator(n)} in {_module(n) or n.name}" for n in nodes if _operator(n) in stopped})
+    where = sorted({f"{_operator(n)} in layer '{_module(n) or n.name}'" for n in nodes if _operator(n) in stopped})
     return StageFailed(
         f"ExecuTorch cannot take this model{': ' if where else ''}{', '.join(where)} ({told}); replace the operator "
         "in the model, or deploy to a target that has it"

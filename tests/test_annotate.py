@@ -179,3 +179,14 @@ def test_pooling_to_one_pixel_is_a_mean_and_other_pooling_stays() -> None:
     targets = [node.target for node in annotated(net, Scheme())]
     assert targets.count(torch.ops.aten.adaptive_avg_pool2d.default) == 1
     assert targets.count(torch.ops.aten.mean.dim) == 1
+
+
+def test_a_norm_that_no_convolution_takes_in_becomes_one_where_layers_give_int8() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean, norm.running_var = torch.rand(3), torch.rand(3) + 0.5
+    net = nn.Sequential(nn.ReLU(), norm, nn.ReLU(), nn.Conv2d(3, 2, 1))
+    for scheme, convolutions in ((Scheme(outputs="int8"), 2), (Scheme(), 1)):
+        made = converted(net, scheme)
+        assert [node.target for node in made.graph.nodes].count(torch.ops.aten.conv2d.default) == convolutions
+        torch.testing.assert_close(made(INPUT), net(INPUT), atol=0.05, rtol=0)

@@ -27,11 +27,11 @@ from targets.onnxruntime import SCHEMES, Options
 from tests.conftest import subset
 
 CONTRACT = Preprocessing(height=16, width=16, mean=(0.286, 0.3, 0.25), std=(0.353, 0.3, 0.4))
-LAYERS = ["first", "second", "squeeze", "excite", "third", "fourth"]
+LAYERS = ["first", "second", "branch", "preact", "squeeze", "excite", "third", "fourth"]
 
 
 class Network(nn.Module):
-    """A residual addition, ReLU6, hard-swish, SiLU, squeeze and excitation, pooling, a classifier."""
+    """A residual addition, ReLU6, DenseNet's norm, hard-swish, SiLU, squeeze and excitation, pooling, a classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,14 +39,16 @@ class Network(nn.Module):
         self.first = nn.Conv2d(3, 16, 3, stride=2, padding=1)
         self.second = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
         self.norm = nn.BatchNorm2d(16)
+        self.branch, self.preact = nn.Conv2d(16, 8, 1), nn.BatchNorm2d(24)
         self.squeeze, self.excite = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
-        self.third, self.fourth = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+        self.third, self.fourth = nn.Conv2d(24, 16, 1), nn.Conv2d(16, 16, 1)
         self.classifier = nn.Linear(16, 10)
 
     def forward(self, pixels: Tensor) -> Tensor:
         f = nn.functional
         x = f.max_pool2d(f.relu6(self.first(pixels)), 2)
         x = x + self.norm(self.second(x))
+        x = f.relu(self.preact(torch.cat([x, self.branch(x)], 1)))
         x = f.hardswish(self.third(x))
         gate = self.excite(f.relu(self.squeeze(f.adaptive_avg_pool2d(x, 1))))
         x = f.silu(self.fourth(x * f.hardsigmoid(gate)))
@@ -97,13 +99,23 @@ def test_every_layer_runs_on_int8(batch: int, exported: dict[Precision, Path], t
     assert {layer.name for layer in layers} == {*LAYERS, "classifier"}
     assert {layer.precision for layer in layers} == {"int8"}
     kernels = optimized(tmp_path / "model.onnx", tmp_path)
-    assert kernels["QLinearConv"] == 6
+    assert kernels["QLinearConv"] == 8
+    assert kernels["QLinearConcat"] == 1
     assert kernels["QLinearGlobalAveragePool"] == 2
     assert kernels["QLinearMul"] == 3  # hard-swish, excitation, SiLU
     assert kernels["QLinearSigmoid"] == 1
     assert kernels["QLinearAdd"] == 3  # the residual, and two hard sigmoids
     assert kernels["QuantizeLinear"] == 1  # of the images
-    assert not {"Conv", "FusedConv", "Clip", "Relu", "HardSigmoid", "HardSwish", "ReduceMean"} & set(kernels)
+    assert not {
+        "Conv",
+        "FusedConv",
+        "Clip",
+        "Relu",
+        "HardSigmoid",
+        "HardSwish",
+        "ReduceMean",
+        "BatchNormalization",
+    } & set(kernels)
 
 
 def test_its_int8_answers_like_float_pytorch(

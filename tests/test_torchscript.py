@@ -17,6 +17,7 @@ from device.errors import InputError, StageFailed
 from device.preprocess import Preprocessing
 from pipeline.artifacts import FloatModel, Program, Split
 from pipeline.cache import Cache
+from pipeline.load import Deployable
 from pipeline.quantize import quantize
 from pipeline.recipe import Quantization
 from pipeline.statistics import sqnr_db
@@ -52,18 +53,18 @@ class Small(nn.Module):
 
 def float_model(model: nn.Module, images: Images) -> FloatModel:
     """Wrap `model` as a recipe would, its batch norms having seen `images`."""
-    from pipeline.load import Deployable  # noqa: PLC0415
-
-    contract = Preprocessing(*images.shape[1:3], mean=(0.3, 0.3, 0.3), std=(0.35, 0.35, 0.35))
+    height, width = images.shape[1:3]
+    contract = Preprocessing(height=height, width=width, mean=(0.3, 0.3, 0.3), std=(0.35, 0.35, 0.35))
     whole = Deployable(model, contract)
     with torch.no_grad():
         for _ in range(20):
             whole.train()(torch.from_numpy(images))
-    return FloatModel(whole.eval(), contract, tuple("0123456789"), "small")
+    return FloatModel(whole.eval(), contract, tuple("0123456789"), hashlib.sha256(repr(model).encode()).hexdigest())
 
 
 def split() -> Split:
-    images = subset("calibration", 48)["images"]
+    grey = subset("calibration", 48)["images"]
+    images = grey[..., None].repeat(3, axis=-1)
     return Split("calibration", images, np.zeros(48, np.int64), ("",) * 48, (b"",) * 48, "calibration")
 
 
@@ -77,3 +78,86 @@ def program(precision: Precision, target: targets.Target[targets.Options], build
 def answers(made: Program, count: int = 9) -> tuple[Images, Outputs]:
     images = split().images[-count:].copy()
     return images, eager(made.module())(images)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, tuple[Program, Path, Path]]:
+    """The program, its traced file and the compiled one, of each precision."""
+    folder = tmp_path_factory.mktemp("torchscript")
+    build, made = Cache(folder / "build"), {}
+    for precision in PRECISIONS:
+        small = program(precision, torchscript, build)
+        traced = trace(small, split(), build).path
+        out = folder / f"{precision}.ts"
+        torchscript.compile(traced, out, precision=precision, options=Options())
+        made[precision] = (small, traced, out)
+    return made
+
+
+Built = dict[Precision, tuple[Program, Path, Path]]
+
+
+@pytest.mark.parametrize("batch", [1, 4, "dynamic"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_it_answers_as_pytorch_does(built: Built, precision: Precision, batch: targets.Batch) -> None:
+    small, _, path = built[precision]
+    images, expected = answers(small)
+    found = torchscript.load(path, precision=precision, options=Options(threads=1, batch=batch))(images)
+    assert found.dtype == np.float32
+    assert sqnr_db(expected, found) > (100 if precision == "float32" else 30)
+
+
+def test_plain_roundings_give_the_very_numbers_of_the_traced_ones(built: Built) -> None:
+    _, traced, path = built["int8"]
+    images = torch.from_numpy(split().images[:4].copy())
+    with torch.inference_mode():
+        before = torch.jit.freeze(torch.jit.load(traced).eval())  # type: ignore[no-untyped-call]
+        after = torch.jit.load(path)  # type: ignore[no-untyped-call]
+        roundings = [graph.count("aten::round_") for graph in (str(before.graph), str(after.graph))]
+        assert roundings[0] == 0
+        assert roundings[1] > len(LAYERS)
+        torch.testing.assert_close(after(images), before(images), atol=1e-4, rtol=0)
+
+
+def test_a_device_needs_no_torchao(built: Built) -> None:
+    code = f"import sys, torch; torch.jit.load({str(built['int8'][2])!r}); sys.exit('torchao' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_it_says_that_pytorch_computes_in_float(built: Built, precision: Precision) -> None:
+    found = torchscript.executed(built[precision][2], precision=precision, options=Options())
+    kinds = ["convolution"] * 3 + ["matrix product"]
+    assert found == [Layer(name, kind, "float32") for name, kind in zip(LAYERS, kinds, strict=True)]  # type: ignore[arg-type]
+
+
+def test_the_same_model_gives_the_same_file(built: Built, tmp_path: Path) -> None:
+    _, traced, path = built["int8"]
+    torchscript.compile(traced, tmp_path / path.name, precision="int8", options=Options())
+    digests = {hashlib.sha256(file.read_bytes()).hexdigest() for file in (path, tmp_path / path.name)}
+    assert len(digests) == 1
+
+
+def test_two_models_keep_their_own_thread_counts(built: Built) -> None:
+    path, images = built["float32"][2], split().images[:1].copy()
+    models = [torchscript.load(path, precision="float32", options=Options(threads=count)) for count in (1, 2)]
+    for count in (1, 2, 1):
+        models[count - 1](images)
+        assert torch.get_num_threads() == count
+
+
+def test_a_trace_of_batch_1_is_refused_for_more(built: Built, tmp_path: Path) -> None:
+    _, traced, _ = built["float32"]
+    (tmp_path / "model.ts").write_bytes(traced.read_bytes())
+    (tmp_path / "batch-1").touch()
+    torchscript.compile(tmp_path / "model.ts", tmp_path / "out.ts", precision="float32", options=Options())
+    with pytest.raises(InputError, match="tracing fixed the batch of this model at 1, but .* has batch = 'dynamic'"):
+        torchscript.compile(
+            tmp_path / "model.ts", tmp_path / "out.ts", precision="float32", options=Options(batch="dynamic")
+        )
+
+
+def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model.ts").write_bytes(b"PK\x03\x04 not a model")
+    with pytest.raises(StageFailed, match=r"PyTorch .* cannot load .*model\.ts"):
+        torchscript.load(tmp_path / "model.ts", precision="float32", options=Options())

@@ -1,0 +1,117 @@
+"""ExecuTorch: what XNNPACK really took, read out of the `.pte`; batches, threads, and what it cannot take."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import targets
+from device.arrays import Images
+from device.errors import StageFailed
+from pipeline.artifacts import Program
+from pipeline.cache import Cache
+from pipeline.capture import capture
+from pipeline.quantize import quantize, read_program
+from pipeline.recipe import Quantization
+from pipeline.statistics import sqnr_db
+from targets import Scheme
+from tests.test_coreml import Odd
+from tests.test_torchscript import LAYERS, Small, answers, float_model, program, split
+
+executorch = targets.get("executorch")
+Options: Callable[..., targets.Options] = executorch.Options
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return Cache(tmp_path_factory.mktemp("executorch") / "build")
+
+
+def compiled(made: Program, build: Cache, options: targets.Options) -> Path:
+    out = build.root / f"{made.key}-{options.batch}.pte"
+    source = capture(made, split(), build).path
+    executorch.compile(source, out, precision=made.precision, options=options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def int8(build: Cache) -> Program:
+    return program("int8", executorch, build)
+
+
+@pytest.fixture(scope="module")
+def dynamic(int8: Program, build: Cache) -> Path:
+    return compiled(int8, build, Options(batch="dynamic", max_batch=4))
+
+
+def test_every_layer_runs_on_int8_at_any_batch(int8: Program, dynamic: Path) -> None:
+    options = Options(threads=1, batch="dynamic", max_batch=4)
+    predict = executorch.load(dynamic, precision="int8", options=options)
+    images, expected = answers(int8)
+    found = predict(images)
+    assert found.dtype == np.float32
+    assert sqnr_db(expected, found) > 30
+    np.testing.assert_array_equal(np.concatenate([predict(image[None]) for image in images]), found)
+    layers = executorch.executed(dynamic, precision="int8", options=options)
+    assert [layer.name for layer in layers] == LAYERS
+    assert [layer.kind for layer in layers] == ["convolution"] * 3 + ["matrix product"]
+    assert {layer.precision for layer in layers} == {"int8"}
+
+
+def test_a_layer_whose_output_stays_float_runs_in_float_and_is_told_so(build: Cache) -> None:
+    torch.manual_seed(0)
+    model = float_model(Small(), split().images)
+    made = quantize(model, split(), Scheme(activation="int8"), Quantization(), build)
+    options = Options(threads=1, batch=3)
+    path = compiled(made, build, options)
+    images, expected = answers(made, 4)
+    assert sqnr_db(expected, executorch.load(path, precision="int8", options=options)(images)) > 30
+    found = {layer.name: layer.precision for layer in executorch.executed(path, precision="int8", options=options)}
+    assert found == dict.fromkeys(LAYERS, "int8") | {"head": "float32"}
+
+
+def test_respelling_changes_no_answer(int8: Program, build: Cache) -> None:
+    images = torch.from_numpy(split().images[:4].copy())
+    for made in (int8, program("float32", executorch, build)):
+        module = read_program(capture(made, split(), build).path)
+        with torch.no_grad():
+            before = module(images)
+            respelled = executorch._respelled(module)  # type: ignore[attr-defined]
+            after = respelled(images)
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+        permutes = [str(node.target) for node in respelled.graph.nodes]
+        assert permutes.index("aten.permute.default") > permutes.index("aten.add.Tensor")
+
+
+def test_models_with_other_thread_counts_take_turns(dynamic: Path) -> None:
+    images: Images = split().images[:2].copy()
+    shared = [Options(threads=count, batch="dynamic", max_batch=4) for count in (1, 2)]
+    one, two = (executorch.load(dynamic, precision="int8", options=options) for options in shared)
+    expected = one(images)
+    runtime = executorch._runtime()  # type: ignore[attr-defined]
+    for predict, count in ((two, 2), (one, 1), (two, 2)):
+        np.testing.assert_array_equal(predict(images), expected)
+        assert runtime._threadpool_get_thread_count() == count
+
+
+def test_an_operator_it_lacks_is_named_with_its_layer(build: Cache) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Odd(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(
+        StageFailed, match="cannot take this model: aten.special_bessel_j0 in layer '1' .*replace the operator"
+    ):
+        compiled(float_model(model, split().images), build, Options())
+
+
+def test_a_damaged_file_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.pte").write_bytes(b"\0" * 64)
+    with pytest.raises(StageFailed, match=r"ExecuTorch [\d.]+ cannot load the model: .*"):
+        executorch.load(tmp_path / "model.pte", precision="float32", options=Options(threads=1))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_batch_that_cannot_be_is_told() -> None:
+    with pytest.raises(ValueError, match="max_batch must be 2 to 4096, not 1"):
+        Options(max_batch=1)
