@@ -16,7 +16,8 @@ from torch import nn
 import targets
 from device import pixels
 from device.arrays import Images, Outputs, Predict
-from pipeline import cache, export, progress, statistics, trace
+from device.errors import BitferryError, StageFailed, first_line
+from pipeline import cache, export, progress, statistics, trace, unsupported
 from pipeline.artifacts import Compiled, FloatModel, Program, Split, Unmeasured, Verified
 from pipeline.figures import Accuracy, Latency
 from pipeline.judge import Measured, judge
@@ -114,7 +115,13 @@ def eager(module: nn.Module) -> Predict:
 def load_artifact(compiled: Compiled) -> Predict:
     """Load an artifact with the threads it is verified and shipped with."""
     target = targets.get(compiled.target)
-    return target.load(compiled.path, precision=compiled.precision, options=compiled.options)
+    try:
+        return target.load(compiled.path, precision=compiled.precision, options=compiled.options)
+    except BitferryError:
+        raise
+    except Exception as error:  # the vendor's runtime may raise anything
+        place = unsupported.in_compile(error, compiled.source.path, compiled.target)
+        raise StageFailed(f"{compiled.target} cannot load {compiled.path}: {first_line(error)}; {place}") from error
 
 
 def float_answers(model: FloatModel, evaluation: Split, build: cache.Cache) -> Kept:

@@ -61,7 +61,7 @@ def environment(*, options: Options) -> Environment:
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:
     import torch  # noqa: PLC0415 - and what follows: the engineer's machine only
 
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # a notice about torchao's own enum
+    _hush()
     import torchao.quantization.pt2e  # noqa: F401, PLC0415 - the operators of a quantized program
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # noqa: PLC0415
     from executorch.exir import to_edge_transform_and_lower  # noqa: PLC0415
@@ -100,6 +100,7 @@ def load(path: Path, *, precision: Precision, options: Options) -> Predict:
 
 
 def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[Layer]:
+    _hush()
     from executorch.exir._serialize._program import deserialize_pte_binary  # noqa: PLC0415 - seconds to import
 
     names = json.loads(path.with_suffix(NAMES).read_text())
@@ -113,6 +114,11 @@ def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[
         elif hasattr(call, "op_index") and (operator := plan.operators[call.op_index].name) in KINDS:
             layers.append(Layer(f"{operator}, not by XNNPACK", KINDS[operator], "float32"))
     return layers
+
+
+def _hush() -> None:
+    """Keep a notice about torchao's own enum, logged when it is imported, off the user's screen."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def _delegated(payload: bytes, names: Mapping[str, str]) -> Iterator[Layer]:

@@ -95,16 +95,16 @@ def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[
         shape = [size if isinstance(size, int) else 1 for size in images.shape]
         session.run(None, {images.name: np.zeros(shape, np.uint8)})
         events = json.loads(Path(session.end_profiling()).read_text())
-    return [layer for event in events if event["name"].endswith("_kernel_time") and (layer := _layer(event))]
+    return [layer for event in events if (layer := _layer(event))]
 
 
 def _layer(event: dict[str, Any]) -> Layer | None:
     """Read one event of ONNX Runtime's profile: which kernel ran for a node, on inputs of which types."""
-    kernel, inputs = event["args"]["op_name"], event["args"]["input_type_shape"]
+    kernel, inputs = event["args"].get("op_name", ""), event["args"].get("input_type_shape")
     if not inputs or not any(word in kernel for word in LAYERS):
         return None
     kind: Literal["convolution", "matrix product"] = "convolution" if "Conv" in kernel else "matrix product"
-    name = re.sub(r"_token_\d+$", "", event["name"].removesuffix("_kernel_time"))  # which fusing appends
+    name = re.sub(r"(_token_\d+)?_kernel_time$", "", event["name"])  # fusing appends the token
     datatype = next(iter(inputs[0]))
     return Layer(name, kind, DATATYPES.get(datatype, datatype))
 
@@ -116,13 +116,13 @@ def _session(path: Path, options: Options, *, profile: str | None = None) -> ort
     settings.log_severity_level = 4
     settings.intra_op_num_threads = options.threads or targets.usable_cpus()
     settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     if profile:
         settings.enable_profiling, settings.profile_file_prefix = True, profile
         # The one step left out, the NCHWc layout of float convolutions, renames them and changes no precision.
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     wanted = f"{options.provider}ExecutionProvider"
-    providers = list(dict.fromkeys((wanted, "CPUExecutionProvider")))
-    session = ort.InferenceSession(path, settings, providers=providers)
+    session = ort.InferenceSession(path, settings, providers=list(dict.fromkeys((wanted, "CPUExecutionProvider"))))
     if session.get_providers()[0] != wanted:  # it falls back without a word
         raise TargetUnavailable(
             f"ONNX Runtime has the provider {options.provider} but cannot start it: a driver or a library is missing"

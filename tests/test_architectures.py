@@ -70,8 +70,18 @@ def settle(model: nn.Module) -> None:
                 layer.reset_parameters()
 
 
+TAKEN = {  # every target takes one or two of them, which keeps the time of the test in bounds
+    "vit": ("openvino", "onnxruntime"),
+    "mobilenetv3": ("onnxruntime", "executorch"),
+    "efficientnet": ("openvino", "tensorrt"),
+    "densenet": ("coreml", "torchscript"),
+}
+
+
 @pytest.mark.parametrize("name", targets.names())
 def test_int8_answers_like_the_quantized_program(run: Run, name: str) -> None:
+    if name not in TAKEN[run.recipe.model.source.rpartition(":")[2]]:
+        pytest.skip("taken by another architecture")
     try:
         way = Deployment(run, name, "int8")
         made = way.compiled

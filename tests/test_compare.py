@@ -205,7 +205,7 @@ class TestCompare:
         fields = json.loads((report / "verdict.json").read_text())
         (report / "verdict.json").write_text(json.dumps(fields | {"schema": 1}))
         line = deployed.refused("compare", str(report_of(deployed, "openvino")), str(report))
-        assert "has schema 1; this bitferry reads schema 2: verify again" in line
+        assert "has schema 1; this bitferry reads schema 3: verify again" in line
 
     @pytest.mark.parametrize("fault", ["gone", "half", "fewer rows"])
     def test_answers_that_cannot_be_used(self, deployed: Project, report: Path, fault: str) -> None:

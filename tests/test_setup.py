@@ -59,7 +59,9 @@ def test_the_lock_has_every_dependency_within_its_pin_and_names_no_host() -> Non
     lock = (ROOT / "requirements.lock").read_text()
     locked = dict(re.findall(r"^([\w.-]+)==([\w.]+)", lock, re.MULTILINE))
     for wanted in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
-        name, relation, number = re.split(r"(==|>=)", wanted)
+        if wanted.startswith("bitferry["):  # its own extras
+            continue
+        name, relation, number = re.split(r"(==|>=)", wanted.partition(";")[0])
         assert name in locked, name
         if relation == "==":
             assert locked[name].startswith(number.removesuffix("*"))

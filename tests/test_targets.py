@@ -107,8 +107,9 @@ def test_the_environment_names_runtime_and_machine() -> None:
 
 
 def test_targets_of_one_scheme_share_one_quantized_model(deployed: Project) -> None:
-    schemes = {str(targets.get(name).SCHEMES["int8"]) for name in ("openvino", "onnxruntime")}
-    assert len(list((deployed.folder / "build/small").glob("quantize-*"))) == len(schemes)
+    schemes = {str(target.SCHEMES["int8"]) for target in filter(None, map(ready, targets.names()))}
+    made = len(list((deployed.folder / "build/small").glob("quantize-*")))
+    assert 1 <= made <= len(schemes) < len(targets.names())
     assert len(list((deployed.folder / "build/small").glob("compile-*"))) >= 2
     assert set(verdicts(deployed)) == {"openvino", "onnxruntime"}
 
