@@ -65,7 +65,7 @@ def _quantize(model: FloatModel, data: Split, count: int, scheme: Scheme, settin
     images = torch.from_numpy(data.images[:count].copy())
     if bool((images == images[:1]).all()):
         raise InputError(f"all {count} calibration images are the same picture; the ranges would mean nothing")
-    example = images[:2] if count > 1 else images.repeat(2, 1, 1, 1)
+    example = images[:2] if count > 1 else images.repeat_interleave(2, 0)
     with torch.no_grad():
         prepared = prepare_pt2e(export_program(model.module(), example).module(), SchemeQuantizer(scheme, settings))
         batches = torch.split(images, settings.batch_size)
