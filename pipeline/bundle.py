@@ -1,5 +1,6 @@
 """A passed artifact → the folder that is shipped: model, ONNX, manifest and a runner without torch."""
 
+import ast
 import json
 import shutil
 import zipfile
@@ -17,6 +18,8 @@ from pipeline.recipe import Recipe
 from pipeline.report import record
 
 SOURCES = Path(__file__).parents[1]
+SHIPPED = ("device", "targets")
+"""Packages whose modules a bundle carries, where it needs them."""
 MAIN = """\"\"\"Wire the runner to this bundle's target.\"\"\"
 
 import sys
@@ -68,14 +71,28 @@ def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Veri
 
 
 def write_runner(path: Path, target: str) -> None:
-    """Pack `device/` and the target's own module into a zipapp, the same bytes every time."""
-    modules = [*sorted((SOURCES / "device").glob("*.py")), SOURCES / "targets/__init__.py"]
-    modules.append(targets.source(target))
-    contents = {module.relative_to(SOURCES).as_posix(): module.read_text() for module in modules}
-    contents["__main__.py"] = MAIN.format(target=target)
+    """Pack the runner, the target's own module and what they import into a zipapp, the same bytes every time."""
+    contents = {"__main__.py": MAIN.format(target=target), f"targets/{target}.py": targets.source(target).read_text()}
+    waiting = list(contents.values())
+    while waiting:
+        for name in _ours(waiting.pop()) - set(contents):
+            contents[name] = (SOURCES / name).read_text()
+            waiting.append(contents[name])
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in contents.items():
+        for name, text in sorted(contents.items()):
             archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
+
+
+def _ours(source: str) -> set[str]:
+    """List the files of `device/` and `targets/` that a module's source imports."""
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {name.name for node in imports for name in node.names}
+    for node in imports:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    places = [module.replace(".", "/") for module in modules if module.split(".")[0] in SHIPPED]
+    packages = {f"{package}/__init__.py" for package in SHIPPED}
+    return packages | {f"{place}.py" for place in places if (SOURCES / f"{place}.py").is_file()}
 
 
 def _manifest(

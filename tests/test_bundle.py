@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,15 @@ def test_the_runner_is_the_same_bytes_every_time(tmp_path: Path) -> None:
     write_runner(tmp_path / "b.pyz", "openvino")
     assert (tmp_path / "a.pyz").read_bytes() == (tmp_path / "b.pyz").read_bytes()
     assert (tmp_path / "a.pyz").stat().st_size < 50_000
+
+
+@pytest.mark.parametrize(("target", "carries"), [("openvino", False), ("tensorrt", True)])
+def test_the_runner_carries_what_its_target_imports_and_no_more(tmp_path: Path, target: str, carries: bool) -> None:
+    write_runner(tmp_path / "run.pyz", target)
+    names = zipfile.ZipFile(tmp_path / "run.pyz").namelist()
+    assert {"__main__.py", "device/runner.py", "device/preprocess.py", f"targets/{target}.py"} <= set(names)
+    assert ("device/engine.py" in names, "device/gpu.py" in names) == (carries, carries)
+    assert sum(name.startswith("targets/") for name in names) == 2
 
 
 def test_softmax_is_stable_for_large_scores() -> None:
