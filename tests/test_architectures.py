@@ -1,17 +1,20 @@
 """Beyond plain CNNs: a ViT, hard-swish and squeeze-excite blocks, dense blocks, small, to every target that can."""
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
 
 import targets
-from device.errors import TargetUnavailable
 from pipeline import recipe
 from pipeline.cache import Cache
 from pipeline.run import Deployment, Run
 from pipeline.statistics import sqnr_db
 from pipeline.verify import eager, load_artifact
 from tests.conftest import write_project
+from tests.test_targets import target_or_skip
 
 BLOCKS = '''
 """Real architectures of torchvision and timm, cut down to a few blocks."""
@@ -38,25 +41,36 @@ def efficientnet(classes=3):
 def densenet(classes=3):
     return models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=16, num_classes=classes)
 '''
-ARCHITECTURES = ("vit", "mobilenetv3", "efficientnet", "densenet")
+TAKEN = {  # every target takes one or two of them, which keeps the time of the test in bounds
+    "vit": ("openvino", "onnxruntime"),
+    "mobilenetv3": ("onnxruntime", "executorch"),
+    "efficientnet": ("openvino", "tensorrt"),
+    "densenet": ("coreml", "torchscript"),
+}
+PAIRS = [(architecture, name) for architecture, names in TAKEN.items() for name in names]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Give a recipe with that architecture, at 32×32, its random weights scaled so that every layer matters."""
-    project = write_project(tmp_path_factory.mktemp("architecture") / request.param)
-    (project.folder / "blocks.py").write_text(BLOCKS)
-    project.edit(
-        ('"module:smallmodel:make"', f'"module:blocks:{request.param}"\nweights = "weights.pt"'),
-        ("height = 16\nwidth = 16", "height = 32\nwidth = 32"),
-    )
-    torch.manual_seed(0)
-    namespace: dict[str, object] = {}
-    exec(BLOCKS, namespace)  # noqa: S102 - the text above
-    model = namespace[request.param]()  # type: ignore[operator]
-    settle(model)
-    torch.save(model.state_dict(), project.folder / "weights.pt")
-    return Run(recipe.read(project.recipe), project.recipe, Cache(project.folder / "build/small"))
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """Give a recipe with an architecture, at 32×32, its random weights scaled so that every layer matters."""
+
+    @cache
+    def made(architecture: str) -> Run:
+        project = write_project(tmp_path_factory.mktemp("architecture") / architecture)
+        (project.folder / "blocks.py").write_text(BLOCKS)
+        project.edit(
+            ('"module:smallmodel:make"', f'"module:blocks:{architecture}"\nweights = "weights.pt"'),
+            ("height = 16\nwidth = 16", "height = 32\nwidth = 32"),
+        )
+        torch.manual_seed(0)
+        namespace: dict[str, object] = {}
+        exec(BLOCKS, namespace)  # noqa: S102 - the text above
+        model = namespace[architecture]()  # type: ignore[operator]
+        settle(model)
+        torch.save(model.state_dict(), project.folder / "weights.pt")
+        return Run(recipe.read(project.recipe), project.recipe, Cache(project.folder / "build/small"))
+
+    return made
 
 
 def settle(model: nn.Module) -> None:
@@ -70,23 +84,12 @@ def settle(model: nn.Module) -> None:
                 layer.reset_parameters()
 
 
-TAKEN = {  # every target takes one or two of them, which keeps the time of the test in bounds
-    "vit": ("openvino", "onnxruntime"),
-    "mobilenetv3": ("onnxruntime", "executorch"),
-    "efficientnet": ("openvino", "tensorrt"),
-    "densenet": ("coreml", "torchscript"),
-}
-
-
-@pytest.mark.parametrize("name", targets.names())
-def test_int8_answers_like_the_quantized_program(run: Run, name: str) -> None:
-    if name not in TAKEN[run.recipe.model.source.rpartition(":")[2]]:
-        pytest.skip("taken by another architecture")
-    try:
-        way = Deployment(run, name, "int8")
-        made = way.compiled
-    except TargetUnavailable as error:
-        pytest.skip(str(error))
+@pytest.mark.parametrize(("architecture", "name"), PAIRS)
+def test_int8_answers_like_the_quantized_program(run_of: Callable[[str], Run], architecture: str, name: str) -> None:
+    target_or_skip(name)
+    run = run_of(architecture)
+    way = Deployment(run, name, "int8")
+    made = way.compiled
     if made.environment.unmeasured:
         assert made.path.exists()
         return
