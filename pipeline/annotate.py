@@ -13,6 +13,7 @@ from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
     QuantizationSpec,
     Quantizer,
+    SharedQuantizationSpec,
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
@@ -22,7 +23,8 @@ from targets import Scheme
 aten = torch.ops.aten
 WEIGHTED = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}
 ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
-JOINS = {aten.mul.Tensor, aten.mul_.Tensor, aten.cat.default, aten.avg_pool2d.default}
+CONCATENATION = aten.cat.default
+JOINS = {aten.mul.Tensor, aten.mul_.Tensor, CONCATENATION, aten.avg_pool2d.default}
 """What runs on int8 as well, where layers give it."""
 NORM, POOL, MEAN = aten.batch_norm.default, aten.adaptive_avg_pool2d.default, aten.mean.dim
 RELUS = {getattr(aten, name + place).default for name in ("relu", "relu6", "hardtanh", "clamp") for place in ("", "_")}
@@ -44,7 +46,8 @@ CARRIERS = {
 OBSERVERS = {"histogram": HistogramObserver, "minmax": MinMaxObserver}
 MOST_BIAS = 2**30
 """Of an int32 bias; as much again is left for the sum that it is added to."""
-Inputs = dict[fx.Node, QuantizationSpec | DerivedQuantizationSpec]
+Spec = QuantizationSpec | DerivedQuantizationSpec | SharedQuantizationSpec
+Inputs = dict[fx.Node, Spec]
 
 
 class SchemeQuantizer(Quantizer):  # type: ignore[misc]
@@ -84,7 +87,11 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         for node in model.graph.nodes:
-            _annotate(node, self._inputs(model, node))
+            inputs = self._inputs(model, node)
+            if inputs and node.target is CONCATENATION and self.scheme.concatenations == "shared":
+                _annotate(node, *_with_one_scale(node, self.activation))
+            else:
+                _annotate(node, inputs)
         if self.scheme.outputs == "int8":
             for node in [node for node in model.graph.nodes if node.target in WEIGHTED]:
                 last = _fused(node)
@@ -126,7 +133,14 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         """Nothing to refuse: what no rule annotates stays float."""
 
 
-def _annotate(node: fx.Node, inputs: Inputs, output: QuantizationSpec | None = None) -> None:
+def _with_one_scale(node: fx.Node, spec: QuantizationSpec) -> tuple[Inputs, Spec]:
+    """Give a node's inputs and its output the scale of them all together."""
+    first, *others = node.all_input_nodes
+    shared = SharedQuantizationSpec((first, node))
+    return {first: spec, **dict.fromkeys(others, shared)}, shared
+
+
+def _annotate(node: fx.Node, inputs: Inputs, output: Spec | None = None) -> None:
     if inputs or output:
         before = _annotation(node)
         node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(

@@ -45,6 +45,8 @@ class Scheme:
     layer gives directly, so that the other fuses with its layer."""
     outputs: Literal["float32", "int8"] = "float32"
     """What a layer gives that no quantized layer takes, the classifier's scores above all."""
+    concatenations: Literal["own", "shared"] = "own"
+    """The scales of a concatenation on int8: for each input its own, or one for all of them and the output."""
 
 
 @dataclass(frozen=True, kw_only=True)

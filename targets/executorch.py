@@ -29,7 +29,8 @@ SUFFIX = ".pte"
 VERSION = version.__version__.partition("+")[0]
 NAMES = ".layers.json"
 """Of a file beside it: the PyTorch module of each layer, by the number that XNNPACK knows it by."""
-SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(activation="int8", outputs="int8"), "float32": None}
+INT8 = Scheme(activation="int8", outputs="int8", concatenations="shared")
+SCHEMES: Mapping[Precision, Scheme | None] = {"int8": INT8, "float32": None}
 LAYERS = "XNNConv2d XNNDepthwiseConv2d XNNConvTranspose2d XNNFullyConnected XNNBatchMatrixMultiply"
 KERNELS = "aten::convolution aten::linear aten::addmm aten::mm aten::bmm"
 KINDS: Mapping[str, Literal["convolution", "matrix product"]] = {

@@ -119,6 +119,26 @@ def test_outputs_are_quantized_where_nothing_int8_takes_them() -> None:
     assert with_output(annotated(Branches(), Scheme(outputs="int8"))) == ["relu6", "linear"]
 
 
+@pytest.mark.parametrize(("concatenations", "scales"), [("own", 2), ("shared", 1)])
+def test_a_concatenation_has_scales_of_its_inputs_or_one_for_all(concatenations: Any, scales: int) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.third = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.third(torch.cat([self.first(x), 9 * self.second(x)], 1))
+            return scores
+
+    scheme = Scheme(outputs="int8", concatenations=concatenations)
+    graph = cast(fx.GraphModule, torch.export.export(Joined().eval(), (INPUT,)).module())
+    prepared = prepare_pt2e(graph, SchemeQuantizer(scheme, Quantization()))
+    prepared(INPUT)
+    (joined,) = [node for node in convert_pt2e(prepared).graph.nodes if node.target is torch.ops.aten.cat.default]
+    assert len({dequantized.args[1:3] for dequantized in joined.all_input_nodes}) == scales
+
+
 def test_with_int8_outputs_a_product_takes_int8_and_so_does_what_feeds_a_sigmoid() -> None:
     nodes = annotated(Branches(), Scheme(outputs="int8"))
     assert quantized_inputs(nodes, torch.ops.aten.mul.Tensor) == [["relu6", "sigmoid"]]

@@ -25,6 +25,21 @@ executorch = targets.get("executorch")
 Options: Callable[..., targets.Options] = executorch.Options
 
 
+class Dense(nn.Module):
+    """What one layer gives goes into two concatenations, as in a dense block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 16))
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one = self.first(x)
+        two = torch.cat([one, torch.relu(self.second(one))], 1)
+        scores: torch.Tensor = self.head(torch.cat([one, self.third(two), one], 1).mean((2, 3)))
+        return scores
+
+
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return Cache(tmp_path_factory.mktemp("executorch") / "build")
@@ -71,6 +86,18 @@ def test_a_layer_whose_output_stays_float_runs_in_float_and_is_told_so(build: Ca
     assert sqnr_db(expected, executorch.load(path, precision="int8", options=options)(images)) > 30
     found = {layer.name: layer.precision for layer in executorch.executed(path, precision="int8", options=options)}
     assert found == dict.fromkeys(LAYERS, "int8") | {"head": "float32"}
+
+
+def test_concatenations_run_on_int8(build: Cache) -> None:
+    torch.manual_seed(0)
+    made = quantize(float_model(Dense(), split().images), split(), executorch.SCHEMES["int8"], Quantization(), build)
+    path = compiled(made, build, Options(threads=1))
+    images, expected = answers(made, 4)
+    assert sqnr_db(expected, executorch.load(path, precision="int8", options=Options(threads=1))(images)) > 30
+    found = executorch.executed(path, precision="int8", options=Options())
+    assert [(layer.name, layer.precision) for layer in found] == [
+        (n, "int8") for n in ("first", "second", "third", "head")
+    ]
 
 
 def test_respelling_changes_no_answer(int8: Program, build: Cache) -> None:
