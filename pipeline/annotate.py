@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx
@@ -23,8 +23,7 @@ from targets import Scheme
 aten = torch.ops.aten
 WEIGHTED = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}
 ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
-CONCATENATION = aten.cat.default
-JOINS = {aten.mul.Tensor, aten.mul_.Tensor, CONCATENATION, aten.avg_pool2d.default}
+JOINS = {aten.mul.Tensor, aten.mul_.Tensor, aten.cat.default, aten.avg_pool2d.default}
 """What runs on int8 as well, where layers give it."""
 NORM, POOL, MEAN = aten.batch_norm.default, aten.adaptive_avg_pool2d.default, aten.mean.dim
 RELUS = {getattr(aten, name + place).default for name in ("relu", "relu6", "hardtanh", "clamp") for place in ("", "_")}
@@ -46,7 +45,7 @@ CARRIERS = {
 OBSERVERS = {"histogram": HistogramObserver, "minmax": MinMaxObserver}
 MOST_BIAS = 2**30
 """Of an int32 bias; as much again is left for the sum that it is added to."""
-Spec = QuantizationSpec | DerivedQuantizationSpec | SharedQuantizationSpec
+Spec: TypeAlias = QuantizationSpec | DerivedQuantizationSpec | SharedQuantizationSpec
 Inputs = dict[fx.Node, Spec]
 
 
@@ -88,7 +87,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         for node in model.graph.nodes:
             inputs = self._inputs(model, node)
-            if inputs and node.target is CONCATENATION and self.scheme.concatenations == "shared":
+            if inputs and node.target is aten.cat.default and self.scheme.concatenations == "shared":
                 _annotate(node, *_with_one_scale(node, self.activation))
             else:
                 _annotate(node, inputs)

@@ -90,7 +90,9 @@ def test_a_layer_whose_output_stays_float_runs_in_float_and_is_told_so(build: Ca
 
 def test_concatenations_run_on_int8(build: Cache) -> None:
     torch.manual_seed(0)
-    made = quantize(float_model(Dense(), split().images), split(), executorch.SCHEMES["int8"], Quantization(), build)
+    scheme = executorch.SCHEMES["int8"]
+    assert scheme
+    made = quantize(float_model(Dense(), split().images), split(), scheme, Quantization(), build)
     path = compiled(made, build, Options(threads=1))
     images, expected = answers(made, 4)
     assert sqnr_db(expected, executorch.load(path, precision="int8", options=Options(threads=1))(images)) > 30
