@@ -112,6 +112,10 @@ class Preprocessing:
     def place(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
         """Resize and crop, the crop rounded as torchvision's CenterCrop rounds it."""
         size = self._resized(image.size)
+        if size[0] * size[1] > MOST_PIXELS:
+            raise InputError(
+                f"an image of {image.width}×{image.height} is too narrow: resized it has {size[0]}×{size[1]}"
+            )
         left, top = round((size[0] - self.width) / 2), round((size[1] - self.height) / 2)
         return image.resize(size, resample).crop((left, top, left + self.width, top + self.height))
 
@@ -135,14 +139,22 @@ def decode(content: bytes, name: str) -> Image.Image:
     """Decode an image file to 8-bit RGB, upright by its EXIF orientation; alpha is dropped, 16-bit keeps its top 8."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise InputError(f"{name}: {image.width}×{image.height} pixels, more than the {MOST_PIXELS} allowed")
-            upright = ImageOps.exif_transpose(image)
-            return _eight_bits(upright, name).convert("RGB")
+            _refuse(image, name)
+            return _eight_bits(ImageOps.exif_transpose(image), name).convert("RGB")
     except UnidentifiedImageError:
         raise InputError(f"{name}: not an image ({_seen(content)}); JPEG, PNG and other formats are read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's plugins raise anything
         raise InputError(f"{name}: a broken image ({error})") from error
+
+
+def _refuse(image: Image.Image, name: str) -> None:
+    """Raise InputError for an image that is too large to decode, or has pixels of 32 bits."""
+    if image.width * image.height > MOST_PIXELS:
+        raise InputError(f"{name}: {image.width}×{image.height} pixels, more than the {MOST_PIXELS} allowed")
+    if image.mode == "I" and image.format == "TIFF":  # other formats use this mode for 16 bits
+        raise InputError(f"{name}: pixels of 32 bits have no fixed range; save it with 8 or 16 bits")
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import targets
-from device import runner
+from device import rebuilt, runner
 from device.errors import InputError
 from pipeline import cache, progress
 from pipeline.artifacts import Bundle, Compiled, FloatModel, Unmeasured, Verified
@@ -54,9 +54,8 @@ def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Veri
     with cache.locked(out / ".lock", "bundle"), progress.timed("bundle", compiled.target):
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(compiled.path.parent, temporary)
-        onnx = temporary / "model.onnx"
-        if not onnx.exists():
-            shutil.copyfile(compiled.source.path, temporary / f"model{compiled.source.path.suffix}")
+        if targets.get(compiled.target).CONSUMES == "onnx" and not (temporary / rebuilt.SOURCE).exists():
+            shutil.copyfile(compiled.source.path, temporary / rebuilt.SOURCE)
         write_runner(temporary / "run.pyz", compiled.target)
         record.write_figures(verified, temporary, private=False)
         shutil.copytree(verified.golden, temporary / "golden")

@@ -24,7 +24,7 @@ DEFAULT_RECIPE = Path("recipes/fashion-resnet18.toml")
 
 app = typer.Typer(
     help="Take PyTorch vision models to edge devices as 8-bit, and prove what is shipped.\n\n"
-    "Exit codes: 0 inside the budget, 1 missed or undecided, 2 cannot run.",
+    "Exit codes: 0 inside the budget, 1 missed, undecided or unmeasured, 2 cannot run.",
     epilog="Example: bitferry deploy recipes/fashion-resnet18.toml --target openvino",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -228,8 +228,8 @@ def verify(
     """
     effort = _effort(quick, thorough)
     if subject.is_dir():
-        if target or precision:
-            raise InputError(f"{subject} is a bundle, of one target and precision; leave out --target and --precision")
+        if target or precision or allow_unmeasured:
+            raise InputError(f"{subject} is a bundle; leave out --target, --precision and --allow-unmeasured")
         from pipeline import recheck
 
         raise typer.Exit(recheck.show(recheck.verify(subject, data, effort=effort), as_json=json_))

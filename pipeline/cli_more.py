@@ -40,10 +40,15 @@ def targets(json_: Json = False) -> None:
 
     Example: bitferry targets
     """
+    from device.errors import TargetUnavailable
     from pipeline import doctor as examined
     from pipeline.report import doctor as report
 
-    report.show_targets(examined.states(), as_json=json_)
+    try:
+        found = examined.states()
+    except ImportError as error:
+        raise TargetUnavailable(f"bitferry cannot be loaded: {error}; `bitferry doctor` says what helps") from error
+    report.show_targets(found, as_json=json_)
 
 
 @commands.command()

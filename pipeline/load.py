@@ -216,7 +216,13 @@ def _check_scores(model: nn.Module, recipe: Recipe) -> None:
 
 def _way_out(found: tuple[int, ...] | str, wanted: tuple[int, ...]) -> str:
     """Say what to do where the scores are of another kind or size than the task's."""
-    if isinstance(found, str) or len(found) not in (2, 4):
+    if isinstance(found, str):
+        return (
+            "; wrap it in a factory of your own (source = 'module:FILE:FACTORY') that returns the one tensor of scores"
+        )
+    if found[2:] == (1, 1) and len(wanted) == 2:
+        return "; end the model with .flatten(1)"
+    if len(found) not in (2, 4):
         return ""
     if len(found) != len(wanted):
         return f'; set task = "{"segmentation" if len(found) == 4 else "classification"}"'

@@ -143,10 +143,13 @@ class Recipe(Section):
     def options(self, target: str) -> Options:
         """Give what is set under `[targets.NAME]` as that target's own options; raise InputError for what it lacks."""
         kind, given = targets.get(target).Options, self.targets.get(target, {})
+        if "color" in given:
+            raise InputError(f"recipe '{self.name}': color belongs under [preprocessing], not [targets.{target}]")
+        whole = given | {"color": self.preprocessing.color}
         try:
-            options: Options = TypeAdapter(kind).validate_json(json.dumps(given))  # JSON: a list is a tuple
+            options: Options = TypeAdapter(kind).validate_json(json.dumps(whole))  # JSON: a list is a tuple
         except ValidationError as error:
-            known = [field.name for field in fields(kind)]
+            known = [field.name for field in fields(kind) if field.name != "color"]
             faults: dict[tuple[int | str, ...], str] = {}
             for detail in error.errors():  # a choice between types gives one fault for each of them
                 told = _told(dict(detail), ("targets", target, *detail["loc"][:1]), known)

@@ -1,5 +1,6 @@
 """Say which operator of which layer a tool cannot take, and what else can be done: the text of a StageFailed."""
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,12 +28,25 @@ def in_export(error: BaseException, capture: Callable[[], torch.export.ExportedP
             error = error.__cause__
         return f"{first_line(error)} {in_code(error)}".strip()
     operator, overload = found.groups()
-    with torch.no_grad():
-        graph = capture().run_decompositions().graph
-    named = f"{operator.replace('::', '.')}.{overload}"
-    places = [_place(node) for node in graph.nodes if str(node.target) == named]
+    places = [_place(node) for node in _nodes(capture) if _is(node, operator.partition("::")[2], overload)]
     where = "; ".join(dict.fromkeys(places[:SHOWN])) or "the model"
     return f"the operator {operator} in {where} has no form in ONNX; {ways_out('onnx')}"
+
+
+def _nodes(capture: Callable[[], torch.export.ExportedProgram]) -> list[fx.Node]:
+    """List the nodes of a program as it was captured, and of its decompositions where they can be made."""
+    with torch.no_grad():
+        program = capture()
+        nodes = list(program.graph.nodes)
+        with contextlib.suppress(Exception):  # what is being explained may stop this, too
+            nodes += program.run_decompositions().graph.nodes
+    return nodes
+
+
+def _is(node: fx.Node, name: str, overload: str) -> bool:
+    """Say whether a node is of an operator, or of one that it comes from, as prims.x does from aten.special_x."""
+    _, found, given = (*str(node.target).split("."), "", "")[:3]
+    return found.removeprefix("special_") == name.removeprefix("special_") and given == overload
 
 
 def in_code(error: BaseException) -> str:
@@ -48,7 +62,7 @@ def in_compile(error: BaseException, model: Path, target: str) -> str:
         return ways_out(form, target)
     text, nodes = _chain(error), onnx.load(model, load_external_data=False).graph.node
     blamed = [n for n in nodes if n.name and re.search(rf"(?<![\w/.]){re.escape(n.name)}(?![\w/.])", text)]
-    blamed = blamed or [n for n in nodes if re.search(rf"\b{n.op_type}\b", text)]
+    blamed = blamed or [n for n in nodes if re.search(rf"\b{n.op_type}\b", first_line(error))]
     told = dict.fromkeys(f"the operator {n.op_type} in the layer '{n.name.partition('/node_')[0]}'" for n in blamed)
     return "; ".join([*list(told)[:SHOWN], ways_out(form, target)])
 

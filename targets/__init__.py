@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 from device.arrays import Predict
 from device.errors import InputError, TargetUnavailable
 
+Kind = Literal["convolution", "matrix product"]
 Form = Literal["onnx", "torchscript", "exported"]
 """What a target compiles from: simplified ONNX, a TorchScript file, or a torch.export program (`.pt2`)."""
 Precision = Literal["int8", "float32", "bfloat16", "float16", "float8"]
@@ -57,6 +58,8 @@ class Options:
 
     threads: int | None = None
     """CPU threads; None for every CPU this process may use."""
+    color: Literal["RGB", "BGR"] = "RGB"
+    """The order of an image's channels that the model wants; not set here but taken from the recipe's preprocessing."""
     batch: Batch = 1
     """Images of one call of the compiled model: fixed, which most runtimes turn into speed, or "dynamic"."""
 
@@ -91,7 +94,7 @@ class Layer:
     """One convolution or matrix product as the runtime ran it."""
 
     name: str
-    kind: Literal["convolution", "matrix product"]
+    kind: Kind
     precision: str
     """Of its inputs: int8, float32, bfloat16, float16."""
 

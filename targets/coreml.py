@@ -20,7 +20,7 @@ import numpy as np
 import targets
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import InputError, StageFailed, TargetUnavailable, first_line
-from targets import MOST_BATCH, Environment, Form, Layer, Precision, Scheme, system
+from targets import MOST_BATCH, Environment, Form, Kind, Layer, Precision, Scheme, system
 
 if find_spec("coremltools") is None:  # found, but not imported: it takes seconds, and PyTorch along where that is
     raise ModuleNotFoundError("No module named 'coremltools'", name="coremltools")
@@ -32,7 +32,7 @@ SCHEMES: Mapping[Precision, Scheme | None] = {
     "float16": None,
     "float32": None,
 }
-KINDS: Mapping[str, Literal["convolution", "matrix product"]] = {
+KINDS: Mapping[str, Kind] = {
     "conv": "convolution",
     "conv_transpose": "convolution",
     "linear": "matrix product",
@@ -54,8 +54,6 @@ class Options(targets.Options):
 
     image_input: bool | None = None
     """Take an image, as apps have it, and not an array; None for an image where the batch is 1 and it is one image."""
-    image_color: Literal["RGB", "BGR"] = "RGB"
-    """The order of an image's channels that the model wants; as `color` in the recipe's preprocessing."""
     compute_units: Literal["all", "cpu", "cpu+gpu", "cpu+ane"] = "all"
     """What Core ML may use when it is run on a Mac from here."""
     max_batch: int = 32
@@ -92,7 +90,7 @@ def compile(model: Path, out: Path, *, precision: Precision, options: Options) -
     program = torch.export.load(model)
     shape = tuple(program.example_inputs[0][0].shape[1:])
     as_image = _as_image(options, shape)
-    order = getattr(ct.colorlayout, options.image_color)
+    order = getattr(ct.colorlayout, options.color)
     image = [ct.ImageType("image", (1, 3, *shape[:2]), color_layout=order)] if as_image else None
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # of progress bars
         warnings.simplefilter("ignore")
@@ -128,7 +126,7 @@ def load(path: Path, *, precision: Precision, options: Options) -> Predict:
 
     def predict(images: Images) -> Outputs:
         if as_image:  # which Core ML wants as RGB, whatever order it then gives to the model
-            picture = images[0] if options.image_color == "RGB" else images[0, :, :, ::-1]
+            picture = images[0] if options.color == "RGB" else images[0, :, :, ::-1]
             return np.asarray(model.predict({"image": Image.fromarray(picture)})["scores"], np.float32)
         return np.asarray(model.predict({"images": images.astype(np.float32)})["scores"], np.float32)
 

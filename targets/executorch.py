@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from executorch import version
@@ -20,7 +20,19 @@ from executorch import version
 import targets
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import StageFailed, first_line
-from targets import MOST_BATCH, Environment, Form, Layer, Precision, Scheme, cpu_isa, fast_on_cpu, system, usable_cpus
+from targets import (
+    MOST_BATCH,
+    Environment,
+    Form,
+    Kind,
+    Layer,
+    Precision,
+    Scheme,
+    cpu_isa,
+    fast_on_cpu,
+    system,
+    usable_cpus,
+)
 
 Node = Any  # a torch.fx.Node, whose arguments may be of every type
 
@@ -33,7 +45,7 @@ INT8 = Scheme(activation="int8", outputs="int8", concatenations="shared")
 SCHEMES: Mapping[Precision, Scheme | None] = {"int8": INT8, "float32": None}
 LAYERS = "XNNConv2d XNNDepthwiseConv2d XNNConvTranspose2d XNNFullyConnected XNNBatchMatrixMultiply"
 KERNELS = "aten::convolution aten::linear aten::addmm aten::mm aten::bmm"
-KINDS: Mapping[str, Literal["convolution", "matrix product"]] = {
+KINDS: Mapping[str, Kind] = {
     name: "convolution" if "onv" in name else "matrix product" for name in f"{LAYERS} {KERNELS}".split()
 }
 QUANTIZE, DEQUANTIZE = (f"quantized_decomposed.{verb}_per_tensor" for verb in ("quantize", "dequantize"))
@@ -92,8 +104,7 @@ def load(path: Path, *, precision: Precision, options: Options) -> Predict:
     model = Loaded(path.read_bytes(), options.threads or usable_cpus())
 
     def predict(images: Images) -> Outputs:
-        scores: Outputs = model.ready()([torch.from_numpy(np.ascontiguousarray(images))])[0].numpy()
-        return scores
+        return np.asarray(model.ready()([torch.from_numpy(np.require(images, requirements=("C", "W")))])[0])
 
     if options.batch != "dynamic":
         return in_batches(predict, options.batch)
@@ -118,7 +129,7 @@ def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[
 
 
 def _hush() -> None:
-    """Keep a notice about torchao's own enum, logged when it is imported, off the user's screen."""
+    """Keep off the screen what torchao logs of its own enum when it is imported."""
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
@@ -198,7 +209,7 @@ def _module(node: Node) -> str:
 def _refusal(told: str, graphs: Sequence[Any]) -> StageFailed:
     """Name the operator that ExecuTorch stopped at, and the layers that use it."""
     stopped = {name.replace("::", ".") for name in re.findall(r"\w+(?:::|\.)\w+", told)}
-    nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    nodes = (node for graph in graphs for node in graph.nodes)
     where = sorted({f"{_operator(n)} in layer '{_module(n) or n.name}'" for n in nodes if _operator(n) in stopped})
     return StageFailed(
         f"ExecuTorch cannot take this model{': ' if where else ''}{', '.join(where)} ({told}); replace the operator "
@@ -209,6 +220,7 @@ def _refusal(told: str, graphs: Sequence[Any]) -> StageFailed:
 def _respelled(module: Any) -> Any:
     """Write the same arithmetic in the way that XNNPACK's partitioner knows it."""
     graph = module.graph
+    _part_biases(module)
     for node in list(graph.nodes):
         _respell(node)
     _permute_last(module, next(node for node in graph.nodes if node.op == "placeholder"))
@@ -221,6 +233,17 @@ def _respelled(module: Any) -> Any:
     graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _part_biases(module: Any) -> None:
+    """Give layers that share a bias one each: XNNPACK keeps it as int32 at the scale of one layer, for all of them."""
+    seen = set()
+    for node in [one for one in module.graph.nodes if re.match(r"aten\.(conv\dd|linear)", _operator(one))]:
+        bias = node.args[2] if len(node.args) > 2 else None
+        if bias is not None and bias.op == "get_attr":
+            if bias.target in seen:
+                node.replace_input_with(bias, _constant(module, node, attrgetter(bias.target)(module).clone()))
+            seen.add(bias.target)
 
 
 def _respell(node: Node) -> None:
@@ -257,9 +280,7 @@ def _permute_last(module: Any, images: Node) -> None:
 
 def _quantize_first(node: Node) -> None:
     """Quantize before what only moves values: the same answer, but int8 is what is moved and what a layer gives."""
-    from torch import ops  # noqa: PLC0415
-
-    dequantize, given = ops.quantized_decomposed.dequantize_per_tensor.default, node.args[0]
+    dequantize, given = next(iter(node.users)).target, node.args[0]
     while _operator(given) in CARRIERS and len(given.users) == 1:
         before = given.args[0]
         with node.graph.inserting_before(given):

@@ -34,9 +34,9 @@ INT8_KERNELS = {"Conv", "Add", "Mul", "GlobalAveragePool", "AveragePool", "Sigmo
 """What runs on int8 when its inputs and its output are."""
 FLOAT_GIVERS = {"Gemm", "MatMul"}
 """What runs on int8 when its inputs are, and can give float."""
+LAYERS = ("Conv", "MatMul", "Gemm", "Attention")
 GATES = {"Sigmoid": (0.0, 0.0), "HardSigmoid": (0.2, 0.5), "HardSwish": (1 / 6, 0.5)}
 """What ends in 0 to 1, or multiplies by that; with the slope and middle that ONNX gives a hard one."""
-LAYERS = ("Conv", "MatMul", "Gemm", "Attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,10 +248,11 @@ def _pool_means(graph: _Graph) -> None:
 def _quantize_gates(graph: _Graph) -> None:
     """Run sigmoids, hard sigmoids and hard-swishes of uint8 values on int8: a gate's range needs no calibration.
 
-    A hard sigmoid becomes an addition, whose int8 kernel cuts its result off at both ends of the range.
+    A hard sigmoid becomes an addition, whose int8 kernel cuts its result off at both ends of the range. The model's own
+    answer stays float, for 8 bits would round it.
     """
     for node in graph.nodes:
-        data = graph.maker.get(node.input[0]) if node.op_type in GATES else None
+        data = graph.maker.get(node.input[0]) if node.op_type in GATES and node.output[0] in graph.takers else None
         if data is None or data.op_type != "DequantizeLinear" or graph.array(data.input[2]).dtype != np.uint8:
             continue
         values, name = node.input[0], node.output[0]

@@ -14,7 +14,7 @@ import openvino as ov
 import targets
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
-from targets import Environment, Form, Layer, Precision, Scheme, cpu_isa, fast_on_cpu, system
+from targets import Environment, Form, Kind, Layer, Precision, Scheme, cpu_isa, fast_on_cpu, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
@@ -24,7 +24,7 @@ SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None,
 # graph leaves in float must be the float32 that was verified, too.
 HINTS = {"int8": "f32", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 CAPABILITIES: Mapping[Precision, str] = {"int8": "INT8", "float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
-KINDS: Mapping[str, Literal["convolution", "matrix product"]] = {
+KINDS: Mapping[str, Kind] = {
     "Convolution": "convolution",
     "Deconvolution": "convolution",
     "FullyConnected": "matrix product",
@@ -81,7 +81,11 @@ def environment(*, options: Options) -> Environment:
 
 
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:
-    graph = ov.Core().read_model(model)
+    try:
+        graph = ov.Core().read_model(model)
+    except RuntimeError as error:  # its first lines name places in OpenVINO's own source
+        told = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RuntimeError(told[-1]) from error
     if options.batch != "dynamic":
         _fix_batch(graph, options.batch)
     _name_by_position(graph)
@@ -167,7 +171,7 @@ def _compiled(path: Path, precision: Precision, options: Options, batch: int) ->
         settings["NUM_STREAMS"] = options.streams
     if options.device.startswith("AUTO"):  # or the CPU answers until another device is ready, in other time
         settings["ENABLE_STARTUP_FALLBACK"] = False
-    if options.cache is not None:
+    if options.cache:
         settings["CACHE_DIR"] = str(Path(options.cache).expanduser())
     core = ov.Core()
     # Compiled from the path, a cached model would answer when the weights beside the .xml have changed.

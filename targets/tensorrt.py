@@ -1,10 +1,11 @@
 """NVIDIA TensorRT, or TensorRT for RTX where that is installed instead: ONNX → ONNX of settled types → an engine."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from device import engine, gpu
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.engine import NAME, RTX, sm, sms, trt
 from device.errors import InputError, TargetUnavailable
-from targets import Environment, Form, Layer, Precision, Scheme, system
+from targets import Environment, Form, Kind, Layer, Precision, Scheme, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".engine"
@@ -28,6 +29,7 @@ SCHEMES: Mapping[Precision, Scheme | None] = {
     "float8": INT8,
 }
 DEFAULT = ("8.6", "8.9")
+MOST_WORKSPACE_MB = 1 << 20
 REST: Mapping[Precision, str] = {"int8": "FLOAT16", "float8": "FLOAT16", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 """What a precision computes in where nothing is quantized, as ONNX names it; FLOAT for float32."""
 SINCE: Mapping[Precision, str] = {
@@ -38,7 +40,7 @@ SINCE: Mapping[Precision, str] = {
     "float8": "8.9",
 }
 """The first compute capability that has instructions for the precision."""
-KINDS: Mapping[str, Literal["convolution", "matrix product"]] = {
+KINDS: Mapping[str, Kind] = {
     "CONVOLUTION": "convolution",
     "DECONVOLUTION": "convolution",
     "MATRIX_MULTIPLY": "matrix product",
@@ -65,8 +67,10 @@ class Options(targets.Options):
         super().__post_init__()
         if not 1 <= self.max_batch <= targets.MOST_BATCH:
             raise ValueError(f"max_batch must be 1 to {targets.MOST_BATCH}, not {self.max_batch}")
-        if self.workspace_mb is not None and self.workspace_mb < 1:
-            raise ValueError(f"workspace_mb must be 1 or more, not {self.workspace_mb}")
+        if self.workspace_mb is not None and not 1 <= self.workspace_mb <= MOST_WORKSPACE_MB:
+            raise ValueError(f"workspace_mb must be 1 to {MOST_WORKSPACE_MB}, not {self.workspace_mb}")
+        if strange := [one for one in self.capabilities if not re.fullmatch(r"\d+\.\d+", one)]:
+            raise ValueError(f"capabilities are written as '8.6', not {', '.join(map(repr, strange))}")
         if self.device < 0:
             raise ValueError(f"device must be 0 or more, not {self.device}")
 
@@ -76,7 +80,7 @@ def environment(*, options: Options) -> Environment:
     built, unmeasured = _capabilities(options, here), engine.unfit(here)
     own = here if isinstance(here, gpu.Gpu) and not unmeasured else None
     float8 = _able(built, "float8")
-    only = f" (float8 only {sms(float8)})" if float8 and float8 != built else ""
+    only = f" (only {sms(float8)} for float8)" if float8 and float8 != built else ""
     meant = (own.capability,) if own else built
     return Environment(
         runtime=trt.__name__,

@@ -7,13 +7,25 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import InputError, StageFailed, first_line
-from targets import Environment, Form, Layer, Options, Precision, Scheme, cpu_isa, fast_on_cpu, system, usable_cpus
+from targets import (
+    Environment,
+    Form,
+    Kind,
+    Layer,
+    Options,
+    Precision,
+    Scheme,
+    cpu_isa,
+    fast_on_cpu,
+    system,
+    usable_cpus,
+)
 
 if find_spec("torch") is None:  # looked for, but not imported: it takes seconds
     raise ModuleNotFoundError("No module named 'torch'", name="torch")
@@ -23,7 +35,7 @@ SUFFIX = ".ts"
 NAMES = ".layers.json"
 """Of a file beside it: the PyTorch module of each layer, in the order in which they run."""
 SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None}
-KINDS: Mapping[str, Literal["convolution", "matrix product"]] = {
+KINDS: Mapping[str, Kind] = {
     "aten::conv1d": "convolution",
     "aten::conv2d": "convolution",
     "aten::conv3d": "convolution",
@@ -74,7 +86,8 @@ def compile(model: Path, out: Path, *, precision: Precision, options: Options) -
     import torchao.quantization.pt2e  # noqa: F401, PLC0415 - the operators of a quantized program
 
     traced = _read(model)
-    out.with_suffix(NAMES).write_text(json.dumps([_module(node) for node in _layers(traced.inlined_graph)], indent=1))
+    layers = _layers(traced.inlined_graph)
+    out.with_suffix(NAMES).write_text(json.dumps([_module(node) for node in layers], indent=1))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated upstream; users still ask for it
         frozen = torch.jit.freeze(traced)
@@ -91,7 +104,7 @@ def load(path: Path, *, precision: Precision, options: Options) -> Predict:
         if torch.get_num_threads() != threads:  # the process has one setting, which another model may have changed
             torch.set_num_threads(threads)
         with torch.inference_mode():
-            scores: Outputs = model(torch.from_numpy(np.ascontiguousarray(images))).numpy()
+            scores: Outputs = model(torch.from_numpy(np.require(images, requirements=("C", "W")))).numpy()
         return scores
 
     return predict if options.batch == "dynamic" else in_batches(predict, options.batch)
@@ -115,8 +128,17 @@ def _read(path: Path) -> Any:
 
 
 def _layers(graph: Any) -> list[Any]:
-    """List a graph's convolutions and matrix products, in the order in which they run."""
-    return [node for node in graph.nodes() if node.kind() in KINDS]
+    """List a graph's convolutions and matrix products of images, in the order in which they run.
+
+    One of constants alone, as of a table of positions, is computed when the model is frozen, and does not run.
+    """
+    (_, *given), found = list(graph.inputs()), []
+    moving = {value.debugName() for value in given or list(graph.inputs())}
+    for node in graph.nodes():
+        if any(value.debugName() in moving for value in node.inputs()):
+            moving |= {value.debugName() for value in node.outputs()}
+            found += [node] if node.kind() in KINDS else []
+    return found
 
 
 def _module(node: Any) -> str:

@@ -96,7 +96,7 @@ def test_float_precisions_batches_and_arrays(
 ) -> None:
     package = tmp_path / "model.mlpackage"
     source = exported(program(precision, coreml, build), build)
-    coreml.compile(source, package, precision=precision, options=Options(batch=batch, max_batch=8, image_color="BGR"))
+    coreml.compile(source, package, precision=precision, options=Options(batch=batch, max_batch=8, color="BGR"))
     assert [(layer.name, layer.precision) for layer in layers(package)] == [(name, precision) for name in LAYERS]
     taken = coreml._spec(package).description.input[0].type  # type: ignore[attr-defined]
     assert taken.HasField("imageType") == (shape is None)
@@ -151,7 +151,7 @@ def test_on_a_mac_each_image_is_handed_over_as_a_picture(
 ) -> None:
     import coremltools  # noqa: PLC0415 - seconds to import
 
-    options, seen = Options(image_color=color), list[Images]()
+    options, seen = Options(color=color), list[Images]()
 
     def model(path: str, compute_units: object) -> SimpleNamespace:
         def predict(given: dict[str, object]) -> dict[str, object]:
