@@ -101,7 +101,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
     def _inputs(self, model: fx.GraphModule, node: fx.Node) -> Inputs:
         if node.target in WEIGHTED and _is_weight(node.args[1]):
             return self._layer(model, node)
-        if node.target in ADDITIONS and all(_is_activation(argument) for argument in node.args[:2]):
+        if node.target in ADDITIONS and all(map(_is_activation, node.args[:2])) and node.meta["val"].ndim == 4:
             return dict.fromkeys(self._added(node), self.activation)
         if node.target in JOINS and self.scheme.outputs == "int8" and _joins_activations(node):
             return dict.fromkeys(node.all_input_nodes, self.activation)
@@ -121,7 +121,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         }
 
     def _added(self, node: fx.Node) -> list[fx.Node]:
-        """Choose the inputs of an addition that are quantized."""
+        """Choose the inputs of an addition that are quantized; of tokens none, for a few may be far larger."""
         both = [_node(argument) for argument in node.args[:2]]
         if self.scheme.additions == "skip":
             direct = [given for given in both if given.target in WEIGHTED and len(given.users) == 1]

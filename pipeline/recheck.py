@@ -53,8 +53,7 @@ def verify(bundle: Path, data: Path | None = None, *, effort: Effort = "default"
     bundle, only its answer for each image is. A bundle that was built unmeasured gets its verdict by this, in its
     manifest. Raises InputError for a bundle that is not as it was built.
     """
-    bundle = bundle.resolve()
-    manifest = runner.read_manifest(bundle)
+    manifest = runner.read_manifest(bundle := bundle.resolve())
     target = targets.get(manifest["target"])
     options = runner.options_of(target, manifest["model"]["options"])
     loaded = runner.Runner(bundle, target)

@@ -42,8 +42,8 @@ class Scheme:
     bias: Literal["float32", "int32"] = "float32"
     """int32 has the scale of input times weight, and zero point 0."""
     additions: Literal["both", "skip", "none"] = "both"
-    """Which inputs of a residual addition are quantized: both, so that it runs on int8 as well, or the one that no
-    layer gives directly, so that the other fuses with its layer."""
+    """Which inputs of a residual addition of maps (N×C×H×W) are quantized: both, so that it runs on int8 as well, or
+    the one that no layer gives directly, so that the other fuses with its layer. Additions of tokens stay float."""
     outputs: Literal["float32", "int8"] = "float32"
     """What a layer gives that no quantized layer takes, the classifier's scores above all."""
     concatenations: Literal["own", "shared"] = "own"

@@ -248,8 +248,7 @@ def _pool_means(graph: _Graph) -> None:
 def _quantize_gates(graph: _Graph) -> None:
     """Run sigmoids, hard sigmoids and hard-swishes of uint8 values on int8: a gate's range needs no calibration.
 
-    A hard sigmoid becomes an addition, whose int8 kernel cuts its result off at both ends of the range. The model's own
-    answer stays float, for 8 bits would round it.
+    A hard one becomes an addition, whose int8 kernel cuts off at both ends. The model's own answer is not rounded.
     """
     for node in graph.nodes:
         data = graph.maker.get(node.input[0]) if node.op_type in GATES and node.output[0] in graph.takers else None

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import openvino as ov
+from openvino import opset13 as opset
 
 import targets
 from device.arrays import Images, Outputs, Predict, in_batches
@@ -18,7 +19,12 @@ from targets import Environment, Form, Kind, Layer, Precision, Scheme, cpu_isa, 
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
-SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None, "bfloat16": None, "float16": None}
+SCHEMES: Mapping[Precision, Scheme | None] = {
+    "int8": Scheme(),
+    "float32": None,
+    "bfloat16": None,
+    "float16": None,
+}
 
 # Without a hint OpenVINO runs float layers in bfloat16 where the CPU can, and in float16 on a GPU; what an int8
 # graph leaves in float must be the float32 that was verified, too.
@@ -88,6 +94,7 @@ def compile(model: Path, out: Path, *, precision: Precision, options: Options) -
         raise RuntimeError(told[-1]) from error
     if options.batch != "dynamic":
         _fix_batch(graph, options.batch)
+    _part_zero_points(graph)
     _name_by_position(graph)
     ov.save_model(graph, out, compress_to_fp16=options.half_weights or precision == "float16")
 
@@ -184,6 +191,18 @@ def _fix_batch(graph: ov.Model, batch: int) -> None:
     shape = graph.input(0).get_partial_shape()
     shape[0] = batch
     graph.reshape(shape)
+
+
+def _part_zero_points(graph: ov.Model) -> None:
+    """Give weights of other shapes zero points of their own: OpenVINO 2026.4.1 runs in float what shares one constant.
+
+    ONNX keeps equal constants once, as the zeros of a convolution and of a matrix product with as many outputs.
+    """
+    for operation in graph.get_ops():
+        if operation.get_type_name() == "Convert" and operation.input_value(0).get_node().get_type_name() == "Constant":
+            for taker in list(operation.output(0).get_target_inputs())[1:]:
+                own = opset.convert(operation.input_value(0), operation.get_output_element_type(0).get_type_name())
+                taker.replace_source_output(own.output(0))
 
 
 def _name_by_position(graph: ov.Model) -> None:

@@ -211,3 +211,17 @@ def test_a_norm_that_no_convolution_takes_in_becomes_one_where_layers_give_int8(
     torch.testing.assert_close(made(INPUT), net(INPUT), atol=0.05, rtol=0)
     left = [node.target for node in annotated(net, Scheme())]
     assert left.count(torch.ops.aten.batch_norm.default) == left.count(torch.ops.aten.conv2d.default) == 1
+
+
+def test_additions_of_tokens_stay_float() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(1, 2)
+            scores: Tensor = tokens + self.layer(tokens)
+            return scores
+
+    assert quantized_inputs(annotated(Tokens(), Scheme()), torch.ops.aten.add.Tensor) == [[]]

@@ -186,3 +186,25 @@ def test_an_impossible_option_is_refused(copy: Path, photo: Path, option: tuple[
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "must be 1 or more" in done.stderr
+
+
+def test_a_bundle_carries_the_very_file_that_was_verified(deployed: Project, tmp_path: Path) -> None:
+    """Also where the target does not compile from ONNX; nothing of the program it was made from is shipped."""
+    project = Project(Path(shutil.copytree(deployed.folder, tmp_path / "project")))
+    done = project.bitferry("deploy", "small.toml", "--target", "torchscript", "--quick", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    bundle = project.folder / "out/small-torchscript-1.0.0"
+    compiled = {path.read_bytes() for path in project.folder.glob("build/small/compile-*/model.ts")}
+    assert (bundle / "model.ts").read_bytes() in compiled
+    assert not list(bundle.glob("*.pt2"))
+    run: list[str | Path] = [sys.executable, bundle / "run.pyz", "selftest"]
+    shown = subprocess.run(run, capture_output=True, text=True, check=False, cwd="/")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr == ""
+
+
+def test_a_bundle_is_verified_from_inside_its_own_folder(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import recheck  # noqa: PLC0415 - imports torch
+
+    monkeypatch.chdir(copy)
+    assert recheck.verify(Path(), effort="quick").outcome == "pass"

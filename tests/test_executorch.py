@@ -1,5 +1,6 @@
 """ExecuTorch: what XNNPACK really took, read out of the `.pte`; batches, threads, and what it cannot take."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 import targets
 from device.arrays import Images
 from device.errors import StageFailed
+from device.respell import respelled
 from pipeline.artifacts import Program
 from pipeline.cache import Cache
 from pipeline.capture import capture
@@ -108,10 +110,10 @@ def test_respelling_changes_no_answer(int8: Program, build: Cache) -> None:
         module = read_program(capture(made, split(), build).path)
         with torch.no_grad():
             before = module(images)
-            respelled = executorch._respelled(module)  # type: ignore[attr-defined]
-            after = respelled(images)
+            rewritten = respelled(module)
+            after = rewritten(images)
         torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-        permutes = [str(node.target) for node in respelled.graph.nodes]
+        permutes = [str(node.target) for node in rewritten.graph.nodes]
         assert permutes.index("aten.permute.default") > permutes.index("aten.add.Tensor")
 
 
@@ -144,3 +146,36 @@ def test_a_damaged_file_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str
 def test_a_batch_that_cannot_be_is_told() -> None:
     with pytest.raises(ValueError, match="max_batch must be 2 to 4096, not 1"):
         Options(max_batch=1)
+
+
+class Shared(nn.Module):
+    """One layer used twice, on inputs of other ranges, as the branch of a model of two images is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = (nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.twice(torch.relu(self.twice(9 * torch.relu(self.first(x))))))
+        scores: torch.Tensor = self.head(x.mean((2, 3)))
+        return scores
+
+
+def test_a_layer_that_is_used_twice_answers_right(build: Cache) -> None:
+    torch.manual_seed(0)
+    scheme = executorch.SCHEMES["int8"]
+    assert scheme
+    made = quantize(float_model(Shared(), split().images), split(), scheme, Quantization(), build)
+    images, expected = answers(made, 4)
+    predict = executorch.load(compiled(made, build, Options(threads=1)), precision="int8", options=Options(threads=1))
+    assert sqnr_db(expected, predict(images)) > 30
+
+
+def test_images_that_may_not_be_written_are_taken_without_a_warning(dynamic: Path) -> None:
+    images = split().images[:2].copy()
+    images.flags.writeable = False
+    predict = executorch.load(dynamic, precision="int8", options=Options(batch="dynamic", max_batch=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(images)

@@ -171,3 +171,24 @@ def test_a_provider_that_is_not_there_is_named_with_its_package(
     assert "onnxruntime-gpu" in found.unmeasured
     assert found.fast == ()
     assert onnxruntime.environment(options=replace(options, provider="CPU")).unmeasured is None
+
+
+def test_a_gate_that_is_the_answer_stays_float(images: Split, build: Cache, tmp_path: Path) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(9 * self.head(torch.relu(self.first(x)).mean((2, 3))))
+
+    model = FloatModel(Deployable(Gated(), CONTRACT).eval(), CONTRACT, tuple("0123456789"), key="gated")
+    scheme = SCHEMES["int8"]
+    assert scheme is not None
+    made = simplify(export(quantize(model, images, scheme, Quantization(), build), images, build), images, build)
+    onnxruntime.compile(made.path, tmp_path / "model.onnx", precision="int8", options=Options())
+    pixels = images.images.copy()
+    found = onnxruntime.load(tmp_path / "model.onnx", precision="int8", options=Options())(pixels)
+    assert sqnr_db(eager(model.module())(pixels), found) > 30
+    assert np.abs(found * 255 - np.rint(found * 255)).max() > 0.1

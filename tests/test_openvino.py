@@ -315,3 +315,38 @@ def test_several_images_per_sample_and_maps_as_outputs(tmp_path: Path, batch: ta
     openvino.compile(model, tmp_path / "model.xml", precision="float32", options=options)
     found = openvino.load(tmp_path / "model.xml", precision="float32", options=options)(views)
     np.testing.assert_allclose(found, views.astype(np.float32).mean(1).transpose(0, 3, 1, 2), rtol=1e-6)
+
+
+def test_a_convolution_and_a_matrix_product_of_as_many_outputs_both_run_on_int8(images: Images, tmp_path: Path) -> None:
+    """ONNX keeps their equal zero points once, and OpenVINO runs in float what shares a constant so."""
+    g = Graph()
+    zeros, pair = g.constant(np.zeros(16, np.int8)), (g.constant(np.float32(0.02)), g.constant(np.uint8(0)))
+
+    def activation(name: str) -> str:
+        return g.node("DequantizeLinear", g.node("QuantizeLinear", name, *pair), *pair)
+
+    def weight(*shape: int) -> str:
+        stored = g.random.integers(-127, 128, shape).astype(np.int8)
+        return g.node("DequantizeLinear", g.constant(stored), g.constant(np.full(16, 0.01, np.float32)), zeros, axis=0)
+
+    x = g.node("Transpose", g.node("Cast", "images", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
+    x = activation(g.node("Mul", x, g.constant(np.float32(1 / 64))))
+    x = activation(g.node("Relu", g.node("Conv", x, weight(16, 3, 3, 3), name="conv")))
+    x = g.node("Transpose", g.node("Reshape", x, g.constant(np.array([0, 16, 36]))), perm=[0, 2, 1])
+    x = g.node("MatMul", x, g.node("Transpose", weight(16, 16), perm=[1, 0]), name="product")
+    g.node("ReduceMean", x, g.constant(np.array([1])), keepdims=0, output="scores")
+    source = g.save(tmp_path / "source.onnx", (8, 8))
+    openvino.compile(source, tmp_path / "model.xml", precision="int8", options=Options())
+    layers = openvino.executed(tmp_path / "model.xml", precision="int8", options=Options())
+    assert [layer.precision for layer in layers] == ["int8", "int8"]
+    predict = openvino.load(tmp_path / "model.xml", precision="int8", options=Options(threads=1))
+    assert sqnr_db(answer(source, images), predict(images)) > 30
+
+
+def test_an_empty_cache_is_none(
+    models: dict[str, Path], images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = Options(cache="")
+    openvino.load(compiled(models, tmp_path / "made", "int8", options), precision="int8", options=options)(images)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

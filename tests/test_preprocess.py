@@ -84,11 +84,18 @@ def test_sixteen_bit_keeps_its_top_eight_bits() -> None:
         (b"just some text, not a picture", "not an image"),
         (encoded(photo(), "JPEG")[:300], "a broken image"),
         (encoded(photo())[:-40], "a broken image"),
+        (b"DDS " + (124).to_bytes(4, "little") + bytes(120), "a broken image"),
+        (encoded(Image.fromarray(np.full((8, 8), 200, np.int32)), "TIFF"), "pixels of 32 bits have no fixed range"),
     ],
 )
 def test_a_broken_file_is_named(content: bytes, message: str) -> None:
     with pytest.raises(InputError, match="cat.jpg.*" + message):
         Preprocessing(height=8, width=8).load(content, "cat.jpg")
+
+
+def test_an_image_that_grows_beyond_all_bounds_is_refused() -> None:
+    with pytest.raises(InputError, match="30000×1 is too narrow: resized it has 7680000×256"):
+        Preprocessing(height=224, width=224, resize=256).load(encoded(Image.new("L", (30_000, 1))), "line.png")
 
 
 def test_a_decompression_bomb_is_refused_before_decoding() -> None:

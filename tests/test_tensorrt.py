@@ -153,7 +153,7 @@ def test_without_a_gpu_it_is_built_and_not_measured(rtx: Any, run: Run, tmp_path
             ask(engine, precision="int8", options=rtx.Options())
 
 
-@pytest.mark.parametrize("capability", ["9.0", "8.65", "ampere", ""])
+@pytest.mark.parametrize("capability", ["9.0", "8.65"])
 def test_a_capability_that_is_not_listed_is_refused(rtx: Any, run: Run, tmp_path: Path, capability: str) -> None:
     known = r"builds for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0.*; TensorRT itself"
     with pytest.raises(InputError, match=rf"names '{capability}', but TensorRT for RTX .* {known}"):
@@ -241,3 +241,9 @@ def test_an_unmeasured_bundle_says_so_and_cannot_be_built_again_here(
     assert runner.main(rtx, bundle, ["check"]) == 0
     assert runner.main(rtx, bundle, ["rebuild"]) == 2
     assert runner.main(rtx, bundle, ["selftest"]) == 2
+
+
+@pytest.mark.parametrize("capability", ["ampere", "", "86"])
+def test_a_capability_is_written_with_a_point(rtx: Any, capability: str) -> None:
+    with pytest.raises(ValueError, match=f"capabilities are written as '8.6', not '{capability}'"):
+        rtx.Options(capabilities=("8.6", capability))

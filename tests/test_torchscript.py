@@ -23,7 +23,7 @@ from pipeline.recipe import Quantization
 from pipeline.statistics import sqnr_db
 from pipeline.trace import trace
 from pipeline.verify import eager
-from targets import Layer, Precision
+from targets import Layer, Precision, Scheme
 from tests.conftest import subset
 
 torchscript = targets.get("torchscript")
@@ -161,3 +161,25 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "model.ts").write_bytes(b"PK\x03\x04 not a model")
     with pytest.raises(StageFailed, match=r"PyTorch .* cannot load .*model\.ts"):
         torchscript.load(tmp_path / "model.ts", precision="float32", options=Options())
+
+
+class Table(nn.Module):
+    """A layer of constants, as a table of positions has it, which freezing computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.of_table, self.head = nn.Conv2d(3, 8, 3), nn.Linear(4, 8), nn.Linear(8, 10)
+        self.register_buffer("table", torch.ones(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(torch.relu(self.first(x)).mean((2, 3)) + torch.relu(self.of_table(self.table)))
+        return scores
+
+
+def test_a_layer_of_constants_is_computed_ahead_and_not_listed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    build = Cache(tmp_path / "build")
+    made = quantize(float_model(Table(), split().images), split(), Scheme(), Quantization(), build)
+    torchscript.compile(trace(made, split(), build).path, tmp_path / "a.ts", precision="int8", options=Options())
+    found = torchscript.executed(tmp_path / "a.ts", precision="int8", options=Options())
+    assert [layer.name for layer in found] == ["first", "head"]
