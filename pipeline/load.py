@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from device.errors import BitferryError, InputError, TargetUnavailable, first_line
 from device.preprocess import Preprocessing
-from pipeline import cache, checkpoint
+from pipeline import cache, checkpoint, progress
 from pipeline.artifacts import FloatModel
 from pipeline.measure.metrics import Task
 from pipeline.recipe import Recipe
@@ -212,6 +212,19 @@ def _check_scores(model: nn.Module, recipe: Recipe) -> None:
         )
     if not bool(torch.isfinite(scores).all()):
         raise InputError(f"the model '{source}' answers a black image with NaN or infinity")
+    _doubt_probabilities(scores, recipe)
+
+
+def _doubt_probabilities(scores: Tensor, recipe: Recipe) -> None:
+    """Say so where a model seems to end in a softmax or a sigmoid: bitferry takes what comes before those."""
+    if not bool(((scores >= 0) & (scores <= 1)).all()):
+        return
+    if recipe.task == "multilabel":
+        progress.stage("load", "the scores are all from 0 to 1, as of a sigmoid, and a score of 0 or more answers yes: "
+                       "give the model without it")  # fmt: skip
+    elif bool(torch.isclose(scores.sum(1), torch.ones(1), atol=1e-3).all()):
+        progress.stage("load", "the scores add up to 1, as of a softmax; give the model without it, or `predict` will "
+                       "print probabilities of probabilities")  # fmt: skip
 
 
 def _way_out(found: tuple[int, ...] | str, wanted: tuple[int, ...]) -> str:

@@ -42,6 +42,8 @@ class Recheck:
     """On the machine that built the bundle; None where that could not run it."""
     accuracy: Change | None
     """Against the float model's recorded answers; None without `--data`."""
+    images: int | None
+    """How many were answered for it."""
     environment: Environment
     suspicions: tuple[Suspicion, ...]
 
@@ -53,7 +55,7 @@ def verify(bundle: Path, data: Path | None = None, *, effort: Effort = "default"
     bundle, only its answer for each image is. A bundle that was built unmeasured gets its verdict by this, in its
     manifest. Raises InputError for a bundle that is not as it was built.
     """
-    manifest = runner.read_manifest(bundle := bundle.resolve())
+    manifest = runner.read_manifest(bundle)
     target = targets.get(manifest["target"])
     options = runner.options_of(target, manifest["model"]["options"])
     loaded = runner.Runner(bundle, target)
@@ -61,12 +63,8 @@ def verify(bundle: Path, data: Path | None = None, *, effort: Effort = "default"
     with progress.timed("verify", str(bundle)):
         limit, differences = golden.compare(bundle, manifest, loaded.preprocessing, loaded.predict)
         timing, found = _time(loaded, options, effort)
-        change = _accuracy(loaded, bundle, data, verified) if data else None
-    faults = [
-        f"{name}: differs by {difference:.2g} of the largest score, {limit:.2g} allowed"
-        for name, difference in differences.items()
-        if not difference <= limit
-    ]
+        change, images = _accuracy(loaded, bundle, data, verified) if data else (None, None)
+    faults = _faults(differences, limit)
     environment = target.environment(options=options)
     there = verified.latency.artifact.timing.median_ms if isinstance(verified, Verdict) else None
     compared = f"{there:.2f} there" if there else "not measured where it was built"
@@ -80,6 +78,7 @@ def verify(bundle: Path, data: Path | None = None, *, effort: Effort = "default"
         timing=timing,
         verified_median_ms=there,
         accuracy=change,
+        images=images,
         environment=environment,
         suspicions=found,
     )
@@ -88,9 +87,19 @@ def verify(bundle: Path, data: Path | None = None, *, effort: Effort = "default"
     return rechecked
 
 
+def _faults(differences: dict[str, float], limit: float) -> list[str]:
+    """Name the golden files that are answered otherwise."""
+    return [
+        f"{name}: differs by {difference:.2g} of the largest score, {limit:.2g} allowed"
+        for name, difference in differences.items()
+        if not difference <= limit
+    ]
+
+
 def _complete(bundle: Path, manifest: dict[str, Any], found: Recheck) -> None:
-    """Put the verdict that was missing into the manifest."""
+    """Put the verdict that was missing into the manifest; each later measurement takes the place of the one before."""
     measured = {"outcome": found.outcome, "headline": found.headline, "measured": _fields(found)}
+    bundle = bundle.resolve()  # `.` has no name
     part = bundle.with_name(f".{bundle.name}.manifest")
     part.write_text(json.dumps(manifest | {"verdict": manifest["verdict"] | measured}, indent=2) + "\n")
     part.replace(bundle / "manifest.json")
@@ -169,8 +178,8 @@ def _time(loaded: runner.Runner, options: targets.Options, effort: Effort) -> tu
     return latency.timing(series["artifact"]), suspicions(series, threads=threads, others=others())
 
 
-def _accuracy(loaded: runner.Runner, bundle: Path, data: Path, verified: Built) -> Change:
-    """Answer `data` and pair each image, by its pixels, with the float model's recorded answer."""
+def _accuracy(loaded: runner.Runner, bundle: Path, data: Path, verified: Built) -> tuple[Change, int]:
+    """Answer `data` and pair each image, by its pixels, with the float model's recorded answer; give how many."""
     recorded = record.read_answers(bundle / record.ANSWERS)
     images = _split(loaded, data)
     rows = {digest.tobytes(): i for i, digest in enumerate(recorded.digests)}
@@ -185,10 +194,10 @@ def _accuracy(loaded: runner.Runner, bundle: Path, data: Path, verified: Built) 
     if found.maps is not None:
         after = segmentation.counts(found.maps, labels, len(loaded.classes))
         exact = segmentation.unpacked(segmentation.perfect(after), before)
-        return segmentation.change(verified.budget_metric, exact, after, confidence)
+        return segmentation.change(verified.budget_metric, exact, after, confidence), len(pairs)
     right = record.right(record.chosen(found.scores, labels), labels)
     name = "top-1" if labels.ndim == 1 else "whole answers"
-    return paired_change(name, record.right(before, labels), right, confidence)
+    return paired_change(name, record.right(before, labels), right, confidence), len(pairs)
 
 
 def _split(loaded: runner.Runner, data: Path) -> Split:

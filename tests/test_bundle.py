@@ -17,7 +17,7 @@ from PIL import Image
 from device import runner
 from device.preprocess import Preprocessing
 from pipeline.bundle import write_runner
-from tests.conftest import EMBEDDED, Project, plain_environment, verdicts
+from tests.conftest import EMBEDDED, Project, plain_environment, subset, verdicts
 
 TARGETS = ("openvino", "onnxruntime")
 
@@ -203,8 +203,21 @@ def test_a_bundle_carries_the_very_file_that_was_verified(deployed: Project, tmp
     assert shown.stderr == ""
 
 
-def test_a_bundle_is_verified_from_inside_its_own_folder(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unmeasured_bundle_is_completed_from_inside_its_own_folder(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipeline import recheck  # noqa: PLC0415 - imports torch
 
+    unmeasured = json.loads((copy / "verdict.json").read_text()) | {"outcome": "unmeasured"}
+    kept = {name: value for name, value in unmeasured.items() if name not in ("accuracy", "latency", "execution")}
+    (copy / "verdict.json").write_text(json.dumps(kept))
+    manifest, content = manifest_of(copy), (copy / "verdict.json").read_bytes()
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+    manifest["files"]["verdict.json"] = entry
+    (copy / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.chdir(copy)
-    assert recheck.verify(Path(), effort="quick").outcome == "pass"
+    for images in (100, 600):  # the last measurement is the one that counts
+        np.savez(copy.parent / "evaluation.npz", **subset("evaluation", images))  # type: ignore[arg-type]
+        assert recheck.verify(Path(), Path("../evaluation.npz"), effort="quick").images == images
+        assert manifest_of(copy)["verdict"]["measured"]["images"] == images
+    assert manifest_of(copy)["verdict"]["outcome"] == "pass"

@@ -130,6 +130,25 @@ def test_a_model_that_does_not_give_a_score_per_class_is_told() -> None:
         load(of("torchvision:resnet18", options={"num_classes": 5}), None)
 
 
+ENDINGS = """
+from torch import nn
+
+def softmax(classes=10):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes), nn.Softmax(1))
+
+def pooled(classes=10):
+    return nn.Sequential(nn.Conv2d(3, classes, 1), nn.AdaptiveAvgPool2d(1))
+"""
+
+
+def test_endings_that_are_no_scores_are_told_with_a_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "endings.py").write_text(ENDINGS)
+    load(of("module:endings:softmax"), None, folder=tmp_path)
+    assert "the scores add up to 1, as of a softmax; give the model without it" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"gives \(2, 10, 1, 1\) for 2 images.*; end the model with .flatten\(1\)"):
+        load(of("module:endings:pooled"), None, folder=tmp_path)
+
+
 class Evil:
     """Unpickling this writes a file."""
 

@@ -108,7 +108,8 @@ def read_verdict(path: Path) -> Verdict:
     """Read a measured `verdict.json`; raise InputError when it is none, or was not measured."""
     found = read_built(path)
     if not isinstance(found, Verdict):
-        raise InputError(f"{path} holds no measurement: {found.headline}")
+        remedy = "`bitferry verify BUNDLE --data IMAGES` measures it where it runs, into the bundle's manifest"
+        raise InputError(f"{path} holds no measurement: {found.headline}; {remedy}")
     return found
 
 
