@@ -80,7 +80,7 @@ def factors(group: Group, ranges: dict[fx.Node, Tensor]) -> Tensor:
     top = torch.stack([ranges[node] for node in group.clips]).amax((0, 1))
     least_clip = min(_clip(node) for node in group.clips)
     clipped = top >= 0.999 * least_clip
-    wanted = wanted / (wanted[clipped].median() if bool(clipped.any()) else wanted.max().clamp(max=LARGEST))
+    wanted = wanted / (wanted[clipped].median() if bool(clipped.any()) else wanted.min())
     wanted = torch.minimum(wanted.clamp(1.0, LARGEST), least_clip / top.clamp(min=1e-3))
     return torch.where(clipped, 1.0, wanted.clamp(min=1.0))
 
