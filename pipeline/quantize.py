@@ -1,4 +1,4 @@
-"""Float model → PyTorch int8 (PT2E): observers see the calibration images, a target's scheme says what is quantized."""
+"""Float model → PyTorch int8 (PT2E): a target's scheme says what is int8, the calibration images say how."""
 
 import logging
 from functools import partial
@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from device.errors import InputError
-from pipeline import cache, progress
+from pipeline import cache
 from pipeline.artifacts import FloatModel, Quantized, Split
 from pipeline.capture import export_program
 from pipeline.recipe import Quantization
 from targets import Scheme
 
-ANNOTATE = Path(__file__).with_name("annotate.py")
+STEPS = sorted(Path(__file__).with_name("quantization").glob("*.py"))
 
 
 def quantize(
@@ -25,7 +25,7 @@ def quantize(
     key = cache.key(
         "quantize",
         code=__file__,
-        annotate=cache.file_hash(ANNOTATE),
+        steps={path.name: cache.file_hash(path) for path in STEPS},
         packages=("torch", "torchao"),
         model=model.key,
         data=calibration.key,
@@ -60,16 +60,15 @@ def _quantize(model: FloatModel, data: Split, count: int, scheme: Scheme, settin
     _quiet_imports()
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e  # noqa: PLC0415
 
-    from pipeline.annotate import SchemeQuantizer  # noqa: PLC0415
+    from pipeline.quantization.annotate import SchemeQuantizer  # noqa: PLC0415
+    from pipeline.quantization.steps import calibrate  # noqa: PLC0415
 
     images = torch.from_numpy(data.images[:count].copy())
     if bool((images == images[:1]).all()):
         raise InputError(f"all {count} calibration images are the same picture; the ranges would mean nothing")
     example = images[:2] if count > 1 else images.repeat_interleave(2, 0)
     with torch.no_grad():
-        prepared = prepare_pt2e(export_program(model.module(), example).module(), SchemeQuantizer(scheme, settings))
-        batches = torch.split(images, settings.batch_size)
-        for batch in progress.track(batches, "calibrate", total=len(batches)):
-            prepared(batch)
+        prepared = prepare_pt2e(export_program(model.module(), example).module(), SchemeQuantizer(scheme))
+        calibrate(prepared, images, settings)
         converted = convert_pt2e(prepared)
         torch.export.save(export_program(converted, example), out / "program.pt2")

@@ -90,8 +90,16 @@ class Training(Section):
 
 
 class Quantization(Section):
-    observer: Literal["histogram", "minmax"] = "histogram"
-    batch_size: Annotated[int, Field(gt=0)] = 32
+    observer: Literal["minmax", "mean-minmax", "percentile", "mse", "histogram"] = "mean-minmax"
+    equalize: bool = True
+    bias_correction: Literal["none", "fast", "full"] = "fast"
+    ranges: Literal["observed", "learned"] = "observed"
+    rounding: Literal["nearest", "learned"] = "nearest"
+    iterations: Annotated[int, Field(gt=0)] = 100
+    """Of learning, a few images each."""
+    seed: int = 0
+    """Of the order in which learning sees the images."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
     images: Annotated[int, Field(gt=0)] | None = None
     """How many calibration images to use, from the front; None for all."""
 

@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from pipeline.annotate import SchemeQuantizer
+from pipeline.quantization.annotate import SchemeQuantizer
+from pipeline.quantization.steps import calibrate
 from pipeline.recipe import Quantization
 from targets import Scheme
 
@@ -47,7 +48,7 @@ class Branches(nn.Module):
 
 
 def annotated(net: nn.Module, scheme: Scheme) -> list[fx.Node]:
-    quantizer = SchemeQuantizer(scheme, Quantization())
+    quantizer = SchemeQuantizer(scheme)
     graph = cast(fx.GraphModule, torch.export.export(net.eval(), (INPUT,)).module())
     graph = quantizer.transform_for_annotation(graph)
     return list(quantizer.annotate(graph).graph.nodes)
@@ -66,10 +67,8 @@ def with_output(nodes: list[fx.Node]) -> list[str]:
 
 def converted(net: nn.Module, scheme: Scheme) -> fx.GraphModule:
     with torch.no_grad():
-        prepared = prepare_pt2e(
-            torch.export.export(net.eval(), (INPUT,)).module(), SchemeQuantizer(scheme, Quantization(observer="minmax"))
-        )
-        prepared(INPUT)
+        prepared = prepare_pt2e(torch.export.export(net.eval(), (INPUT,)).module(), SchemeQuantizer(scheme))
+        calibrate(prepared, INPUT, Quantization(observer="minmax", equalize=False, bias_correction="none"))
         made: fx.GraphModule = convert_pt2e(prepared)
     return made
 

@@ -1,13 +1,12 @@
-"""Scheme → annotations on a graph: which tensors become int8, and what observes their ranges (torchao PT2E)."""
+"""Scheme → annotations on a graph: which tensors become int8, and where a grid goes (torchao PT2E)."""
 
 from collections.abc import Sequence
-from functools import partial
 from operator import attrgetter
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx
-from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, ObserverBase, PerChannelMinMaxObserver
+from torchao.quantization.pt2e import ObserverBase
 from torchao.quantization.pt2e.quantizer import (
     DerivedQuantizationSpec,
     QuantizationAnnotation,
@@ -17,7 +16,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from pipeline.recipe import Quantization
+from pipeline.quantization.grid import Grid
 from targets import Scheme
 
 aten = torch.ops.aten
@@ -42,7 +41,6 @@ CARRIERS = {
     aten.view.default,
 }
 """What moves values and makes no new ones, so that it runs on int8 as it is."""
-OBSERVERS = {"histogram": HistogramObserver, "minmax": MinMaxObserver}
 MOST_BIAS = 2**30
 """Of an int32 bias; as much again is left for the sum that it is added to."""
 Spec: TypeAlias = QuantizationSpec | DerivedQuantizationSpec | SharedQuantizationSpec
@@ -57,10 +55,10 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
     one's input, where the runtimes fuse it.
     """
 
-    def __init__(self, scheme: Scheme, settings: Quantization) -> None:
+    def __init__(self, scheme: Scheme) -> None:
         super().__init__()
         self.scheme = scheme
-        self.activation = _activation(scheme, settings)
+        self.activation = _activation(scheme)
 
     def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
         """Prepare what no annotation can say.
@@ -86,7 +84,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         for node in model.graph.nodes:
-            inputs = self._inputs(model, node)
+            inputs = self._inputs(node)
             if inputs and node.target is aten.cat.default and self.scheme.concatenations == "shared":
                 _annotate(node, *_with_one_scale(node, self.activation))
             else:
@@ -98,9 +96,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
                     _annotate(last, {}, self.activation)
         return model
 
-    def _inputs(self, model: fx.GraphModule, node: fx.Node) -> Inputs:
+    def _inputs(self, node: fx.Node) -> Inputs:
         if node.target in WEIGHTED and _is_weight(node.args[1]):
-            return self._layer(model, node)
+            return self._layer(node)
         if node.target in ADDITIONS and all(map(_is_activation, node.args[:2])) and node.meta["val"].ndim == 4:
             return dict.fromkeys(self._added(node), self.activation)
         if node.target in JOINS and self.scheme.outputs == "int8" and _joins_activations(node):
@@ -109,16 +107,11 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
             return {_node(node.args[0]): self.activation}
         return {}
 
-    def _layer(self, model: fx.GraphModule, node: fx.Node) -> Inputs:
+    def _layer(self, node: fx.Node) -> Inputs:
         data, weight, bias = _node(node.args[0]), _node(node.args[1]), _bias(node)
         if bias is None or self.scheme.bias == "float32":
             return {data: self.activation, weight: _weight(self.scheme)}
-        values = (_value(model, weight), _value(model, bias))
-        return {
-            data: self.activation,
-            weight: _weight_with_room(self.scheme, (data, node), *values),
-            bias: _int32_bias((data, node), (weight, node)),
-        }
+        return {data: self.activation, weight: _weight(self.scheme), bias: _int32_bias((data, node), (weight, node))}
 
     def _added(self, node: fx.Node) -> list[fx.Node]:
         """Choose the inputs of an addition that are quantized; of tokens none, for a few may be far larger."""
@@ -168,7 +161,7 @@ def _taken_as_int8(node: fx.Node) -> bool:
     return bool(node.users)
 
 
-def _activation(scheme: Scheme, settings: Quantization) -> QuantizationSpec:
+def _activation(scheme: Scheme) -> QuantizationSpec:
     low, high = (0, 255) if scheme.activation == "uint8" else (-128, 127)
     return QuantizationSpec(
         dtype=getattr(torch, scheme.activation),
@@ -176,7 +169,7 @@ def _activation(scheme: Scheme, settings: Quantization) -> QuantizationSpec:
         quant_max=high,
         qscheme=torch.per_tensor_symmetric if scheme.activation_symmetric else torch.per_tensor_affine,
         is_dynamic=False,
-        observer_or_fake_quant_ctr=OBSERVERS[settings.observer].with_args(eps=2**-12),
+        observer_or_fake_quant_ctr=Grid.with_args(),
     )
 
 
@@ -192,35 +185,8 @@ def _weight(scheme: Scheme) -> QuantizationSpec:
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
         is_dynamic=False,
-        observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=2**-24),
+        observer_or_fake_quant_ctr=Grid.with_args(),
     )
-
-
-def _weight_with_room(
-    scheme: Scheme, data: tuple[fx.Node, fx.Node], weight: Tensor, bias: Tensor
-) -> DerivedQuantizationSpec:
-    """Make the scale of a channel large enough for its bias to fit an int32 at the scale of input times weight.
-
-    A channel whose weights are nearly nothing beside its bias, as batch norm leaves behind, would overflow.
-    """
-    largest = weight.flatten(1).abs().amax(1) / _most(scheme)
-    return DerivedQuantizationSpec(
-        derived_from=[data],
-        derive_qparams_fn=partial(_scale_with_room, largest, bias.abs() / MOST_BIAS),
-        dtype=torch.int8,
-        quant_min=-_most(scheme),
-        quant_max=_most(scheme),
-        qscheme=torch.per_channel_symmetric,
-        ch_axis=0,
-    )
-
-
-def _scale_with_room(
-    largest: Tensor, least_product: Tensor, observers: Sequence[ObserverBase]
-) -> tuple[Tensor, Tensor]:
-    data, _ = observers[0].calculate_qparams()
-    scale = torch.maximum(largest, least_product / data).clamp(min=2**-24)
-    return scale, torch.zeros_like(scale, dtype=torch.int64)
 
 
 def _int32_bias(data: tuple[fx.Node, fx.Node], weight: tuple[fx.Node, fx.Node]) -> DerivedQuantizationSpec:

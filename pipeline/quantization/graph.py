@@ -1,0 +1,161 @@
+"""The layers of a prepared graph, with their grids; running it on images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from pipeline.quantization.annotate import MOST_BIAS, WEIGHTED
+from pipeline.quantization.grid import Grid, Mode
+
+aten = torch.ops.aten
+BATCH = 8
+"""Images that go through at once after the ranges are known: more do not fit the caches of a CPU."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or matrix product whose weight is int8."""
+
+    node: fx.Node
+    data: Grid | None
+    weight_grid: Grid
+    weight: Tensor
+    bias: Tensor | None
+    int32_bias: bool
+    shared: bool
+    """Another layer has the same weight."""
+
+    @property
+    def linear(self) -> bool:
+        return self.node.target is aten.linear.default
+
+    @property
+    def channel_axis(self) -> int:
+        """Give the axis of its output's channels."""
+        return -1 if self.linear else 1
+
+    def fit(self) -> None:
+        """Set the scales of the weight, with room for an int32 bias at the scale of input times weight.
+
+        A channel whose weights are nearly nothing beside its bias, as batch norm leaves behind, would overflow.
+        """
+        least: Tensor | float = 0.0
+        if self.int32_bias and self.bias is not None and self.data is not None:
+            least = self.bias.detach().abs() / MOST_BIAS / self.data.scale
+        self.weight_grid.fit_channels(self.weight, least)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Compute the layer with another weight and no bias."""
+        found: Tensor = cast(Any, self.node.target)(x, weight, None, *self.node.args[3:])
+        return found
+
+    def channel_means(self, output: Tensor) -> Tensor:
+        """Average an output over all but its channels."""
+        return output.movedim(self.channel_axis, -1).flatten(0, -2).mean(0)
+
+
+def layers(model: fx.GraphModule) -> list[Layer]:
+    """List the quantized layers in the order they run."""
+    nodes = [node for node in model.graph.nodes if node.target in WEIGHTED and grid_of(model, node.args[1])]
+    uses = [str(_origin(node.args[1]).target) for node in nodes]
+    return [_layer(model, node, uses.count(use) > 1) for node, use in zip(nodes, uses, strict=True)]
+
+
+def _layer(model: fx.GraphModule, node: fx.Node, shared: bool) -> Layer:
+    given = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    bias = _origin(given) if isinstance(given, fx.Node) else None
+    has_bias = bias is not None and bias.op == "get_attr"
+    weight_grid = grid_of(model, node.args[1])
+    return Layer(
+        node,
+        grid_of(model, node.args[0]),
+        cast(Grid, weight_grid),
+        value(model, _origin(node.args[1])),
+        value(model, cast(fx.Node, bias)) if has_bias else None,
+        int32_bias=has_bias and bias is not given,
+        shared=shared,
+    )
+
+
+def own_tensors(model: fx.GraphModule) -> None:
+    """Copy every weight and bias of a layer: the graph shares them with the float model, which must stay as it is."""
+    copies: dict[str, str] = {}
+    for node in [node for node in model.graph.nodes if node.target in WEIGHTED]:
+        for place, argument in enumerate(node.args[1:3]):
+            origin = _origin(argument) if isinstance(argument, fx.Node) else None
+            if origin is None or origin.op != "get_attr" or str(origin.target) in copies.values():
+                continue
+            old, name = str(origin.target), f"{node.name}_{('weight', 'bias')[place]}_own"
+            if place == 1 or old not in copies:  # every layer has a bias of its own
+                model.register_buffer(name, value(model, origin).detach().clone())
+                copies[old] = name
+            origin.target = copies[old]
+    model.recompile()
+
+
+def grids(model: fx.GraphModule) -> list[Grid]:
+    """List the grids, of activations and of weights."""
+    return [module for module in model.modules() if isinstance(module, Grid)]
+
+
+def activations(model: fx.GraphModule) -> list[Grid]:
+    """List the grids of activations."""
+    return [grid for grid in grids(model) if not grid.per_channel]
+
+
+def set_mode(model: fx.GraphModule, mode: Mode) -> None:
+    """Make all grids let everything through, observe or round."""
+    for grid in grids(model):
+        grid.mode = mode
+
+
+def is_grid(model: fx.GraphModule, node: Any) -> bool:
+    """Say whether a node calls a grid, or the observer of a bias, which is derived from two."""
+    return isinstance(node, fx.Node) and node.op == "call_module" and "activation_post_process" in str(node.target)
+
+
+def grid_of(model: fx.GraphModule, node: Any) -> Grid | None:
+    """Give the grid that a node calls, if it calls one."""
+    found = model.get_submodule(str(node.target)) if is_grid(model, node) else None
+    return found if isinstance(found, Grid) else None
+
+
+def value(model: fx.GraphModule, node: fx.Node) -> Tensor:
+    """Give the tensor that a get_attr node stands for."""
+    return cast(Tensor, attrgetter(str(node.target))(model))
+
+
+def _origin(node: Any) -> fx.Node:
+    """Give what a grid rounds; any other node itself."""
+    found = cast(fx.Node, node)
+    return cast(fx.Node, found.args[0]) if "activation_post_process" in str(found.target) else found
+
+
+def batches(images: Tensor, size: int = BATCH) -> Iterator[Tensor]:
+    """Split images, never more than a few at once."""
+    yield from torch.split(images, size)
+
+
+def answers(model: fx.GraphModule, images: Tensor) -> Tensor:
+    """Run the graph as its grids are set."""
+    with torch.no_grad():
+        return torch.cat([model(batch) for batch in batches(images)])
+
+
+def rounded_answers(model: fx.GraphModule, images: Tensor) -> Tensor:
+    """Answer as int8 would."""
+    set_mode(model, "round")
+    found = answers(model, images)
+    set_mode(model, "off")
+    return found
+
+
+def some(images: Tensor, count: int) -> Tensor:
+    """Take up to `count` images, spread evenly."""
+    if len(images) <= count:
+        return images
+    return images[torch.linspace(0, len(images) - 1, count).round().long()]

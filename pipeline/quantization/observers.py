@@ -1,0 +1,104 @@
+"""What the calibration images put through each activation → its range.
+
+Every statistic is of one image, whatever the batch: per-image extremes, and where asked for some of its values.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, fx
+
+from pipeline import progress
+from pipeline.quantization.graph import activations, batches, set_mode
+from pipeline.quantization.grid import Grid
+from pipeline.recipe import Quantization
+
+VALUES = 2**19
+"""Of a tensor that are kept in all, for the observers that look at more than the extremes."""
+TAIL = 1e-4
+"""Left out at either end by `percentile`."""
+SHRINKS, ROUNDS = 24, 2
+"""Steps of the search of `mse`: how many ranges, each 4 % of the whole smaller, and how often from both ends."""
+
+
+def observe(model: fx.GraphModule, images: Tensor, settings: Quantization) -> Tensor:
+    """Run every calibration image once and set each activation's range; give the answers, which are float."""
+    look = settings.observer in ("percentile", "mse", "histogram")
+    for grid in activations(model):
+        grid.forget()
+        grid.samples = max(16, min(4096, VALUES // len(images))) if look else 0
+        grid.sums = settings.bias_correction == "fast"
+    set_mode(model, "observe")
+    answers = []
+    total = -(-len(images) // settings.batch_size)
+    for batch in progress.track(batches(images, settings.batch_size), "calibrate", total=total):
+        for grid in activations(model):
+            grid.batch = len(batch)
+        answers.append(model(batch))
+    set_mode(model, "off")
+    for grid in activations(model):
+        if grid.seen.low:  # what no image reaches is no loss
+            RANGES[settings.observer](grid, torch.stack(grid.seen.low), torch.stack(grid.seen.high))
+            grid.seen.values.clear()
+    return torch.cat(answers)
+
+
+def _whole(grid: Grid, low: Tensor, high: Tensor) -> None:
+    grid.set_range(float(low.min()), float(high.max()))
+
+
+def _mean(grid: Grid, low: Tensor, high: Tensor) -> None:
+    """Average the images' extremes, as NNCF does by default: one odd image cannot stretch the range."""
+    grid.set_range(float(low.double().mean()), float(high.double().mean()))
+
+
+def _percentile(grid: Grid, low: Tensor, high: Tensor) -> None:
+    values = _values(grid, low, high)
+    ends = torch.quantile(values[:: -(-len(values) // 2**24)], torch.tensor([TAIL, 1 - TAIL]))
+    grid.set_range(float(ends[0]), float(ends[1]))
+
+
+def _least_error(grid: Grid, low: Tensor, high: Tensor) -> None:
+    """Search the range that rounds the values themselves with the least mean square error."""
+    values = _values(grid, low, high)
+    values = values[:: -(-len(values) // 2**17)]
+    ends = [float(low.min()), float(high.max())]
+    parts = [1.0, 1.0]
+
+    def error(side: int, part: float) -> float:
+        tried = [part if i == side else parts[i] for i in range(2)]
+        grid.set_range(ends[0] * tried[0], ends[1] * tried[1])
+        return float((grid.rounded(values) - values).square().mean())
+
+    for side in (1, 0) * ROUNDS:
+        if ends[side]:
+            candidates = [1 - 0.04 * step for step in range(SHRINKS)]
+            parts[side] = min(candidates, key=lambda part: error(side, part))
+    grid.set_range(ends[0] * parts[0], ends[1] * parts[1])
+
+
+def _histogram(grid: Grid, low: Tensor, high: Tensor) -> None:
+    """Use torchao's histogram observer, image by image: it minimizes the square error over its bins."""
+    from torchao.quantization.pt2e import HistogramObserver  # noqa: PLC0415 - seconds to import
+
+    more = {"quant_min": grid.quant_min, "quant_max": grid.quant_max, "eps": 2**-12}
+    observer = HistogramObserver(dtype=grid.dtype, qscheme=grid.qscheme, **more)
+    ends = zip(grid.seen.values, low, high, strict=True)
+    for values, least, most in ends:
+        observer(torch.cat([values, least.view(1), most.view(1)]))
+    scale, zero_point = cast(tuple[Tensor, Tensor], observer.calculate_qparams())
+    grid.scale, grid.zero_point = scale.view(1), zero_point.view(1).long()
+
+
+def _values(grid: Grid, low: Tensor, high: Tensor) -> Tensor:
+    return torch.cat([*grid.seen.values, low, high])
+
+
+RANGES: Mapping[str, Callable[[Grid, Tensor, Tensor], None]] = {
+    "minmax": _whole,
+    "mean-minmax": _mean,
+    "percentile": _percentile,
+    "mse": _least_error,
+    "histogram": _histogram,
+}

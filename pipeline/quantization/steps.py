@@ -1,0 +1,107 @@
+"""The order of the steps, each kept only where the answers get no worse."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from pipeline import progress
+from pipeline.quantization import correct, equalize, learned
+from pipeline.quantization.graph import answers, grids, layers, own_tensors, rounded_answers, set_mode, some
+from pipeline.quantization.observers import observe
+from pipeline.recipe import Quantization
+from pipeline.statistics import decibels
+
+JUDGES, SIDE_BY_SIDE = 16, 32
+"""Calibration images that judge a step, and that those steps see which hold two programs' values in memory."""
+SAME = 40.0
+"""dB that the float answers keep after equalization: a clip that an unseen image reaches is no more than this."""
+NOISE = 0.05
+"""dB: a step that costs less than this on so few images is not known to cost anything."""
+
+
+State = tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]
+"""Each weight and bias with a copy, and each grid's scale and zero point: all that a step may change."""
+
+
+def calibrate(model: fx.GraphModule, images: Tensor, settings: Quantization) -> None:
+    """Set the grids of a prepared graph, and better its weights and biases, by every step that the settings name."""
+    own_tensors(model)
+    set_mode(model, "off")
+    if settings.equalize:
+        _equalize(model, images)
+    teacher = observe(model, images, settings)
+    fit(model)
+    judges = torch.linspace(0, len(images) - 1, min(JUDGES, len(images))).round().long()
+    steps: dict[str, Callable[[], object]] = {}
+    if settings.bias_correction == "fast":
+        steps["bias correction"] = lambda: correct.fast(model)
+    if settings.bias_correction == "full":
+        steps["bias correction"] = lambda: correct.full(model, some(images, SIDE_BY_SIDE))
+    if "learned" in (settings.ranges, settings.rounding):
+        steps["learning"] = lambda: learned.learn(model, images, teacher, settings)
+    best = quality(model, images[judges], teacher[judges]) if steps else 0.0
+    for name, step in steps.items():
+        best = _try(model, name, step, best, lambda: quality(model, images[judges], teacher[judges]))
+    for grid in grids(model):
+        grid.forget()
+
+
+def fit(model: fx.GraphModule) -> None:
+    """Fit every weight's grid to it; run again after anything changes a bias, for its room."""
+    for layer in layers(model):
+        layer.fit()
+
+
+def quality(model: fx.GraphModule, images: Tensor, teacher: Tensor) -> float:
+    """Give the SQNR in dB of the answers that int8 would give, against the float ones."""
+    found = rounded_answers(model, images).double()
+    noise = float((found - teacher).square().sum())
+    power = decibels(float(teacher.double().square().sum()), noise)
+    return float("inf") if power is None else power
+
+
+def _try(
+    model: fx.GraphModule, name: str, step: Callable[[], object], before: float, judge: Callable[[], float]
+) -> float:
+    """Take a step, and back where the answers got worse; give their SQNR."""
+    state = _save(model)
+    if step() == 0:
+        progress.stage("quantize", f"{name}: no layer has anything to correct")
+        return before
+    after = judge()
+    if after < before - NOISE:
+        _restore(model, state)
+        progress.stage("quantize", f"{name} dropped: {before:.1f} dB without it, {after:.1f} with it")
+        return before
+    progress.stage("quantize", f"{name}: {before:.1f} → {after:.1f} dB")
+    return after
+
+
+def _equalize(model: fx.GraphModule, images: Tensor) -> None:
+    """Equalize, and back where the float answers changed."""
+    few = some(images, SIDE_BY_SIDE)
+    state, judges = _save(model), few[:JUDGES]
+    before = answers(model, judges)
+    count = equalize.equalize(model, few)
+    if not count:
+        progress.stage("quantize", "equalization: no channels lie between convolutions alone")
+        return
+    noise = float((answers(model, judges) - before).double().square().sum())
+    kept = decibels(float(before.double().square().sum()), noise)
+    if kept is not None and kept < SAME:
+        _restore(model, state)
+        progress.stage("quantize", f"equalization dropped: it changes the float answers ({kept:.1f} dB)")
+
+
+def _save(model: fx.GraphModule) -> State:
+    tensors = {id(t): t for layer in layers(model) for t in (layer.weight, layer.bias) if t is not None}
+    saved = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+    return saved, [(grid.scale, grid.zero_point) for grid in grids(model)]
+
+
+def _restore(model: fx.GraphModule, state: State) -> None:
+    for tensor, kept in state[0]:
+        tensor.data.copy_(kept)
+    for grid, (scale, zero_point) in zip(grids(model), state[1], strict=True):
+        grid.scale, grid.zero_point = scale, zero_point

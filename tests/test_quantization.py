@@ -1,0 +1,209 @@
+"""Each step of quantization alone, on real models and images: what it keeps as it was, and what it makes better."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from device.preprocess import Preprocessing
+from pipeline import progress
+from pipeline.capture import export_program
+from pipeline.load import Deployable
+from pipeline.quantization import correct, equalize, learned, steps
+from pipeline.quantization.annotate import SchemeQuantizer
+from pipeline.quantization.graph import activations, answers, layers, own_tensors, rounded_answers, set_mode
+from pipeline.quantization.observers import observe
+from pipeline.recipe import Quantization
+from targets import Scheme
+from tests.conftest import subset
+
+CONTRACT = Preprocessing(height=28, width=28, mean=(0.286,) * 3, std=(0.353,) * 3)
+PLAIN = Quantization(equalize=False, bias_correction="none")
+SCHEMES = [
+    Scheme(),
+    Scheme(activation="int8", activation_symmetric=True, additions="skip"),
+    Scheme(bias="int32", outputs="int8"),
+    Scheme(activation="int8", outputs="int8"),
+]
+
+
+class Inverted(nn.Module):
+    """What MobileNetV2 is made of, twice: 1×1, depthwise and 1×1 again with ReLU6 between, added to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1), nn.ReLU6())
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(12, 24, 1),
+                nn.ReLU6(),
+                nn.Conv2d(24, 24, 3, 1, 1, groups=24),
+                nn.ReLU6(),
+                nn.Conv2d(24, 12, 1),
+            )
+            for _ in range(2)
+        )
+        self.head = nn.Linear(12, 5)
+        with torch.no_grad():  # channels of very different size, as training leaves them
+            for block in self.blocks:
+                first = cast(nn.Conv2d, cast(nn.Sequential, block)[0])
+                first.weight.mul_(torch.logspace(-1.5, 0.5, 24).view(-1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        scores: Tensor = self.head(x.mean((2, 3)))
+        return scores
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    pixels = torch.from_numpy(subset("calibration", 48, classes=10)["images"])
+    return (pixels if pixels.ndim == 4 else pixels[..., None].expand(-1, -1, -1, 3)).contiguous()
+
+
+def prepared(images: Tensor, scheme: Scheme | None = None, net: nn.Module | None = None) -> fx.GraphModule:
+    model = Deployable(net or Inverted(), CONTRACT).eval()
+    with torch.no_grad():
+        made = prepare_pt2e(export_program(model, images[:2]).module(), SchemeQuantizer(scheme or Scheme()))
+    own_tensors(made)
+    return cast(fx.GraphModule, made)
+
+
+def ready(images: Tensor, settings: Quantization = PLAIN, **more: Any) -> tuple[fx.GraphModule, Tensor]:
+    """Prepare, observe and fit; with the float answers."""
+    model = prepared(images, **more)
+    with torch.no_grad():
+        teacher = observe(model, images, settings)
+    steps.fit(model)
+    return model, teacher
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mean-minmax", "percentile", "mse", "histogram"])
+def test_ranges_are_the_same_whatever_the_batch(observer: Any, images: Tensor) -> None:
+    found = []
+    for batch_size in (1, 7, 32):
+        settings = Quantization(observer=observer, batch_size=batch_size)
+        model, _ = ready(images, settings)
+        found.append([(float(grid.scale), int(grid.zero_point)) for grid in activations(model)])
+    for other in found[1:]:
+        assert [zero for _, zero in other] == [zero for _, zero in found[0]]
+        np.testing.assert_allclose([s for s, _ in other], [s for s, _ in found[0]], rtol=1e-5)
+    assert len({scale for scale, _ in found[0]}) > 5
+
+
+def test_one_odd_image_stretches_minmax_and_not_the_mean(images: Tensor) -> None:
+    odd = images.clone()
+    odd[1:] = odd[1:] // 4
+    scales = {name: ready(odd, Quantization(observer=name))[0] for name in ("minmax", "mean-minmax")}
+    largest = {name: activations(model)[1].scale for name, model in scales.items()}
+    assert float(largest["mean-minmax"]) < 0.8 * float(largest["minmax"])
+
+
+def test_equalization_keeps_the_float_answers_and_levels_the_channels(images: Tensor) -> None:
+    model = prepared(images)
+    set_mode(model, "off")
+    before, spread = answers(model, images), channel_spread(model, images)
+    assert equalize.equalize(model, images) == 4  # before and behind each depthwise one; the additions end in a mean
+    torch.testing.assert_close(answers(model, images), before, atol=1e-4, rtol=1e-4)
+    assert channel_spread(model, images) < 0.5 * spread
+
+
+def channel_spread(model: fx.GraphModule, images: Tensor) -> float:
+    """The largest channel over the median one, of what the depthwise convolutions are given."""
+    wanted = {group.nodes[0] for group in equalize.groups(model) if group.clips}
+    found = equalize.Ranges(model, wanted)
+    with torch.no_grad():
+        found.run(images)
+    tops = [torch.cat(parts).mean(0) for parts in found.found.values()]
+    return max(float(top.max() / top.median()) for top in tops)
+
+
+def test_the_float_model_stays_as_it_is(images: Tensor) -> None:
+    net = Inverted()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    settings = Quantization(ranges="learned", rounding="learned", iterations=2)
+    with torch.no_grad():
+        steps.calibrate(prepared(images, net=net), images, settings)
+    for name, now in net.state_dict().items():
+        assert torch.equal(now, before[name]), name
+
+
+@pytest.mark.parametrize("way", ["fast", "full"])
+def test_bias_correction_makes_the_mean_shift_smaller(way: Any, images: Tensor) -> None:
+    model, teacher = ready(images, Quantization(bias_correction=way), scheme=Scheme(weight_bits=4))
+    before = float((rounded_answers(model, images) - teacher).mean(0).abs().mean())
+    count = correct.fast(model) if way == "fast" else correct.full(model, images)
+    assert count == len(layers(model)) == 8
+    after = float((rounded_answers(model, images) - teacher).mean(0).abs().mean())
+    assert after < 0.7 * before
+
+
+@pytest.mark.parametrize("what", [{"ranges": "learned"}, {"rounding": "learned"}])
+def test_learning_makes_the_answers_better_and_is_repeatable(what: Any, images: Tensor) -> None:
+    settings = Quantization(iterations=40, **what)
+    found = []
+    for _ in range(2):
+        model, teacher = ready(images, scheme=Scheme(weight_bits=4))
+        before = steps.quality(model, images, teacher)
+        with torch.no_grad():
+            learned.learn(model, images, teacher, settings)
+        found.append(rounded_answers(model, images))
+        assert steps.quality(model, images, teacher) > before
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_step_together_in_every_scheme(scheme: Scheme, images: Tensor) -> None:
+    settings = Quantization(bias_correction="full", ranges="learned", iterations=4)
+    model = prepared(images, scheme)
+    with torch.no_grad():
+        steps.calibrate(model, images, settings)
+        simulated = rounded_answers(model, images)
+        teacher = Deployable(Inverted(), CONTRACT).eval()(images)
+        made = convert_pt2e(model)(images)
+    assert sqnr(teacher, made) > 20
+    if scheme.bias == "float32":
+        assert sqnr(made, simulated) > 40  # what the steps judge by is what is shipped
+
+
+def test_a_step_that_makes_it_worse_is_dropped_and_said(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(model: fx.GraphModule) -> int:
+        for layer in layers(model):
+            layer.weight.add_(0.3)
+        return 1
+
+    progress.console.quiet = False
+    plain, spoiled = prepared(images), prepared(images)
+    with torch.no_grad():
+        steps.calibrate(plain, images, PLAIN)
+        monkeypatch.setattr(correct, "fast", spoil)
+        steps.calibrate(spoiled, images, Quantization(equalize=False))
+    assert "bias correction dropped" in capsys.readouterr().err
+    assert torch.equal(rounded_answers(plain, images), rounded_answers(spoiled, images))
+
+
+@pytest.mark.parametrize("make", [lambda: torchvision.models.resnet18(num_classes=5), nn.Flatten])
+def test_what_does_not_apply_is_left_out(make: Callable[[], nn.Module], images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = make()
+    if isinstance(net, nn.Flatten):
+        net = nn.Sequential(net, nn.Linear(28 * 28 * 3, 5, bias=False))
+    model = prepared(images, net=net)
+    with torch.no_grad():
+        steps.calibrate(model, images, Quantization())
+        teacher = Deployable(net, CONTRACT).eval()(images)
+    assert sqnr(teacher, rounded_answers(model, images)) > 20
+
+
+def sqnr(teacher: Tensor, found: Tensor) -> float:
+    return float(10 * torch.log10(teacher.square().sum() / (teacher - found).square().sum().clamp(min=1e-12)))
