@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from device.errors import StageFailed, first_line
 from pipeline import cache, unsupported
@@ -36,3 +36,9 @@ def _capture(program: Program, calibration: Split, out: Path) -> None:
     example = torch.from_numpy(calibration.images[:1].repeat(2, axis=0))
     with torch.no_grad():
         torch.export.save(export_program(program.module(), example), out / "program.pt2")
+
+
+def layer_name(node: fx.Node) -> str:
+    """Give the path of the module that a node is of, as a reader of the model knows it; else the node's own name."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return (stack[-1][0].removeprefix("model.") if stack else "") or node.name

@@ -44,7 +44,7 @@ Trust = Annotated[bool, typer.Option("--trust", help="Load a .pt2 program, which
 AllowUnmeasured = Annotated[
     bool, typer.Option("--allow-unmeasured", help="Exit 0 also where this machine builds a target and cannot run it.")
 ]
-PrecisionName = Annotated[str | None, typer.Option("--precision", help="Instead of the recipe's: int8, float32, …")]
+PrecisionName = Annotated[str | None, typer.Option("--precision", help="Instead of the recipe's: auto, int8, …")]
 
 
 @app.callback()
@@ -69,17 +69,18 @@ def _run(recipe: "Recipe", path: Path, build: Path, trust: bool, effort: "Effort
     return Run(recipe, path, Cache(build / recipe.name), trust, effort)
 
 
-def _each(
-    path: Path, names: str | None, build: Path, trust: bool, precision: str | None, effort: "Effort" = "default"
-) -> "list[Deployment]":
+def _each(path: Path, names: str | None, build: Path, trust: bool, precision: str | None) -> "list[Deployment]":
+    """Give the way to each target; where the precision is left open, to its int8, or the first it has."""
+    import targets
     from pipeline.recipe import choose_targets, read
 
     recipe = read(path, precision=precision)
     chosen = choose_targets(names, recipe)  # faults in these are told before torch is imported
     from pipeline.run import Deployment
 
-    run = _run(recipe, path, build, trust, effort)
-    return [Deployment(run, name, recipe.precision) for name in chosen]
+    run = _run(recipe, path, build, trust)
+    firsts = {name: next(iter(targets.get(name).SCHEMES)) for name in chosen}
+    return [Deployment(run, name, firsts[name] if recipe.precision == "auto" else recipe.precision) for name in chosen]
 
 
 def _effort(quick: bool, thorough: bool) -> "Effort":
@@ -119,8 +120,8 @@ def deploy(
     chosen = read(recipe, precision=precision)
     names = choose_targets(target, chosen)
     check_output(chosen, names, out)  # these faults are told before torch is imported
+    from pipeline.deploy import deploy as deploy_
     from pipeline.report import terminal
-    from pipeline.run import deploy as deploy_
 
     results = deploy_(_run(chosen, recipe, build, trust, _effort(quick, thorough)), names, out)
     terminal.show(results, as_json=json_)
@@ -236,10 +237,15 @@ def verify(
     if data is not None:
         raise InputError("--data is for a bundle; a recipe names its own data")
 
+    from pipeline.recipe import choose_targets, read
+
+    recipe = read(subject, precision=precision)
+    names = choose_targets(target, recipe)
+    from pipeline.deploy import way
     from pipeline.report import terminal
 
-    deployments = _each(subject, target, build, trust, precision, effort)
-    results = [one.verified for one in deployments]
+    run = _run(recipe, subject, build, trust, effort)
+    results = [way(run, name).verified for name in names]
     terminal.show(results, as_json=json_)
     raise typer.Exit(terminal.exit_code(results, allow_unmeasured=allow_unmeasured))
 

@@ -112,7 +112,7 @@ TEMPLATE = """\
 
 name = "{name}"
 version = "0.1.0"
-precision = "int8"                 # or float32, bfloat16
+precision = "auto"                 # the fastest inside the budget; or int8, float32, bfloat16
 classes = [{classes}]
 
 [model]

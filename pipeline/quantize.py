@@ -68,7 +68,9 @@ def _quantize(model: FloatModel, data: Split, count: int, scheme: Scheme, settin
         raise InputError(f"all {count} calibration images are the same picture; the ranges would mean nothing")
     example = images[:2] if count > 1 else images.repeat_interleave(2, 0)
     with torch.no_grad():
-        prepared = prepare_pt2e(export_program(model.module(), example).module(), SchemeQuantizer(scheme))
+        prepared = prepare_pt2e(
+            export_program(model.module(), example).module(), SchemeQuantizer(scheme, settings.keep)
+        )
         calibrate(prepared, images, settings)
         converted = convert_pt2e(prepared)
         torch.export.save(export_program(converted, example), out / "program.pt2")

@@ -102,6 +102,8 @@ class Quantization(Section):
     batch_size: Annotated[int, Field(gt=0)] = 8
     images: Annotated[int, Field(gt=0)] | None = None
     """How many calibration images to use, from the front; None for all."""
+    keep: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Layers that stay float, by their path in the model, as `features.0.0`."""
 
 
 class Budget(Section):
@@ -116,18 +118,26 @@ class Budget(Section):
     """Over the eager float model, at the same thread count."""
 
 
+class Search(Section):
+    """Of `precision = "auto"`."""
+
+    minutes: Annotated[float, Field(ge=0)] = 10.0
+    """For mixes of int8 and float, after every whole precision was tried."""
+
+
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9._+-]*$")] = "0.1.0"
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2), BeforeValidator(_class_names)]
     task: Task = "classification"
-    precision: Precision = "int8"
+    precision: Precision | Literal["auto"] = "auto"
     model: Model
     preprocessing: Preprocessing
     data: Data
     training: Training = Training()
     quantization: Quantization = Quantization()
     budget: Budget = Budget()
+    search: Search = Search()
     targets: dict[str, dict[str, JsonValue]] = {}
     """Each target's own options (`Options` in its file)."""
 
@@ -147,6 +157,15 @@ class Recipe(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def at_look(self, look: int) -> "Recipe":
+        """Give the recipe as the k-th look at the evaluation data holds it: with 1 − (1 − confidence)/2ᵏ.
+
+        However many looks there are, the chance that one of them passes by luck is at most 1 − confidence (the sum of
+        the parts: Bonferroni). Look 0 is the only one, and has all.
+        """
+        confidence = 1 - (1 - self.budget.confidence) / 2**look
+        return self.model_copy(update={"budget": self.budget.model_copy(update={"confidence": confidence})})
 
     def options(self, target: str) -> Options:
         """Give what is set under `[targets.NAME]` as that target's own options; raise InputError for what it lacks."""
@@ -207,21 +226,22 @@ def choose_targets(text: str | None, recipe: Recipe) -> list[str]:
         raise InputError(f"no target: name some of {', '.join(targets.names())}")
     for name in wanted:
         schemes = targets.get(name).SCHEMES
-        if recipe.precision not in schemes:
+        if recipe.precision not in (*schemes, "auto"):
             raise InputError(f"target '{name}' cannot run {recipe.precision}; it runs {', '.join(schemes)}")
     return wanted
 
 
-def _ready(name: str, precision: Precision) -> bool:
+def _ready(name: str, precision: Precision | Literal["auto"]) -> bool:
     try:
         target = targets.get(name)
         target.environment(options=target.Options())
     except TargetUnavailable as error:
         progress.stage("skip", str(error))
         return False
-    if precision not in target.SCHEMES:
+    able = precision in (*target.SCHEMES, "auto")
+    if not able:
         progress.stage("skip", f"target '{name}' does not run {precision}")
-    return precision in target.SCHEMES
+    return able
 
 
 def read(path: Path, *, precision: str | None = None) -> Recipe:

@@ -1,7 +1,7 @@
 """All stages in order: the table of contents of bitferry."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from pipeline.artifacts import (
     Verified,
     Weights,
 )
-from pipeline.bundle import bundle, check_output
+from pipeline.bundle import bundle
 from pipeline.cache import Cache
 from pipeline.capture import capture
 from pipeline.compile import compile
@@ -38,17 +38,9 @@ from pipeline.recipe import Recipe
 from pipeline.report import record
 from pipeline.trace import torchscript, trace
 from pipeline.train import train
+from pipeline.verdict import Search
 from pipeline.verify import Way, eager, load_artifact, unmeasured, verify
 from targets import Precision
-
-
-def deploy(run: "Run", names: Sequence[str], out: Path) -> list[Bundle | Verified | Unmeasured]:
-    """Take the recipe's model to every target named; outside the budget, a target gives its verdict and no bundle.
-
-    What this machine cannot run is bundled unmeasured, to be verified where it can.
-    """
-    check_output(run.recipe, list(names), out)
-    return [Deployment(run, name, run.recipe.precision).ship(out) for name in names]
 
 
 @dataclass(frozen=True)
@@ -107,6 +99,20 @@ class Deployment:
     run: Run
     name: str
     precision: Precision
+    keep: tuple[str, ...] = ()
+    """Layers that stay float, besides the recipe's."""
+    threads: int | None = None
+    """In place of the recipe's."""
+    look: int = 0
+    """Which look at the evaluation data this is (`Recipe.at_look`)."""
+    search: Search | None = None
+    """What was weighed before this way was chosen."""
+
+    @property
+    def title(self) -> str:
+        """Say what sets it apart from the target's other ways."""
+        kept = f", {len(self.keep)} layer{'s'[: len(self.keep) != 1]} in float" if self.keep else ""
+        return self.precision + kept + (f", {self.threads} thread{'s'[: self.threads != 1]}" if self.threads else "")
 
     @cached_property
     def program(self) -> Program:
@@ -114,7 +120,9 @@ class Deployment:
         scheme = targets.get(self.name).SCHEMES[self.precision]
         if scheme is None:
             return replace(run.model, precision=self.precision)
-        made = quantize(run.model, run.calibration, scheme, run.recipe.quantization, run.build)
+        given = run.recipe.quantization
+        settings = given.model_copy(update={"keep": (*given.keep, *self.keep)})
+        made = quantize(run.model, run.calibration, scheme, settings, run.build)
         return replace(made, precision=self.precision)
 
     @cached_property
@@ -144,26 +152,30 @@ class Deployment:
 
     @cached_property
     def compiled(self) -> Compiled:
-        return compile(self.source, self.name, self.run.build, options=self.run.recipe.options(self.name))
+        given = self.run.recipe.options(self.name)
+        return compile(
+            self.source, self.name, self.run.build, options=replace(given, threads=self.threads or given.threads)
+        )
 
     @cached_property
     def runtime_float(self) -> Compiled | None:
         """Give the same target's float32, to be timed beside the artifact; None where it has none, or is it."""
         if self.precision == "float32" or "float32" not in targets.get(self.name).SCHEMES:
             return None
-        return Deployment(self.run, self.name, "float32").compiled
+        return Deployment(self.run, self.name, "float32", threads=self.threads).compiled
 
     @cached_property
     def verified(self) -> Verified | Unmeasured:
-        run = self.run
+        run, recipe = self.run, self.run.recipe.at_look(self.look)
         found: Verified | Unmeasured
         reason = self.compiled.environment.unmeasured
         if reason:
             way = Way(self.program, self.compiled, None, self._steps(measured=False))
-            found = unmeasured(run.recipe, way, run.evaluation, run.build, command=self._command())
+            found = unmeasured(recipe, way, run.evaluation, run.build, command=self._command())
         else:
             way = Way(self.program, self.compiled, self.runtime_float, self._steps())
-            found = verify(run.recipe, way, run.evaluation, run.build, command=self._command(), effort=run.effort)
+            measured = verify(recipe, way, run.evaluation, run.build, command=self._command(), effort=run.effort)
+            found = replace(measured, verdict=replace(measured.verdict, search=self.search))
         progress.stage("report", str(record.write(found, run.build)))
         return found
 
@@ -177,7 +189,8 @@ class Deployment:
     def _command(self) -> str:
         """Give the command line that repeats the verification."""
         run = self.run
-        words = ["bitferry", "verify", str(run.path), "--target", self.name, "--precision", self.precision]
+        words = ["bitferry", "verify", str(run.path), "--target", self.name]
+        words += ["--precision", "auto" if self.search else self.precision]
         words += ["--build", str(run.build.root.parent)] if run.build.root.parent != Path("build") else []
         words += [f"--{run.effort}"] if run.effort != "default" else []
         return shlex.join([*words, *(["--trust"] if run.trust else [])])

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.figures import Accuracy, Latency
+from pipeline.figures import Accuracy, Latency, Ratio
 from targets import Environment, Layer, Precision
 
 SCHEMA = 3
@@ -76,6 +76,53 @@ class Ladder:
 
 
 @dataclass(frozen=True)
+class Blame:
+    """How much of the scores' error goes when one layer is computed in float."""
+
+    name: str
+    noise: float
+    """As a share of the scores' power; negative where the error grows."""
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """One candidate of a search."""
+
+    name: str
+    """As in `int8`, `int8, 4 layers in float` or `bfloat16, 1 thread`."""
+    precision: Precision
+    keep: tuple[str, ...]
+    """Layers that stay float: what `quantization.keep` in a recipe would be."""
+    threads: int
+    ms: float
+    """Median of a call, timed with the others."""
+    over_chosen: Ratio | None
+    """Its time over that of the chosen one."""
+    sqnr_db: float | None
+    """Of the scores of some calibration images; None where they equal the float model's."""
+    file_bytes: int
+    outcome: Outcome | None
+    """Of its accuracy on the evaluation data; None where it was not judged, a faster one being inside the budget."""
+    drop_upper_pp: float | None
+    confidence: float | None
+    """Of that bound: each look at the evaluation data spends half of what the ones before have left."""
+    pareto: bool
+    """Whether no other is as fast, as near to the float model and as small."""
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `precision = "auto"` weighed, fastest first, and why it chose what it chose."""
+
+    reason: str
+    weighed: tuple[Weighed, ...]
+    looks: int
+    """Candidates that were judged on the evaluation data."""
+    seconds: float
+
+
+@dataclass(frozen=True)
 class GoldenFile:
     """One image file through the whole path: bytes in, scores out."""
 
@@ -131,6 +178,8 @@ class Built:
     data_key: str
     """Of the evaluation images and labels, by content."""
     measured_at: str
+    search: Search | None = None
+    """What was weighed, where the precision was left open."""
 
     @property
     def passed(self) -> bool:

@@ -62,7 +62,7 @@ def verify(
     climbed = _ladder(way, evaluation, baseline.scores, build)
     files = golden.make(evaluation, model.preprocessing, build)
     with progress.timed("verify", compiled.target):
-        found = _compared(baseline, answers, evaluation, recipe)
+        found = compared(baseline, answers, evaluation, recipe)
         fresh = speed.fresh(compiled, model.preprocessing, golden.paths(files, model.preprocessing))
         predict = load_artifact(compiled)
         proved = golden.prove(files, model.preprocessing, predict, fresh.scores, eager(model.module()))
@@ -143,7 +143,8 @@ def artifact_answers(compiled: Compiled, evaluation: Split, build: cache.Cache) 
     return _answers(build, "answers", key, load, evaluation.images, f"{compiled.target} {compiled.precision}")
 
 
-def _compared(baseline: Kept, answers: Kept, evaluation: Split, recipe: Recipe) -> Accuracy:
+def compared(baseline: Kept, answers: Kept, evaluation: Split, recipe: Recipe) -> Accuracy:
+    """Compare the artifact's answers with the float model's, as the recipe's task has it."""
     if recipe.task == "segmentation":
         return segmentation.measure(baseline, answers, evaluation, recipe)
     return accuracy.measure(baseline.scores, answers.scores, evaluation, recipe)

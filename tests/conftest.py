@@ -42,6 +42,7 @@ def make(classes=3):
 RECIPE = """
 name = "small"
 version = "1.0.0"
+precision = "int8"
 classes = ["T-shirt", "Trouser", "Pullover"]
 [model]
 source = "module:smallmodel:make"

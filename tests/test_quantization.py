@@ -207,3 +207,45 @@ def test_what_does_not_apply_is_left_out(make: Callable[[], nn.Module], images: 
 
 def sqnr(teacher: Tensor, found: Tensor) -> float:
     return float(10 * torch.log10(teacher.square().sum() / (teacher - found).square().sum().clamp(min=1e-12)))
+
+
+class Joined(nn.Module):
+    """A concatenation of tensors of very different size, and a channel whose weights are nothing beside its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(12, 6, 3)
+        self.head = nn.Linear(6, 5)
+        with torch.no_grad():
+            self.third.weight[0] *= 1e-12
+            self.third.bias[0] = 2.0  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.first(x) / 50, torch.relu(self.second(x))], 1)
+        scores: Tensor = self.head(torch.relu(self.third(x)).mean((2, 3)))
+        return scores
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_what_shares_a_scale_has_the_range_of_all_of_it(batch_size: int, images: Tensor) -> None:
+    scheme = Scheme(activation="int8", outputs="int8", concatenations="shared")
+    model = prepared(images, scheme, Joined())
+    steps.calibrate(model, images, Quantization(batch_size=batch_size, equalize=False))
+    with torch.no_grad():
+        teacher = Deployable(Joined(), CONTRACT).eval()(images)
+        assert sqnr(teacher, convert_pt2e(model)(images)) > 30
+
+
+def test_a_bias_fits_its_int32_whatever_the_steps_did_to_it(images: Tensor) -> None:
+    model = prepared(images, Scheme(bias="int32", outputs="int8"), Joined())
+    settings = Quantization(ranges="learned", rounding="learned", iterations=4)
+    steps.calibrate(model, images, settings)
+    for layer in layers(model):
+        assert layer.bias is not None
+        assert layer.data is not None
+        stored = layer.bias / (layer.data.scale * layer.weight_grid.scale)
+        assert float(stored.abs().max()) < 2**31 - 1
+    with torch.no_grad():
+        teacher = Deployable(Joined(), CONTRACT).eval()(images)
+        assert sqnr(teacher, convert_pt2e(model)(images)) > 20

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from device.arrays import Images
 from pipeline.artifacts import Program
-from pipeline.capture import export_program
+from pipeline.capture import export_program, layer_name
 from pipeline.statistics import decibels
 from pipeline.verdict import LayerError
 
@@ -83,7 +83,7 @@ class Compare(fx.Interpreter):
         twin = self.floats.get(self.twins.get(node.name, ""))
         if twin is not None:
             return twin
-        if not _rounds(node):
+        if not rounds(node):
             return self.env[node]
         arguments = [self._float_value(cast(fx.Node, a)) if i == 0 else self._value(a) for i, a in enumerate(node.args)]
         return getattr(self, node.op)(node.target, tuple(arguments), dict(node.kwargs))
@@ -96,22 +96,22 @@ def compare(program: Program, images: Images) -> tuple[LayerError, ...]:
     with torch.no_grad():
         first = batches[0] if len(batches[0]) > 1 else batches[0].repeat_interleave(2, dim=0)
         exported: fx.GraphModule = export_program(reference, first).module()
-        twins = _twins(exported, quantized)
+        pairs = twins(exported, quantized)
         totals: dict[str, Power] = {}
         for batch in batches:
-            captured = Capture(exported, frozenset(twins.values()))
+            captured = Capture(exported, frozenset(pairs.values()))
             captured.run(batch)
-            compared = Compare(_graph(quantized), twins, captured.found)
+            compared = Compare(_graph(quantized), pairs, captured.found)
             compared.run(batch)
             _add(totals, compared.powers)
-    names = _names(_graph(quantized))
+    names = {node.name: layer_name(node) for node in _graph(quantized).graph.nodes}
     return tuple(
         LayerError(names[node], decibels(power.signal, power.noise), decibels(power.signal, power.own_noise))
         for node, power in totals.items()
     )
 
 
-def _twins(exported: fx.GraphModule, quantized: nn.Module) -> dict[str, str]:
+def twins(exported: fx.GraphModule, quantized: nn.Module) -> dict[str, str]:
     """Pair each node of the int8 program with the float node of the same name, behind its batch norm if it has one.
 
     Quantizing folds batch norms into the convolutions before them and keeps the names of all other nodes.
@@ -128,7 +128,7 @@ def _sources(program: fx.GraphModule) -> Iterator[str]:
         if node.target in LAYERS:
             yield node.name
             source = node.args[0]
-            while _rounds(source):
+            while rounds(source):
                 source = source.args[0]
             yield source.name
 
@@ -140,18 +140,9 @@ def _behind_norm(node: fx.Node, kept: set[str]) -> fx.Node:
     return users[0] if node.target in LAYERS and is_norm else node
 
 
-def _rounds(node: fx.Node) -> bool:
+def rounds(node: fx.Node) -> bool:
+    """Say whether a node quantizes or dequantizes."""
     return "quantize_per" in str(node.target)
-
-
-def _names(program: fx.GraphModule) -> dict[str, str]:
-    """Give the module path of each layer's node, as a reader of the model knows it."""
-    names = {}
-    for node in program.graph.nodes:
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        path = stack[-1][0].removeprefix("model.") if stack else ""
-        names[node.name] = path or node.name
-    return names
 
 
 def _add(totals: dict[str, Power], more: dict[str, Power]) -> None:

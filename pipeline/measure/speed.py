@@ -111,7 +111,7 @@ def fresh(compiled: Compiled, contract: Preprocessing, golden: Sequence[Path]) -
         raise StageFailed(f"a fresh process cannot run {compiled.path} (exit {done.returncode}): {last}")
     said = json.loads(done.stdout.splitlines()[-1])
     scores = np.array(said.pop("scores"), np.float32)
-    return Fresh(Footprint(file_bytes=_size(compiled.path.parent), **said), scores)
+    return Fresh(Footprint(file_bytes=size(compiled.path.parent), **said), scores)
 
 
 def _rate(predicts: Sequence[Predict], images: Images, seconds: float) -> float:
@@ -164,5 +164,6 @@ def _call(predict: Predict, image: Images) -> latency.Call:
     return lambda: predict(image)
 
 
-def _size(folder: Path) -> int:
+def size(folder: Path) -> int:
+    """Give the bytes of every file in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,6 +1,7 @@
 """Scheme → annotations on a graph: which tensors become int8, and where a grid goes (torchao PT2E)."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from operator import attrgetter
 from typing import Any, TypeAlias, cast
 
@@ -16,6 +17,8 @@ from torchao.quantization.pt2e.quantizer import (
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from device.errors import InputError
+from pipeline.capture import layer_name
 from pipeline.quantization.grid import Grid
 from targets import Scheme
 
@@ -55,9 +58,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
     one's input, where the runtimes fuse it.
     """
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Scheme, keep: Sequence[str] = ()) -> None:
         super().__init__()
-        self.scheme = scheme
+        self.scheme, self.keep = scheme, frozenset(keep)
         self.activation = _activation(scheme)
 
     def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
@@ -98,7 +101,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
 
     def _inputs(self, node: fx.Node) -> Inputs:
         if node.target in WEIGHTED and _is_weight(node.args[1]):
-            return self._layer(node)
+            return {} if layer_name(node) in self.keep else self._layer(node)
         if node.target in ADDITIONS and all(map(_is_activation, node.args[:2])) and node.meta["val"].ndim == 4:
             return dict.fromkeys(self._added(node), self.activation)
         if node.target in JOINS and self.scheme.outputs == "int8" and _joins_activations(node):
@@ -122,7 +125,12 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         return both if self.scheme.additions == "both" else []
 
     def validate(self, model: fx.GraphModule) -> None:
-        """Nothing to refuse: what no rule annotates stays float."""
+        """Refuse to keep what is no layer of this model."""
+        names = [layer_name(node) for node in model.graph.nodes if node.target in WEIGHTED]
+        for name in sorted(self.keep - set(names)):
+            close = get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(names[:5])}, …"
+            raise InputError(f"quantization.keep names '{name}', which is no convolution or matrix product; {hint}")
 
 
 def _with_one_scale(node: fx.Node, spec: QuantizationSpec) -> tuple[Inputs, Spec]:

@@ -43,10 +43,17 @@ class Layer:
 
         A channel whose weights are nearly nothing beside its bias, as batch norm leaves behind, would overflow.
         """
-        least: Tensor | float = 0.0
-        if self.int32_bias and self.bias is not None and self.data is not None:
-            least = self.bias.detach().abs() / MOST_BIAS / self.data.scale
-        self.weight_grid.fit_channels(self.weight, least)
+        self.weight_grid.fit_channels(self.weight, self._least())
+
+    def make_room(self) -> None:
+        """Raise the scales of those channels that a changed bias, or input scale, leaves no room; the others stay."""
+        self.weight_grid.scale = torch.maximum(self.weight_grid.scale, torch.as_tensor(self._least()))
+
+    def _least(self) -> Tensor | float:
+        """Give the smallest scale of each channel that its bias allows."""
+        if not self.int32_bias or self.bias is None or self.data is None:
+            return 0.0
+        return self.bias.detach().abs() / MOST_BIAS / self.data.scale
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """Compute the layer with another weight and no bias."""

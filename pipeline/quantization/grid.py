@@ -21,6 +21,8 @@ class Seen:
     values: list[Tensor] = field(default_factory=list)
     total: Tensor | float = 0.0
     rows: int = 0
+    calls: int = 0
+    """How many tensors of the images at hand went through: those of a concatenation share one grid."""
 
 
 class Grid(ObserverBase):  # type: ignore[misc]
@@ -82,12 +84,18 @@ class Grid(ObserverBase):  # type: ignore[misc]
     def _observe(self, x: Tensor) -> None:
         """Keep each image's own statistics, so that they are the same whatever the batch."""
         rows = self.batch if x.ndim and len(x) and len(x) % self.batch == 0 else 1
-        for image in x.reshape(rows, -1) if rows != len(x) else x:
-            low, high = torch.aminmax(image)
-            self.seen.low.append(low)
-            self.seen.high.append(high)
-            if self.samples:
-                self.seen.values.append(_some(image.flatten(), self.samples))
+        ends = [torch.aminmax(image) for image in x.reshape(rows, -1)]
+        lows, highs = [low for low, _ in ends], [high for _, high in ends]
+        if self.seen.calls and rows <= len(self.seen.low):
+            lows = list(map(torch.minimum, lows, self.seen.low[-rows:]))
+            highs = list(map(torch.maximum, highs, self.seen.high[-rows:]))
+            del self.seen.low[-rows:], self.seen.high[-rows:]
+        self.seen.low += lows
+        self.seen.high += highs
+        self.seen.values += [_some(image, self.samples) for image in x.reshape(rows, -1)] if self.samples else []
+        self.seen.calls += 1
+        if self.seen.calls > 1:
+            self.sums, self.seen.rows = False, 0  # the mean of several tensors is no layer's input
         if self.sums and x.ndim:
             self.seen.total = self.seen.total + x.sum(0, keepdim=True, dtype=torch.float64)
             self.seen.rows += len(x)

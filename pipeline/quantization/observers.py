@@ -34,7 +34,7 @@ def observe(model: fx.GraphModule, images: Tensor, settings: Quantization) -> Te
     total = -(-len(images) // settings.batch_size)
     for batch in progress.track(batches(images, settings.batch_size), "calibrate", total=total):
         for grid in activations(model):
-            grid.batch = len(batch)
+            grid.batch, grid.seen.calls = len(batch), 0
         answers.append(model(batch))
     set_mode(model, "off")
     for grid in activations(model):

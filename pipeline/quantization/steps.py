@@ -48,7 +48,7 @@ def calibrate(model: fx.GraphModule, images: Tensor, settings: Quantization) -> 
 
 
 def fit(model: fx.GraphModule) -> None:
-    """Fit every weight's grid to it; run again after anything changes a bias, for its room."""
+    """Fit every weight's grid to it."""
     for layer in layers(model):
         layer.fit()
 
@@ -69,6 +69,8 @@ def _try(
     if step() == 0:
         progress.stage("quantize", f"{name}: no layer has anything to correct")
         return before
+    for layer in layers(model):
+        layer.make_room()
     after = judge()
     if after < before - NOISE:
         _restore(model, state)

@@ -10,7 +10,7 @@ from rich.table import Table
 from pipeline import verdict
 from pipeline.artifacts import Bundle, Unmeasured, Verified
 from pipeline.figures import Candidate, Ratio
-from pipeline.verdict import Built, Verdict
+from pipeline.verdict import Built, Verdict, Weighed
 
 STYLES = {"pass": "green", "fail": "red", "undecided": "yellow", "unmeasured": "yellow"}
 Result = Bundle | Verified | Unmeasured
@@ -54,6 +54,10 @@ def _told(found: Built) -> Iterator[str]:
         yield f"     {escape(reason)}"
     if isinstance(found, Verdict):
         yield f"     {escape(found.execution.summary)}"
+    if found.search:
+        yield f"     {escape(found.search.reason)}"
+        for one in found.search.weighed:
+            yield f"       {escape(_weighed(one))}"
     if found.ladder.lost_most and not found.passed:
         layers = ", ".join(layer.name for layer in found.ladder.worst_layers)
         yield f"     most is lost in {escape(found.ladder.lost_most)}" + (
@@ -107,6 +111,14 @@ def _footprint(artifact: Candidate) -> dict[str, str]:
         "size / peak memory": f"{used.file_bytes / 1e6:.1f} / {used.peak_memory_bytes / 1e6:.0f} MB",
         "load / first answer": f"{used.load_ms:.0f} / {used.first_answer_ms:.1f} ms",
     }
+
+
+def _weighed(one: Weighed) -> str:
+    ratio = f", {_ratio(one.over_chosen)} the chosen one's time" if one.over_chosen and not one.chosen else ""
+    judged = f", {one.outcome}: at most {one.drop_upper_pp:.2f} pp worse" if one.outcome else ""
+    noise = "equal scores" if one.sqnr_db is None else f"{one.sqnr_db:.1f} dB"
+    mark, size = "*" if one.chosen else "-", f"{one.file_bytes / 1e6:.1f} MB"
+    return f"{mark} {one.name}: {one.ms:.2f} ms{ratio}, {noise}, {size}{judged}"
 
 
 def _percentiles(candidate: Candidate) -> str:

@@ -1,0 +1,77 @@
+"""How much of the scores' error each layer is to blame for: the int8 program with that layer alone in float."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from device import pixels
+from device.arrays import Images
+from pipeline import progress
+from pipeline.artifacts import Program
+from pipeline.capture import export_program, layer_name
+from pipeline.measure.layers import LAYERS, rounds, twins
+from pipeline.statistics import noise_share
+from pipeline.verdict import Blame
+
+Layer = Callable[[Tensor], Tensor]
+
+
+class Spared(fx.Interpreter):
+    """Run an int8 program with one layer computed by `layer`, of what its input was before it was rounded."""
+
+    def __init__(self, program: fx.GraphModule, spared: str, layer: Layer) -> None:
+        super().__init__(program, garbage_collect_values=False)
+        self.spared, self.layer = spared, layer
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name != self.spared:
+            return super().run_node(n)
+        source = n.args[0]
+        while rounds(cast(fx.Node, source)):
+            source = cast(fx.Node, source).args[0]
+        return self.layer(self.env[cast(fx.Node, source)])
+
+
+def blames(program: Program, images: Images) -> tuple[Blame, ...]:
+    """Give what noise (a share of the scores' power) would go with each layer in float, the largest share first.
+
+    `images` are N×H×W×3 uint8. A layer whose float twin is not found, as one that is no module's, is left out.
+    """
+    quantized = cast(fx.GraphModule, program.module())
+    given = torch.from_numpy(images.copy())
+    first = given[:2] if len(given) > 1 else given.repeat_interleave(2, dim=0)
+    with torch.no_grad():
+        exported = cast(fx.GraphModule, export_program(program.baseline.module(), first).module())
+        reference = pixels.thin(exported(given).numpy())
+        before = noise_share(reference, pixels.thin(quantized(given).numpy()))
+        pairs = twins(exported, quantized)
+        layers = [node for node in quantized.graph.nodes if node.target in LAYERS and node.name in pairs]
+        found = []
+        for node in progress.track(layers, "blame layers", total=len(layers)):
+            scores = Spared(quantized, node.name, _float_layer(exported, pairs[node.name])).run(given)
+            found.append(Blame(layer_name(node), before - noise_share(reference, pixels.thin(scores.numpy()))))
+    return tuple(sorted(found, key=lambda blame: -blame.noise))
+
+
+def _float_layer(exported: fx.GraphModule, name: str) -> Layer:
+    """Give a layer of the float program, with its batch norm if it has one, as a function of its input."""
+    last = next(node for node in exported.graph.nodes if node.name == name)
+    nodes = [last] if last.target in LAYERS else [cast(fx.Node, last.args[0]), last]
+
+    def compute(value: Tensor) -> Tensor:
+        for node in nodes:
+            rest = fx.node.map_arg(node.args[1:], lambda one: _constant(exported, one))
+            options = fx.node.map_arg(dict(node.kwargs), lambda one: _constant(exported, one))
+            value = cast(Callable[..., Tensor], node.target)(value, *rest, **options)
+        return value
+
+    return compute
+
+
+def _constant(exported: fx.GraphModule, node: fx.Node) -> Any:
+    value: Any = exported
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,127 @@
+"""precision = "auto": every whole precision is weighed, the choice has a reason, and mixes fill the gap to float."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from device import pixels
+from pipeline import recipe
+from pipeline.cache import Cache
+from pipeline.measure import sensitivity
+from pipeline.measure.latency import Series
+from pipeline.run import Deployment, Run
+from pipeline.search import Trial, _Searching
+from pipeline.statistics import noise_share
+from pipeline.verify import eager
+from tests.conftest import Project
+
+LAYERS = ["first.0", "second.0", "head"]
+
+
+@pytest.fixture
+def own(deployed: Project, tmp_path: Path) -> Project:
+    return Project(Path(shutil.copytree(deployed.folder, tmp_path / "own")))
+
+
+def run_of(project: Project) -> Run:
+    return Run(recipe.read(project.recipe), project.recipe, Cache(project.folder / "build/small"))
+
+
+def test_every_precision_is_weighed_and_the_choice_is_explained(own: Project) -> None:
+    done = own.bitferry(
+        "deploy", "small.toml", "-t", "openvino", "--precision", "auto", "--quick", "--json", "-o", "out"
+    )
+    assert done.returncode == 0, done.stderr
+    (verdict,) = json.loads(done.stdout)
+    search = verdict["search"]
+    weighed = search["weighed"]
+    assert {one["precision"] for one in weighed} >= {"int8", "float32"}
+    assert [one["ms"] for one in weighed] == sorted(one["ms"] for one in weighed)
+    (chosen,) = [one for one in weighed if one["chosen"]]
+    assert chosen["precision"] == verdict["precision"]
+    assert chosen["outcome"] == "pass"
+    assert chosen["confidence"] == verdict["budget_confidence"] == pytest.approx(1 - 0.05 / 2 ** search["looks"])
+    assert chosen["drop_upper_pp"] == verdict["accuracy"]["judged"]["drop_upper_pp"]
+    assert all(one["outcome"] is None for one in weighed if one["ms"] > chosen["ms"])
+    page = (own.folder / f"build/small/reports/openvino-{chosen['precision']}/report.html").read_text()
+    assert "What was weighed" in page
+    assert search["reason"].replace("'", "&#39;") in page
+    manifest = json.loads((own.folder / "out/small-openvino-1.0.0/manifest.json").read_text())
+    assert manifest["model"]["precision"] == chosen["precision"]
+    assert manifest["model"]["options"]["threads"] == chosen["threads"]
+
+
+def test_layers_that_are_kept_run_in_float(own: Project) -> None:
+    own.edit(("[budget]", '[quantization]\nkeep = ["second.0"]\n[budget]'))
+    done = own.bitferry("verify", "small.toml", "-t", "openvino", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    layers = json.loads(done.stdout)[0]["execution"]["layers"]
+    assert [layer["precision"] for layer in layers] == ["int8", "float32", "int8"]
+
+
+def test_a_layer_that_is_none_is_told_with_the_nearest(own: Project) -> None:
+    own.edit(("[budget]", '[quantization]\nkeep = ["secnd.0"]\n[budget]'))
+    line = own.refused("quantize", "small.toml", "-t", "openvino")
+    assert (
+        "quantization.keep names 'secnd.0', which is no convolution or matrix product; did you mean 'second.0'?" in line
+    )
+
+
+def test_blame_is_what_the_layer_in_float_takes_away(own: Project) -> None:
+    run = run_of(own)
+    images = run.calibration.images[:32].copy()
+    way = Deployment(run, "openvino", "int8")
+    found = {blame.name: blame.noise for blame in sensitivity.blames(way.program, images)}
+    assert sorted(found) == sorted(LAYERS)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    reference = pixels.thin(eager(run.model.module())(images))
+
+    def noise(way: Deployment) -> float:
+        return noise_share(reference, eager(way.program.module())(images))
+
+    for name in LAYERS:
+        gone = noise(way) - noise(replace(way, keep=(name,)))
+        assert found[name] == pytest.approx(gone, abs=0.2 * noise(way))
+
+
+def series(ms: float) -> Series:
+    return Series(np.full((40, 3), ms / 1e3), ms / 1e3, 3, settled=True)
+
+
+def test_mixes_of_int8_and_float_are_tried_until_one_is_inside(own: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times are given, by how much is in float; all else is real."""
+    own.edit(("accuracy_drop_pp = 5.0", "accuracy_drop_pp = 1.5"), ('precision = "int8"', 'precision = "auto"'))
+    run = run_of(own)
+
+    def timed(_: Any, trials: list[Trial]) -> list[Trial]:
+        each = [10.0 if one.way.precision == "float32" else 5.0 + len(one.way.keep) for one in trials]
+        return [replace(one, series=series(ms)) for one, ms in zip(trials, each, strict=True)]
+
+    monkeypatch.setattr(_Searching, "_timed", timed)
+    searching = _Searching(run, lambda: False, np.inf)
+    searching.weigh_whole("openvino", ("int8", "float32"))
+    int8 = next(one for one in searching.trials if one.way.precision == "int8")
+    assert int8.outcome == "pass"  # so nothing need be mixed
+    searching.weigh_mixes()
+    assert not any(one.way.keep for one in searching.trials)
+
+    whole = [replace(one, outcome="fail" if one is int8 else "pass") for one in searching.trials]
+    searching.trials = [replace(one, noise=np.inf) if one.outcome == "fail" else one for one in whole]
+    searching.weigh_mixes()
+    (mix,) = [one for one in searching.trials if one.way.keep]
+    assert mix.outcome == "pass"
+    assert searching.chosen is mix
+    assert "int8, 1 layer in float is the fastest that is proved inside the budget" in searching.told().reason
+
+
+def test_looks_share_the_chance_of_passing_by_luck(own: Project) -> None:
+    read = recipe.read(own.recipe)
+    spent = [1 - read.at_look(look).budget.confidence for look in range(1, 50)]
+    assert spent[0] == pytest.approx(0.025)
+    assert sum(spent) == pytest.approx(1 - read.budget.confidence)
+    assert read.at_look(0).budget == read.budget
