@@ -99,7 +99,7 @@ class TestBadInput:
             "verify", "small.toml", "--quick", "--thorough"
         )
         line = deployed.refused("verify", "dist/small-openvino-1.0.0", "--target", "openvino")
-        assert "is a bundle, of one target and precision" in line
+        assert "is a bundle; leave out --target, --precision and --allow-unmeasured" in line
         assert "--data is for a bundle" in deployed.refused("verify", "small.toml", "--data", "evaluation.npz")
 
     def test_unknown_target(self, project: Project) -> None:
