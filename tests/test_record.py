@@ -49,7 +49,7 @@ def shape(hint: typing.Any) -> str:
     if dataclasses.is_dataclass(hint):
         name = typing.cast(type, hint).__name__
         return f"[{name}](#{name.lower()})"
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return f"{shape(arguments[0])} or null"
     if typing.get_origin(hint) is dict:
         return f"object of {shape(arguments[1])}"
