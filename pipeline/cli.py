@@ -44,6 +44,9 @@ Trust = Annotated[bool, typer.Option("--trust", help="Load a .pt2 program, which
 AllowUnmeasured = Annotated[
     bool, typer.Option("--allow-unmeasured", help="Exit 0 also where this machine builds a target and cannot run it.")
 ]
+Minutes = Annotated[
+    float | None, typer.Option("--search-minutes", min=0, help="Of precision auto: how long to look for mixes.")
+]
 PrecisionName = Annotated[str | None, typer.Option("--precision", help="Instead of the recipe's: auto, int8, …")]
 
 
@@ -104,6 +107,7 @@ def deploy(
     out: OutFolder = Path("dist"),
     build: BuildFolder = Path("build"),
     precision: PrecisionName = None,
+    search_minutes: Minutes = None,
     trust: Trust = False,
     quick: Quick = False,
     thorough: Thorough = False,
@@ -117,7 +121,7 @@ def deploy(
     from pipeline.bundle import check_output
     from pipeline.recipe import choose_targets, read
 
-    chosen = read(recipe, precision=precision)
+    chosen = read(recipe, precision=precision, minutes=search_minutes)
     names = choose_targets(target, chosen)
     check_output(chosen, names, out)  # these faults are told before torch is imported
     from pipeline.deploy import deploy as deploy_
@@ -214,6 +218,7 @@ def verify(
     target: TargetNames = None,
     build: BuildFolder = Path("build"),
     precision: PrecisionName = None,
+    search_minutes: Minutes = None,
     trust: Trust = False,
     quick: Quick = False,
     thorough: Thorough = False,
@@ -239,7 +244,7 @@ def verify(
 
     from pipeline.recipe import choose_targets, read
 
-    recipe = read(subject, precision=precision)
+    recipe = read(subject, precision=precision, minutes=search_minutes)
     names = choose_targets(target, recipe)
     from pipeline.deploy import way
     from pipeline.report import terminal

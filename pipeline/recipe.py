@@ -244,8 +244,8 @@ def _ready(name: str, precision: Precision | Literal["auto"]) -> bool:
     return able
 
 
-def read(path: Path, *, precision: str | None = None) -> Recipe:
-    """Read a recipe, `precision` in place of its own if given.
+def read(path: Path, *, precision: str | None = None, minutes: float | None = None) -> Recipe:
+    """Read a recipe, `precision` and the `minutes` of a search in place of its own if given.
 
     Raises InputError with every fault in it, unknown keys with the nearest known one.
     """
@@ -257,6 +257,7 @@ def read(path: Path, *, precision: str | None = None) -> Recipe:
         raise InputError(f"recipe {path} cannot be read: {error}") from error
     try:
         given |= {"precision": precision} if precision else {}
+        given |= {"search": {"minutes": minutes}} if minutes is not None else {}
         recipe = Recipe.model_validate(given, context={"folder": path.parent})
     except ValidationError as error:
         faults = [_told(dict(detail), detail["loc"], _known_keys(detail["loc"][:-1])) for detail in error.errors()]
