@@ -33,9 +33,8 @@ def run_of(project: Project) -> Run:
 
 
 def test_every_precision_is_weighed_and_the_choice_is_explained(own: Project) -> None:
-    done = own.bitferry(
-        "deploy", "small.toml", "-t", "openvino", "--precision", "auto", "--quick", "--json", "-o", "out"
-    )
+    asked = ("--precision", "auto", "--search-minutes", "0.5", "--quick", "--json", "-o", "out")
+    done = own.bitferry("deploy", "small.toml", "-t", "openvino", *asked)
     assert done.returncode == 0, done.stderr
     (verdict,) = json.loads(done.stdout)
     search = verdict["search"]
