@@ -62,6 +62,10 @@ class Program(Protocol):
     @property
     def quantized(self) -> bool: ...
     @property
+    def equalized(self) -> bool:
+        """Say whether its tensors inside are no longer the float model's, so that layers cannot be compared."""
+
+    @property
     def baseline(self) -> "FloatModel":
         """Give the float model it was made from, itself if it is that."""
 
@@ -79,6 +83,7 @@ class FloatModel:
     key: str
     precision: Precision = "float32"
     quantized = False
+    equalized = False
 
     @property
     def baseline(self) -> "FloatModel":
@@ -99,6 +104,7 @@ class Quantized:
     key: str
     precision: Precision = "int8"
     """float8 where a target makes that of the int8 program."""
+    equalized: bool = False
     quantized = True
 
     def module(self) -> "nn.Module":

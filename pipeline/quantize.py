@@ -34,7 +34,7 @@ def quantize(
         settings=settings.model_dump(),
     )
     done = build.folder("quantize", key, partial(_quantize, model, calibration, count, scheme, settings))
-    return Quantized(done / "program.pt2", model, scheme, count, key)
+    return Quantized(done / "program.pt2", model, scheme, count, key, equalized=settings.equalize)
 
 
 def read_program(path: Path) -> nn.Module:

@@ -90,9 +90,9 @@ class Training(Section):
 
 
 class Quantization(Section):
-    observer: Literal["minmax", "mean-minmax", "percentile", "mse", "histogram"] = "mean-minmax"
-    equalize: bool = True
-    bias_correction: Literal["none", "fast", "full"] = "fast"
+    observer: Literal["minmax", "mean-minmax", "percentile", "mse", "histogram"] = "histogram"
+    equalize: bool = False
+    bias_correction: Literal["none", "fast", "full"] = "none"
     ranges: Literal["observed", "learned"] = "observed"
     rounding: Literal["nearest", "learned"] = "nearest"
     iterations: Annotated[int, Field(gt=0)] = 100

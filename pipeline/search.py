@@ -129,6 +129,9 @@ class _Searching:
         if best is None or int8 is None or int8.ms > WORTH * best.ms:
             return
         program = int8.way.program
+        if program.equalized:
+            progress.stage("search", "no mixes: the layers of an equalized model cannot be compared")
+            return
         names = [one.name for one in sensitivity.blames(program, self.images)]
         count, judged = 1, int8.noise
         while count <= len(names) // 2 and self.looks < MOST_LOOKS and not self._over():

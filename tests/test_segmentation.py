@@ -52,6 +52,7 @@ def make(classes=4):
 RECIPE = """
 name = "masks"
 version = "1.0.0"
+precision = "int8"
 task = "segmentation"
 classes = ["background", "T-shirt", "Trouser", "Pullover"]
 [model]

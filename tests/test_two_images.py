@@ -47,6 +47,7 @@ def make():
 RECIPE = """
 name = "pairs"
 version = "1.0.0"
+precision = "int8"
 classes = ["different", "same"]
 [model]
 source = "module:pairmodel:make"

@@ -89,18 +89,25 @@ def _layer(model: fx.GraphModule, node: fx.Node, shared: bool) -> Layer:
 
 
 def own_tensors(model: fx.GraphModule) -> None:
-    """Copy every weight and bias of a layer: the graph shares them with the float model, which must stay as it is."""
-    copies: dict[str, str] = {}
+    """Copy every weight and bias of a layer: the graph shares them with the float model, which must stay as it is.
+
+    They keep their names, by which layers are known later; a bias that several layers share becomes one for each.
+    """
+    seen: set[str] = set()
     for node in [node for node in model.graph.nodes if node.target in WEIGHTED]:
         for place, argument in enumerate(node.args[1:3]):
             origin = _origin(argument) if isinstance(argument, fx.Node) else None
-            if origin is None or origin.op != "get_attr" or str(origin.target) in copies.values():
+            if origin is None or origin.op != "get_attr" or (place == 0 and str(origin.target) in seen):
                 continue
-            old, name = str(origin.target), f"{node.name}_{('weight', 'bias')[place]}_own"
-            if place == 1 or old not in copies:  # every layer has a bias of its own
-                model.register_buffer(name, value(model, origin).detach().clone())
-                copies[old] = name
-            origin.target = copies[old]
+            path, _, name = str(origin.target).rpartition(".")
+            owner, copied = model.get_submodule(path), value(model, origin).detach().clone()
+            if str(origin.target) in seen:
+                name = f"{name}_of_{node.name}"
+                origin.target = f"{path}.{name}".lstrip(".")
+            else:
+                delattr(owner, name)
+            owner.register_buffer(name, copied)
+            seen.add(str(origin.target))
     model.recompile()
 
 
