@@ -86,13 +86,16 @@ class Grid(ObserverBase):  # type: ignore[misc]
         rows = self.batch if x.ndim and len(x) and len(x) % self.batch == 0 else 1
         ends = [torch.aminmax(image) for image in x.reshape(rows, -1)]
         lows, highs = [low for low, _ in ends], [high for _, high in ends]
+        values = [_some(image, self.samples) for image in x.reshape(rows, -1)] if self.samples else []
         if self.seen.calls and rows <= len(self.seen.low):
+            values = [torch.cat(pair) for pair in zip(values, self.seen.values[-rows:], strict=bool(values))]
+            del self.seen.values[len(self.seen.values) - len(values) :]
             lows = list(map(torch.minimum, lows, self.seen.low[-rows:]))
             highs = list(map(torch.maximum, highs, self.seen.high[-rows:]))
             del self.seen.low[-rows:], self.seen.high[-rows:]
         self.seen.low += lows
         self.seen.high += highs
-        self.seen.values += [_some(image, self.samples) for image in x.reshape(rows, -1)] if self.samples else []
+        self.seen.values += values
         self.seen.calls += 1
         if self.seen.calls > 1:
             self.sums, self.seen.rows = False, 0  # the mean of several tensors is no layer's input
