@@ -219,12 +219,11 @@ def _doubt_probabilities(scores: Tensor, recipe: Recipe) -> None:
     """Say so where a model seems to end in a softmax or a sigmoid: bitferry takes what comes before those."""
     if not bool(((scores >= 0) & (scores <= 1)).all()):
         return
+    way_out = "give the model without it, or `predict` takes its probabilities for scores"
     if recipe.task == "multilabel":
-        progress.stage("load", "the scores are all from 0 to 1, as of a sigmoid, and a score of 0 or more answers yes: "
-                       "give the model without it")  # fmt: skip
-    elif bool(torch.isclose(scores.sum(1), torch.ones(1), atol=1e-3).all()):
-        progress.stage("load", "the scores add up to 1, as of a softmax; give the model without it, or `predict` will "
-                       "print probabilities of probabilities")  # fmt: skip
+        progress.stage("load", f"the scores are all from 0 to 1, as of a sigmoid; {way_out}")
+    elif recipe.task == "classification" and bool(torch.isclose(scores.sum(1), torch.ones(1), atol=1e-3).all()):
+        progress.stage("load", f"the scores add up to 1, as of a softmax; {way_out}")
 
 
 def _way_out(found: tuple[int, ...] | str, wanted: tuple[int, ...]) -> str:

@@ -28,7 +28,7 @@ def in_export(error: BaseException, capture: Callable[[], torch.export.ExportedP
             error = error.__cause__
         return f"{first_line(error)} {in_code(error)}".strip()
     operator, overload = found.groups()
-    places = [_place(node) for node in _nodes(capture) if _is(node, operator.partition("::")[2], overload)]
+    places = [_place(node) for node in _nodes(capture) if _is(node, re.split(r"::|\.", operator)[-1], overload)]
     where = "; ".join(dict.fromkeys(places[:SHOWN])) or "the model"
     return f"the operator {operator} in {where} has no form in ONNX; {ways_out('onnx')}"
 

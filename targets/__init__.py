@@ -18,6 +18,7 @@ from device.arrays import Predict
 from device.errors import InputError, TargetUnavailable
 
 Kind = Literal["convolution", "matrix product"]
+"""Of the layers whose precision a target tells."""
 Form = Literal["onnx", "torchscript", "exported"]
 """What a target compiles from: simplified ONNX, a TorchScript file, or a torch.export program (`.pt2`)."""
 Precision = Literal["int8", "float32", "bfloat16", "float16", "float8"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import targets
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
-from targets import Environment, Form, Layer, Precision, Scheme, cpu_isa, fast_on_cpu, system
+from targets import Environment, Form, Kind, Layer, Precision, Scheme, cpu_isa, fast_on_cpu, system
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
@@ -103,7 +103,7 @@ def _layer(event: dict[str, Any]) -> Layer | None:
     kernel, inputs = event["args"].get("op_name", ""), event["args"].get("input_type_shape")
     if not inputs or not any(word in kernel for word in LAYERS):
         return None
-    kind: Literal["convolution", "matrix product"] = "convolution" if "Conv" in kernel else "matrix product"
+    kind: Kind = "convolution" if "Conv" in kernel else "matrix product"
     name = re.sub(r"(_token_\d+)?_kernel_time$", "", event["name"])  # fusing appends the token
     datatype = next(iter(inputs[0]))
     return Layer(name, kind, DATATYPES.get(datatype, datatype))

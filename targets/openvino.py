@@ -19,12 +19,7 @@ from targets import Environment, Form, Kind, Layer, Precision, Scheme, cpu_isa, 
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
-SCHEMES: Mapping[Precision, Scheme | None] = {
-    "int8": Scheme(),
-    "float32": None,
-    "bfloat16": None,
-    "float16": None,
-}
+SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None, "bfloat16": None, "float16": None}
 
 # Without a hint OpenVINO runs float layers in bfloat16 where the CPU can, and in float16 on a GPU; what an int8
 # graph leaves in float must be the float32 that was verified, too.
@@ -90,8 +85,7 @@ def compile(model: Path, out: Path, *, precision: Precision, options: Options) -
     try:
         graph = ov.Core().read_model(model)
     except RuntimeError as error:  # its first lines name places in OpenVINO's own source
-        told = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RuntimeError(told[-1]) from error
+        raise RuntimeError(str(error).strip().rpartition("\n")[2].strip()) from error
     if options.batch != "dynamic":
         _fix_batch(graph, options.batch)
     _part_zero_points(graph)

@@ -29,7 +29,9 @@ SCHEMES: Mapping[Precision, Scheme | None] = {
     "float8": INT8,
 }
 DEFAULT = ("8.6", "8.9")
+"""Compute capabilities that TensorRT for RTX builds for where none are named."""
 MOST_WORKSPACE_MB = 1 << 20
+"""A terabyte: more is a slip of the hand, and does not fit the number that TensorRT takes."""
 REST: Mapping[Precision, str] = {"int8": "FLOAT16", "float8": "FLOAT16", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 """What a precision computes in where nothing is quantized, as ONNX names it; FLOAT for float32."""
 SINCE: Mapping[Precision, str] = {

@@ -111,6 +111,15 @@ def test_classes_may_be_a_file_or_a_count(project: Project) -> None:
     assert recipe.read(project.recipe).classes == ("0", "1", "2")
 
 
+def test_the_order_of_colours_reaches_the_target_from_the_preprocessing(project: Project) -> None:
+    assert recipe.read(project.recipe).options("openvino").color == "RGB"
+    project.edit(("[preprocessing]", '[preprocessing]\ncolor = "BGR"'))
+    assert recipe.read(project.recipe).options("openvino").color == "BGR"
+    project.edit(("[targets.openvino]", '[targets.openvino]\ncolor = "RGB"'))
+    with pytest.raises(InputError, match=r"color belongs under \[preprocessing\], not \[targets.openvino\]"):
+        recipe.read(project.recipe)
+
+
 def test_paths_start_at_the_recipe(project: Project) -> None:
     assert recipe.read(project.recipe).data.calibration == project.folder / "calibration.npz"
 
