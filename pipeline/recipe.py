@@ -90,11 +90,11 @@ class Training(Section):
 
 
 class Quantization(Section):
-    observer: Literal["minmax", "mean-minmax", "percentile", "mse", "histogram"] = "histogram"
-    equalize: bool = False
-    bias_correction: Literal["none", "fast", "full"] = "none"
+    observer: Literal["best", "minmax", "mean-minmax", "percentile", "mse", "histogram", "scores"] = "best"
+    equalize: bool = True
+    bias_correction: Literal["none", "fast", "full"] = "fast"
     ranges: Literal["observed", "learned"] = "observed"
-    rounding: Literal["nearest", "learned"] = "nearest"
+    rounding: Literal["nearest", "layers"] = "nearest"
     iterations: Annotated[int, Field(gt=0)] = 100
     """Of learning, a few images each."""
     seed: int = 0

@@ -14,16 +14,17 @@ from device.preprocess import Preprocessing
 from pipeline import progress
 from pipeline.capture import export_program
 from pipeline.load import Deployable
-from pipeline.quantization import correct, equalize, learned, steps
+from pipeline.quantization import correct, effects, equalize, learned, steps
 from pipeline.quantization.annotate import SchemeQuantizer
-from pipeline.quantization.graph import activations, answers, layers, own_tensors, rounded_answers, set_mode
-from pipeline.quantization.observers import observe
+from pipeline.quantization.graph import activations, answers, layers, own_tensors, quality, rounded_answers, set_mode
+from pipeline.quantization.grid import Grid
+from pipeline.quantization.observers import observe, set_ranges
 from pipeline.recipe import Quantization
 from targets import Scheme
 from tests.conftest import subset
 
 CONTRACT = Preprocessing(height=28, width=28, mean=(0.286,) * 3, std=(0.353,) * 3)
-PLAIN = Quantization(equalize=False, bias_correction="none")
+PLAIN = Quantization(observer="histogram", equalize=False, bias_correction="none")
 SCHEMES = [
     Scheme(),
     Scheme(activation="int8", activation_symmetric=True, additions="skip"),
@@ -82,11 +83,12 @@ def ready(images: Tensor, settings: Quantization = PLAIN, **more: Any) -> tuple[
     model = prepared(images, **more)
     with torch.no_grad():
         teacher = observe(model, images, settings)
+        set_ranges(model, images, teacher, settings)
     steps.fit(model)
     return model, teacher
 
 
-@pytest.mark.parametrize("observer", ["minmax", "mean-minmax", "percentile", "mse", "histogram"])
+@pytest.mark.parametrize("observer", ["minmax", "mean-minmax", "percentile", "mse", "histogram", "scores"])
 def test_ranges_are_the_same_whatever_the_batch(observer: Any, images: Tensor) -> None:
     found = []
     for batch_size in (1, 7, 32):
@@ -129,7 +131,7 @@ def channel_spread(model: fx.GraphModule, images: Tensor) -> float:
 def test_the_float_model_stays_as_it_is(images: Tensor) -> None:
     net = Inverted()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    settings = Quantization(ranges="learned", rounding="learned", iterations=2)
+    settings = Quantization(ranges="learned", rounding="layers", iterations=2)
     with torch.no_grad():
         steps.calibrate(prepared(images, net=net), images, settings)
     for name, now in net.state_dict().items():
@@ -138,7 +140,9 @@ def test_the_float_model_stays_as_it_is(images: Tensor) -> None:
 
 @pytest.mark.parametrize("way", ["fast", "full"])
 def test_bias_correction_makes_the_mean_shift_smaller(way: Any, images: Tensor) -> None:
-    model, teacher = ready(images, Quantization(bias_correction=way), scheme=Scheme(weight_bits=4))
+    model, teacher = ready(
+        images, Quantization(observer="mean-minmax", bias_correction=way), scheme=Scheme(weight_bits=4)
+    )
     before = float((rounded_answers(model, images) - teacher).mean(0).abs().mean())
     count = correct.fast(model) if way == "fast" else correct.full(model, images)
     assert count == len(layers(model)) == 8
@@ -146,23 +150,98 @@ def test_bias_correction_makes_the_mean_shift_smaller(way: Any, images: Tensor) 
     assert after < 0.7 * before
 
 
-@pytest.mark.parametrize("what", [{"ranges": "learned"}, {"rounding": "learned"}])
-def test_learning_makes_the_answers_better_and_is_repeatable(what: Any, images: Tensor) -> None:
-    settings = Quantization(iterations=40, **what)
+def test_learning_makes_the_answers_better_and_is_repeatable(images: Tensor) -> None:
+    settings = Quantization(iterations=40, ranges="learned")
     found = []
     for _ in range(2):
         model, teacher = ready(images, scheme=Scheme(weight_bits=4))
-        before = steps.quality(model, images, teacher)
+        before = quality(model, images, teacher)
         with torch.no_grad():
             learned.learn(model, images, teacher, settings)
         found.append(rounded_answers(model, images))
-        assert steps.quality(model, images, teacher) > before
+        assert quality(model, images, teacher) > before
     assert torch.equal(*found)
+
+
+def test_what_a_range_costs_the_scores_is_what_plain_gradients_say(images: Tensor) -> None:
+    model, _ = ready(images[:6], PLAIN.model_copy(update={"batch_size": 2}))
+    set_mode(model, "off")
+    with torch.no_grad():
+        observe(model, images[:6], PLAIN)
+        found = effects.weigh(model, images[:6])
+    grid = activations(model)[3]
+    edges, costs = found[grid].costs(grid)
+    low, high = 0, 200  # behind a ReLU6
+    slopes, values = plain_gradients(model, grid, images[:6])
+    beyond = [(g * (x - edges[high])).where(x > edges[high], 0).sum() for g, x in zip(slopes, values, strict=True)]
+    power = sum(float(g[x != 0].square().sum()) for g, x in zip(slopes, values, strict=True))
+    expected = sum(float(one) ** 2 for one in beyond) + float((edges[high] - edges[low]) / 255) ** 2 / 12 * power
+    assert float(costs[low, high]) == pytest.approx(expected, rel=1e-3)
+    assert sum(float(one) ** 2 for one in beyond) > 0
+
+
+def plain_gradients(model: fx.GraphModule, grid: Grid, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Each image's gradient at an activation, of its scores with random signs, and the activation itself."""
+    random, found = torch.Generator().manual_seed(0), []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = x.detach().requires_grad_()
+            return self.seen
+
+    watched = Watched()
+    grid.stand_in = watched
+    slopes = []
+    for image in images:
+        with torch.enable_grad():
+            scores = model(image[None])
+            signs = torch.randint(0, 2, scores.shape, generator=random) * 2.0 - 1
+            (gradient,) = torch.autograd.grad((scores * signs).sum(), watched.seen)
+        slopes.append(gradient.double())
+        found.append(watched.seen.detach().double())
+    grid.stand_in = None
+    return slopes, found
+
+
+def test_ranges_by_their_effect_on_the_scores_answer_better_than_the_whole_range(images: Tensor) -> None:
+    odd = images.clone()
+    odd[5] = 255 - odd[5]
+    found = {name: ready(odd, Quantization(observer=name)) for name in ("scores", "minmax")}
+    worth = {name: quality(model, images, teacher, weights=False) for name, (model, teacher) in found.items()}
+    assert worth["scores"] > worth["minmax"] - 0.1
+
+
+LAYERS = [
+    lambda: nn.Conv2d(12, 8, 3, stride=2, padding=1, dilation=2),
+    lambda: nn.Conv2d(12, 12, 5, padding=2, groups=12),
+    lambda: nn.Conv2d(12, 8, 1, groups=2, bias=False),
+]
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_rounding_by_layers_errs_less_on_the_layer_s_outputs(make: Callable[[], nn.Conv2d], images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), make(), nn.Flatten(), nn.LazyLinear(5))
+    with torch.no_grad():
+        net(torch.zeros(1, 3, 28, 28))
+        given = Deployable(net[:2], CONTRACT)(images)
+        wanted = net[2](given)
+    errors = {}
+    for name in ("nearest", "layers"):
+        settings = PLAIN.model_copy(update={"bias_correction": "fast", "rounding": name})
+        model = prepared(images, Scheme(weight_bits=3), net)
+        with torch.no_grad():
+            steps.calibrate(model, images, settings)
+            layer = layers(model)[1]
+            made = layer.apply(given, layer.weight_grid.rounded(layer.weight))
+            made += 0 if layer.bias is None else layer.bias.view(-1, 1, 1)
+        errors[name] = float((made - wanted).square().mean())
+    assert errors["layers"] < 0.8 * errors["nearest"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_step_together_in_every_scheme(scheme: Scheme, images: Tensor) -> None:
-    settings = Quantization(bias_correction="full", ranges="learned", iterations=4)
+    settings = Quantization(rounding="layers", bias_correction="full", ranges="learned", iterations=4)
     model = prepared(images, scheme)
     with torch.no_grad():
         steps.calibrate(model, images, settings)
@@ -187,7 +266,7 @@ def test_a_step_that_makes_it_worse_is_dropped_and_said(
     with torch.no_grad():
         steps.calibrate(plain, images, PLAIN)
         monkeypatch.setattr(correct, "fast", spoil)
-        steps.calibrate(spoiled, images, Quantization(equalize=False))
+        steps.calibrate(spoiled, images, PLAIN.model_copy(update={"bias_correction": "fast"}))
     assert "bias correction dropped" in capsys.readouterr().err
     assert torch.equal(rounded_answers(plain, images), rounded_answers(spoiled, images))
 
@@ -239,7 +318,7 @@ def test_what_shares_a_scale_has_the_range_of_all_of_it(batch_size: int, images:
 
 def test_a_bias_fits_its_int32_whatever_the_steps_did_to_it(images: Tensor) -> None:
     model = prepared(images, Scheme(bias="int32", outputs="int8"), Joined())
-    settings = Quantization(ranges="learned", rounding="learned", iterations=4)
+    settings = Quantization(ranges="learned", rounding="layers", iterations=4)
     steps.calibrate(model, images, settings)
     for layer in layers(model):
         assert layer.bias is not None

@@ -10,10 +10,12 @@ from torch import Tensor, fx
 
 from pipeline.quantization.annotate import MOST_BIAS, WEIGHTED
 from pipeline.quantization.grid import Grid, Mode
+from pipeline.statistics import decibels
 
 aten = torch.ops.aten
-BATCH = 8
-"""Images that go through at once after the ranges are known: more do not fit the caches of a CPU."""
+BATCH, PIXELS = 8, 8 * 256 * 256
+"""Images that go through at once after the ranges are known: more do not fit the caches of a CPU, nor, of large images
+with all that a step backward needs, its memory."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,9 @@ def _origin(node: Any) -> fx.Node:
     return cast(fx.Node, found.args[0]) if "activation_post_process" in str(found.target) else found
 
 
-def batches(images: Tensor, size: int = BATCH) -> Iterator[Tensor]:
-    """Split images, never more than a few at once."""
-    yield from torch.split(images, size)
+def batches(images: Tensor) -> Iterator[Tensor]:
+    """Split images, N×H×W×3, never more than a few at once."""
+    yield from torch.split(images, max(1, min(BATCH, PIXELS // max(1, images[0, ..., 0].numel()))))
 
 
 def answers(model: fx.GraphModule, images: Tensor) -> Tensor:
@@ -160,12 +162,21 @@ def answers(model: fx.GraphModule, images: Tensor) -> Tensor:
         return torch.cat([model(batch) for batch in batches(images)])
 
 
-def rounded_answers(model: fx.GraphModule, images: Tensor) -> Tensor:
-    """Answer as int8 would."""
-    set_mode(model, "round")
+def rounded_answers(model: fx.GraphModule, images: Tensor, *, weights: bool = True) -> Tensor:
+    """Answer as int8 would, the weights as well or the activations alone."""
+    for grid in grids(model):
+        grid.mode = "round" if weights or not grid.per_channel else "off"
     found = answers(model, images)
     set_mode(model, "off")
     return found
+
+
+def quality(model: fx.GraphModule, images: Tensor, teacher: Tensor, *, weights: bool = True) -> float:
+    """Give the SQNR in dB of the answers that int8 would give, against the float ones."""
+    found = rounded_answers(model, images, weights=weights).double()
+    noise = float((found - teacher).square().sum())
+    power = decibels(float(teacher.double().square().sum()), noise)
+    return float("inf") if power is None else power
 
 
 def some(images: Tensor, count: int) -> Tensor:

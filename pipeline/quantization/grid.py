@@ -40,15 +40,15 @@ class Grid(ObserverBase):  # type: ignore[misc]
         self.samples, self.sums, self.batch = 0, False, 1
         self.seen = Seen()
         self.scale, self.zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int64)
-        self.learned: Any = None
-        """A module that rounds in this one's place, while it is learned."""
+        self.stand_in: Any = None
+        """A module that is called in this one's place, while a step looks at it or learns it."""
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.learned is not None:
-            return cast(Tensor, self.learned(x))
+        if self.stand_in is not None:
+            return cast(Tensor, self.stand_in(x))
         if self.mode == "observe" and not self.per_channel:
             self._observe(x)
         return self.rounded(x) if self.mode == "round" else x
@@ -59,6 +59,11 @@ class Grid(ObserverBase):  # type: ignore[misc]
         scale = scale.view(-1, *[1] * (x.ndim - 1)) if self.per_channel else scale
         found = (x * (1 / scale)).round_()
         return found.clamp_(self.quant_min - zero, self.quant_max - zero).mul_(scale)
+
+    def step(self, low: Tensor, high: Tensor) -> Tensor:
+        """Give the distance of two values of the grid, were it to reach from `low` to `high`."""
+        width = 2 * torch.maximum(-low, high) if self.qscheme is torch.per_tensor_symmetric else high - low
+        return width / (self.quant_max - self.quant_min)
 
     def set_range(self, low: float, high: float) -> None:
         """Choose scale and zero point so that the range, with 0 in it, just fits."""

@@ -3,45 +3,79 @@
 Every statistic is of one image, whatever the batch: per-image extremes, and where asked for some of its values.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, fx
 
 from pipeline import progress
-from pipeline.quantization.graph import activations, batches, set_mode
+from pipeline.quantization import effects
+from pipeline.quantization.graph import activations, quality, set_mode, some
 from pipeline.quantization.grid import Grid
 from pipeline.recipe import Quantization
 
 VALUES = 2**19
 """Of a tensor that are kept in all, for the observers that look at more than the extremes."""
+WEIGHED, JUDGES = 64, 32
+"""Calibration images that `scores` looks at, and that observers are compared on."""
 TAIL = 1e-4
 """Left out at either end by `percentile`."""
 SHRINKS, ROUNDS = 24, 2
 """Steps of the search of `mse`: how many ranges, each 4 % of the whole smaller, and how often from both ends."""
+Ranges = list[tuple[Tensor, Tensor]]
+"""Scale and zero point of each activation."""
+
+
+def candidates(settings: Quantization) -> Sequence[str]:
+    """List the observers whose ranges are to be compared."""
+    return BEST if settings.observer == "best" else (settings.observer,)
 
 
 def observe(model: fx.GraphModule, images: Tensor, settings: Quantization) -> Tensor:
-    """Run every calibration image once and set each activation's range; give the answers, which are float."""
-    look = settings.observer in ("percentile", "mse", "histogram")
+    """Run every calibration image once and keep what the observers need; give the answers, which are float."""
+    look = not {"percentile", "mse", "histogram"}.isdisjoint(candidates(settings))
     for grid in activations(model):
         grid.forget()
         grid.samples = max(16, min(4096, VALUES // len(images))) if look else 0
-        grid.sums = settings.bias_correction == "fast"
+        grid.sums = settings.bias_correction == "fast" or settings.rounding == "layers"
     set_mode(model, "observe")
     answers = []
-    total = -(-len(images) // settings.batch_size)
-    for batch in progress.track(batches(images, settings.batch_size), "calibrate", total=total):
+    split = torch.split(images, settings.batch_size)
+    for batch in progress.track(split, "calibrate", total=len(split)):
         for grid in activations(model):
             grid.batch, grid.seen.calls = len(batch), 0
         answers.append(model(batch))
     set_mode(model, "off")
-    for grid in activations(model):
-        if grid.seen.low:  # what no image reaches is no loss
-            RANGES[settings.observer](grid, torch.stack(grid.seen.low), torch.stack(grid.seen.high))
-            grid.seen.values.clear()
     return torch.cat(answers)
+
+
+def set_ranges(model: fx.GraphModule, images: Tensor, teacher: Tensor, settings: Quantization) -> None:
+    """Set each activation's range by the observer asked for, or by that one whose ranges answer best.
+
+    The weights stay float meanwhile: what rounding shifts in their means would hide the difference, and is corrected
+    later.
+    """
+    names = candidates(settings)
+    ranged = [grid for grid in activations(model) if grid.seen.low]  # what no image reaches is no loss
+    found = effects.weigh(model, some(images, WEIGHED)) if "scores" in names else {}
+    judges = some(images, JUDGES), some(teacher, JUDGES)
+    tried: dict[str, tuple[float, Ranges]] = {}
+    for name in names:
+        for grid in ranged:
+            if name == "scores":
+                grid.set_range(*found[grid].bounds(grid))
+            else:
+                RANGES[name](grid, torch.stack(grid.seen.low), torch.stack(grid.seen.high))
+        worth = quality(model, *judges, weights=False) if len(names) > 1 else 0.0
+        tried[name] = worth, [(grid.scale, grid.zero_point) for grid in ranged]
+    best = max(tried, key=lambda name: tried[name][0])
+    for grid, (scale, zero_point) in zip(ranged, tried[best][1], strict=True):
+        grid.scale, grid.zero_point = scale, zero_point
+        grid.seen.values.clear()
+    if len(names) > 1:
+        told = ", ".join(f"{name} {worth:.1f}" for name, (worth, _) in tried.items())
+        progress.stage("quantize", f"ranges by {best} (dB with float weights: {told})")
 
 
 def _whole(grid: Grid, low: Tensor, high: Tensor) -> None:
@@ -95,6 +129,7 @@ def _values(grid: Grid, low: Tensor, high: Tensor) -> Tensor:
     return torch.cat([*grid.seen.values, low, high])
 
 
+BEST = ("scores", "histogram", "mean-minmax")
 RANGES: Mapping[str, Callable[[Grid, Tensor, Tensor], None]] = {
     "minmax": _whole,
     "mean-minmax": _mean,

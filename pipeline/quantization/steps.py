@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, fx
 
 from pipeline import progress
-from pipeline.quantization import correct, equalize, learned
-from pipeline.quantization.graph import answers, grids, layers, own_tensors, rounded_answers, set_mode, some
-from pipeline.quantization.observers import observe
+from pipeline.quantization import correct, equalize, learned, rounding
+from pipeline.quantization.graph import answers, grids, layers, own_tensors, quality, set_mode, some
+from pipeline.quantization.observers import observe, set_ranges
 from pipeline.recipe import Quantization
 from pipeline.statistics import decibels
 
-JUDGES, SIDE_BY_SIDE = 16, 32
+JUDGES, SIDE_BY_SIDE = 32, 32
 """Calibration images that judge a step, and that those steps see which hold two programs' values in memory."""
 SAME = 40.0
 """dB that the float answers keep after equalization: a clip that an unseen image reaches is no more than this."""
@@ -31,18 +30,21 @@ def calibrate(model: fx.GraphModule, images: Tensor, settings: Quantization) -> 
     if settings.equalize:
         _equalize(model, images)
     teacher = observe(model, images, settings)
+    set_ranges(model, images, teacher, settings)
     fit(model)
-    judges = torch.linspace(0, len(images) - 1, min(JUDGES, len(images))).round().long()
+    judges = some(images, JUDGES), some(teacher, JUDGES)
     steps: dict[str, Callable[[], object]] = {}
+    if settings.rounding == "layers":
+        steps["rounding"] = lambda: rounding.round_layers(model, some(images, SIDE_BY_SIDE))
     if settings.bias_correction == "fast":
         steps["bias correction"] = lambda: correct.fast(model)
     if settings.bias_correction == "full":
         steps["bias correction"] = lambda: correct.full(model, some(images, SIDE_BY_SIDE))
-    if "learned" in (settings.ranges, settings.rounding):
+    if settings.ranges == "learned":
         steps["learning"] = lambda: learned.learn(model, images, teacher, settings)
-    best = quality(model, images[judges], teacher[judges]) if steps else 0.0
+    best = quality(model, *judges) if steps else 0.0
     for name, step in steps.items():
-        best = _try(model, name, step, best, lambda: quality(model, images[judges], teacher[judges]))
+        best = _try(model, name, step, best, lambda: quality(model, *judges))
     for grid in grids(model):
         grid.forget()
 
@@ -51,14 +53,6 @@ def fit(model: fx.GraphModule) -> None:
     """Fit every weight's grid to it."""
     for layer in layers(model):
         layer.fit()
-
-
-def quality(model: fx.GraphModule, images: Tensor, teacher: Tensor) -> float:
-    """Give the SQNR in dB of the answers that int8 would give, against the float ones."""
-    found = rounded_answers(model, images).double()
-    noise = float((found - teacher).square().sum())
-    power = decibels(float(teacher.double().square().sum()), noise)
-    return float("inf") if power is None else power
 
 
 def _try(
@@ -81,19 +75,39 @@ def _try(
 
 
 def _equalize(model: fx.GraphModule, images: Tensor) -> None:
-    """Equalize, and back where the float answers changed."""
-    few = some(images, SIDE_BY_SIDE)
-    state, judges = _save(model), few[:JUDGES]
-    before = answers(model, judges)
-    count = equalize.equalize(model, few)
-    if not count:
+    """Equalize, and back where the float answers changed or int8 ones would be worse."""
+    if not equalize.groups(model):
         progress.stage("quantize", "equalization: no channels lie between convolutions alone")
         return
-    noise = float((answers(model, judges) - before).double().square().sum())
+    few = some(images, SIDE_BY_SIDE)
+    state, before, plain = _save(model), answers(model, few), _rough_quality(model, few)
+    equalize.equalize(model, few)
+    noise = float((answers(model, few) - before).double().square().sum())
     kept = decibels(float(before.double().square().sum()), noise)
+    equalized = _rough_quality(model, few)
     if kept is not None and kept < SAME:
         _restore(model, state)
         progress.stage("quantize", f"equalization dropped: it changes the float answers ({kept:.1f} dB)")
+    elif equalized < plain - NOISE:
+        _restore(model, state)
+        progress.stage("quantize", f"equalization dropped: {plain:.1f} dB without it, {equalized:.1f} with it")
+    else:
+        progress.stage("quantize", f"equalization: {plain:.1f} → {equalized:.1f} dB")
+
+
+def _rough_quality(model: fx.GraphModule, images: Tensor) -> float:
+    """Give the SQNR with the simplest ranges and the mean shift corrected; biases stay as they are."""
+    simple = Quantization(observer="mean-minmax", bias_correction="fast")
+    teacher = observe(model, images, simple)
+    set_ranges(model, images, teacher, simple)
+    fit(model)
+    state = _save(model)
+    correct.fast(model)
+    found = quality(model, images, teacher)
+    _restore(model, state)
+    for grid in grids(model):
+        grid.forget()
+    return found
 
 
 def _save(model: fx.GraphModule) -> State:
