@@ -32,14 +32,15 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "mse": PLAIN | {"observer": "mse"},
     "histogram": PLAIN | {"observer": "histogram"},
     "mean-minmax": PLAIN,
-    "+ equalize": PLAIN | {"equalize": True},
-    "+ fast bias": PLAIN | {"bias_correction": "fast"},
-    "+ full bias": PLAIN | {"bias_correction": "full"},
+    "scores": PLAIN | {"observer": "scores"},
+    "mean-minmax, equalize": PLAIN | {"equalize": True},
+    "mean-minmax, fast bias": PLAIN | {"bias_correction": "fast"},
+    "mean-minmax, full bias": PLAIN | {"bias_correction": "full"},
     "default": {},
     "default, full bias": {"bias_correction": "full"},
+    "default, rounding by layers": {"rounding": "layers"},
     "default, learned ranges": {"ranges": "learned"},
-    "default, learned rounding": {"rounding": "learned"},
-    "default, both learned": {"ranges": "learned", "rounding": "learned"},
+    "default, both": {"rounding": "layers", "ranges": "learned"},
 }
 
 

@@ -62,15 +62,14 @@ class Program(Protocol):
     @property
     def quantized(self) -> bool: ...
     @property
-    def equalized(self) -> bool:
-        """Say whether its tensors inside are no longer the float model's, so that layers cannot be compared."""
-
-    @property
     def baseline(self) -> "FloatModel":
         """Give the float model it was made from, itself if it is that."""
 
     def module(self) -> "nn.Module":
         """Give the model, uint8 N×H×W×3 in and scores N×K out, in evaluation mode."""
+
+    def twin(self) -> "nn.Module":
+        """Give the float model whose tensors inside this one's are nearest to: the baseline's, or equalized."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,15 @@ class FloatModel:
     key: str
     precision: Precision = "float32"
     quantized = False
-    equalized = False
 
     @property
     def baseline(self) -> "FloatModel":
         return self
 
     def module(self) -> "nn.Module":
+        return self.eager
+
+    def twin(self) -> "nn.Module":
         return self.eager
 
 
@@ -104,13 +105,19 @@ class Quantized:
     key: str
     precision: Precision = "int8"
     """float8 where a target makes that of the int8 program."""
-    equalized: bool = False
+    equalized: Path | None = None
+    """The float program that was equalized before, where one was."""
     quantized = True
 
     def module(self) -> "nn.Module":
         from pipeline.quantize import read_program  # noqa: PLC0415 - this file stays free of torch
 
         return read_program(self.path)
+
+    def twin(self) -> "nn.Module":
+        from pipeline.quantize import read_program  # noqa: PLC0415 - this file stays free of torch
+
+        return read_program(self.equalized) if self.equalized else self.baseline.module()
 
 
 @dataclass(frozen=True)

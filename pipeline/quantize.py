@@ -34,7 +34,10 @@ def quantize(
         settings=settings.model_dump(),
     )
     done = build.folder("quantize", key, partial(_quantize, model, calibration, count, scheme, settings))
-    return Quantized(done / "program.pt2", model, scheme, count, key, equalized=settings.equalize)
+    equalized = done / "equalized.pt2"
+    return Quantized(
+        done / "program.pt2", model, scheme, count, key, equalized=equalized if equalized.exists() else None
+    )
 
 
 def read_program(path: Path) -> nn.Module:
@@ -71,6 +74,8 @@ def _quantize(model: FloatModel, data: Split, count: int, scheme: Scheme, settin
         prepared = prepare_pt2e(
             export_program(model.module(), example).module(), SchemeQuantizer(scheme, settings.keep)
         )
-        calibrate(prepared, images, settings)
+        equalized = calibrate(prepared, images, settings)
+        if equalized is not None:
+            torch.export.save(export_program(equalized, example), out / "equalized.pt2")
         converted = convert_pt2e(prepared)
         torch.export.save(export_program(converted, example), out / "program.pt2")

@@ -128,11 +128,7 @@ class _Searching:
         best, int8 = self.best, self._fastest_int8()
         if best is None or int8 is None or int8.ms > WORTH * best.ms:
             return
-        program = int8.way.program
-        if program.equalized:
-            progress.stage("search", "no mixes: the layers of an equalized model cannot be compared")
-            return
-        names = [one.name for one in sensitivity.blames(program, self.images)]
+        names = [one.name for one in sensitivity.blames(int8.way.program, self.images)]
         count, judged = 1, int8.noise
         while count <= len(names) // 2 and self.looks < MOST_LOOKS and not self._over():
             mix = self._built(replace(int8.way, keep=tuple(names[:count])))

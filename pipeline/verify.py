@@ -250,7 +250,7 @@ def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) 
         return scores
 
     errors: tuple[LayerError, ...] = ()
-    if way.program.quantized and not way.program.equalized:
+    if way.program.quantized:
         key = _key("layers", way, evaluation, of=way.program.key)
         spread = np.unique(np.linspace(0, len(sample.images) - 1, LAYER_IMAGES).astype(int))
         make = partial(_layer_errors, way.program, sample.images[spread])

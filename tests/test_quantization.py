@@ -14,6 +14,7 @@ from device.preprocess import Preprocessing
 from pipeline import progress
 from pipeline.capture import export_program
 from pipeline.load import Deployable
+from pipeline.measure.layers import twins
 from pipeline.quantization import correct, effects, equalize, learned, steps
 from pipeline.quantization.annotate import SchemeQuantizer
 from pipeline.quantization.graph import activations, answers, layers, own_tensors, quality, rounded_answers, set_mode
@@ -116,6 +117,18 @@ def test_equalization_keeps_the_float_answers_and_levels_the_channels(images: Te
     assert equalize.equalize(model, images) == 4  # before and behind each depthwise one; the additions end in a mean
     torch.testing.assert_close(answers(model, images), before, atol=1e-4, rtol=1e-4)
     assert channel_spread(model, images) < 0.5 * spread
+
+
+def test_layers_of_an_equalized_model_are_compared_with_the_equalized_float_one(images: Tensor) -> None:
+    model = prepared(images)
+    with torch.no_grad():
+        equalized = steps.calibrate(model, images, Quantization())
+        assert equalized is not None
+        exported = export_program(equalized, images[:2]).module()
+        teacher = Deployable(Inverted(), CONTRACT).eval()(images)
+        torch.testing.assert_close(exported(images), teacher, atol=1e-4, rtol=1e-4)
+    pairs = twins(exported, export_program(convert_pt2e(model), images[:2]).module())
+    assert len([name for name in pairs if name.startswith(("conv2d", "linear"))]) == 8
 
 
 def channel_spread(model: fx.GraphModule, images: Tensor) -> float:

@@ -109,7 +109,7 @@ def test_mixes_of_int8_and_float_are_tried_until_one_is_inside(own: Project, mon
     searching.weigh_mixes()
     assert not any(one.way.keep for one in searching.trials)
 
-    whole = [replace(one, outcome="fail" if one is int8 else "pass") for one in searching.trials]
+    whole = [replace(one, outcome="fail" if one.way.precision == "int8" else "pass") for one in searching.trials]
     searching.trials = [replace(one, noise=np.inf) if one.outcome == "fail" else one for one in whole]
     searching.weigh_mixes()
     (mix,) = [one for one in searching.trials if one.way.keep]

@@ -91,7 +91,7 @@ class Compare(fx.Interpreter):
 
 def compare(program: Program, images: Images) -> tuple[LayerError, ...]:
     """Give every quantized layer's SQNR, in the order they run; images N×H×W×3."""
-    quantized, reference = program.module(), program.baseline.module()
+    quantized, reference = program.module(), program.twin()
     batches = torch.split(torch.from_numpy(images.copy()), max(1, PIXELS // (images[0].size // 3)))
     with torch.no_grad():
         first = batches[0] if len(batches[0]) > 1 else batches[0].repeat_interleave(2, dim=0)

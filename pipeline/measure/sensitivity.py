@@ -43,7 +43,7 @@ def blames(program: Program, images: Images) -> tuple[Blame, ...]:
     given = torch.from_numpy(images.copy())
     first = given[:2] if len(given) > 1 else given.repeat_interleave(2, dim=0)
     with torch.no_grad():
-        exported = cast(fx.GraphModule, export_program(program.baseline.module(), first).module())
+        exported = cast(fx.GraphModule, export_program(program.twin(), first).module())
         reference = pixels.thin(exported(given).numpy())
         before = noise_share(reference, pixels.thin(quantized(given).numpy()))
         pairs = twins(exported, quantized)

@@ -1,5 +1,6 @@
 """The layers of a prepared graph, with their grids; running it on images."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -138,6 +139,17 @@ def grid_of(model: fx.GraphModule, node: Any) -> Grid | None:
     """Give the grid that a node calls, if it calls one."""
     found = model.get_submodule(str(node.target)) if is_grid(model, node) else None
     return found if isinstance(found, Grid) else None
+
+
+def without_grids(model: fx.GraphModule) -> fx.GraphModule:
+    """Copy the graph as a float program."""
+    copied = copy.deepcopy(model)
+    for node in [node for node in copied.graph.nodes if is_grid(copied, node)]:
+        node.replace_all_uses_with(node.args[0])
+        copied.graph.erase_node(node)
+    copied.delete_all_unused_submodules()
+    copied.recompile()
+    return copied
 
 
 def value(model: fx.GraphModule, node: fx.Node) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor, fx
 
 from pipeline import progress
 from pipeline.quantization import correct, equalize, learned, rounding
-from pipeline.quantization.graph import answers, grids, layers, own_tensors, quality, set_mode, some
+from pipeline.quantization.graph import answers, grids, layers, own_tensors, quality, set_mode, some, without_grids
 from pipeline.quantization.observers import observe, set_ranges
 from pipeline.recipe import Quantization
 from pipeline.statistics import decibels
@@ -23,12 +23,14 @@ State = tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]
 """Each weight and bias with a copy, and each grid's scale and zero point: all that a step may change."""
 
 
-def calibrate(model: fx.GraphModule, images: Tensor, settings: Quantization) -> None:
-    """Set the grids of a prepared graph, and better its weights and biases, by every step that the settings name."""
+def calibrate(model: fx.GraphModule, images: Tensor, settings: Quantization) -> fx.GraphModule | None:
+    """Set the grids of a prepared graph, and better its weights and biases, by every step that the settings name.
+
+    Gives the float program that was equalized, where one was: its tensors inside are what the grids round.
+    """
     own_tensors(model)
     set_mode(model, "off")
-    if settings.equalize:
-        _equalize(model, images)
+    equalized = without_grids(model) if settings.equalize and _equalize(model, images) else None
     teacher = observe(model, images, settings)
     set_ranges(model, images, teacher, settings)
     fit(model)
@@ -47,6 +49,7 @@ def calibrate(model: fx.GraphModule, images: Tensor, settings: Quantization) -> 
         best = _try(model, name, step, best, lambda: quality(model, *judges))
     for grid in grids(model):
         grid.forget()
+    return equalized
 
 
 def fit(model: fx.GraphModule) -> None:
@@ -74,11 +77,11 @@ def _try(
     return after
 
 
-def _equalize(model: fx.GraphModule, images: Tensor) -> None:
-    """Equalize, and back where the float answers changed or int8 ones would be worse."""
+def _equalize(model: fx.GraphModule, images: Tensor) -> bool:
+    """Equalize, and back where the float answers changed or int8 ones would be worse; say whether it stays."""
     if not equalize.groups(model):
         progress.stage("quantize", "equalization: no channels lie between convolutions alone")
-        return
+        return False
     few = some(images, SIDE_BY_SIDE)
     state, before, plain = _save(model), answers(model, few), _rough_quality(model, few)
     equalize.equalize(model, few)
@@ -93,6 +96,8 @@ def _equalize(model: fx.GraphModule, images: Tensor) -> None:
         progress.stage("quantize", f"equalization dropped: {plain:.1f} dB without it, {equalized:.1f} with it")
     else:
         progress.stage("quantize", f"equalization: {plain:.1f} → {equalized:.1f} dB")
+        return True
+    return False
 
 
 def _rough_quality(model: fx.GraphModule, images: Tensor) -> float:
