@@ -75,10 +75,9 @@ def _run(recipe: "Recipe", path: Path, build: Path, trust: bool, effort: "Effort
 def _each(path: Path, names: str | None, build: Path, trust: bool, precision: str | None) -> "list[Deployment]":
     """Give the way to each target; where the precision is left open, to its int8, or the first it has."""
     import targets
-    from pipeline.recipe import choose_targets, read
+    from pipeline.asked import asked
 
-    recipe = read(path, precision=precision)
-    chosen = choose_targets(names, recipe)  # faults in these are told before torch is imported
+    recipe, chosen = asked(path, names, precision=precision)  # faults in these are told before torch is imported
     from pipeline.run import Deployment
 
     run = _run(recipe, path, build, trust)
@@ -118,11 +117,10 @@ def deploy(
 
     Example: bitferry deploy recipes/fashion-resnet18.toml --target openvino
     """
+    from pipeline.asked import asked
     from pipeline.bundle import check_output
-    from pipeline.recipe import choose_targets, read
 
-    chosen = read(recipe, precision=precision, minutes=search_minutes)
-    names = choose_targets(target, chosen)
+    chosen, names = asked(recipe, target, precision=precision, minutes=search_minutes)
     check_output(chosen, names, out)  # these faults are told before torch is imported
     from pipeline.deploy import deploy as deploy_
     from pipeline.report import terminal
@@ -242,10 +240,9 @@ def verify(
     if data is not None:
         raise InputError("--data is for a bundle; a recipe names its own data")
 
-    from pipeline.recipe import choose_targets, read
+    from pipeline.asked import asked
 
-    recipe = read(subject, precision=precision, minutes=search_minutes)
-    names = choose_targets(target, recipe)
+    recipe, names = asked(subject, target, precision=precision, minutes=search_minutes)
     from pipeline.deploy import way
     from pipeline.report import terminal
 

@@ -1,26 +1,44 @@
 """Float model → PyTorch int8 (PT2E): a target's scheme says what is int8, the calibration images say how."""
 
 import logging
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from device.arrays import Images
 from device.errors import InputError
 from pipeline import cache
 from pipeline.artifacts import FloatModel, Quantized, Split
 from pipeline.capture import export_program
-from pipeline.recipe import Quantization
+from pipeline.recipe import Quantization, Training
 from targets import Scheme
 
 STEPS = sorted(Path(__file__).with_name("quantization").glob("*.py"))
 
 
+@dataclass(frozen=True)
+class Lessons:
+    """What `method = "qat"` trains on, and how."""
+
+    data: Split
+    training: Training
+
+
 def quantize(
-    model: FloatModel, calibration: Split, scheme: Scheme, settings: Quantization, build: cache.Cache
+    model: FloatModel,
+    calibration: Split,
+    scheme: Scheme,
+    settings: Quantization,
+    build: cache.Cache,
+    lessons: Lessons | None = None,
 ) -> Quantized:
-    """Calibrate on every image given and convert; the result is shared by all targets of an equal scheme."""
+    """Calibrate on every image given and convert; the result is shared by all targets of an equal scheme.
+
+    With `lessons` it is fine-tuned, and a run that was killed goes on where it was.
+    """
     count = min(len(calibration), settings.images or len(calibration))
     key = cache.key(
         "quantize",
@@ -32,8 +50,12 @@ def quantize(
         images=count,
         scheme=scheme,
         settings=settings.model_dump(),
+        lessons=(lessons.data.key, lessons.training.model_dump()) if lessons else None,
     )
-    done = build.folder("quantize", key, partial(_quantize, model, calibration, count, scheme, settings))
+    checkpoint = build.root / f".fine-tune-{key}.pt"
+    whole = partial(_quantize, model, calibration.images[:count], scheme, settings, lessons, checkpoint)
+    done = build.folder("quantize", key, whole)
+    checkpoint.unlink(missing_ok=True)
     equalized = done / "equalized.pt2"
     return Quantized(
         done / "program.pt2", model, scheme, count, key, equalized=equalized if equalized.exists() else None
@@ -58,23 +80,35 @@ def _quiet_imports() -> None:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
-def _quantize(model: FloatModel, data: Split, count: int, scheme: Scheme, settings: Quantization, out: Path) -> None:
+def _quantize(
+    model: FloatModel,
+    calibration: Images,
+    scheme: Scheme,
+    settings: Quantization,
+    lessons: Lessons | None,
+    checkpoint: Path,
+    out: Path,
+) -> None:
     # torchao takes seconds to import, which a run that finds this stage in the cache is spared
     _quiet_imports()
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e  # noqa: PLC0415
 
     from pipeline.quantization.annotate import SchemeQuantizer  # noqa: PLC0415
+    from pipeline.quantization.finetune import Course  # noqa: PLC0415
     from pipeline.quantization.steps import calibrate  # noqa: PLC0415
 
-    images = torch.from_numpy(data.images[:count].copy())
+    images, course = torch.from_numpy(calibration.copy()), None
     if bool((images == images[:1]).all()):
-        raise InputError(f"all {count} calibration images are the same picture; the ranges would mean nothing")
-    example = images[:2] if count > 1 else images.repeat_interleave(2, 0)
+        raise InputError(f"all {len(images)} calibration images are the same picture; the ranges would mean nothing")
+    example = images[:2] if len(images) > 1 else images.repeat_interleave(2, 0)
+    if lessons:
+        given = torch.from_numpy(lessons.data.images.copy())
+        course = Course(given, model.module(), settings.epochs, settings.learning_rate, lessons.training, checkpoint)
     with torch.no_grad():
         prepared = prepare_pt2e(
             export_program(model.module(), example).module(), SchemeQuantizer(scheme, settings.keep)
         )
-        equalized = calibrate(prepared, images, settings)
+        equalized = calibrate(prepared, images, settings, course)
         if equalized is not None:
             torch.export.save(export_program(equalized, example), out / "equalized.pt2")
         converted = convert_pt2e(prepared)

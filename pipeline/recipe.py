@@ -26,7 +26,6 @@ import targets
 from device.errors import InputError, TargetUnavailable
 from device.pixels import IGNORED
 from device.preprocess import Preprocessing
-from pipeline import progress
 from pipeline.measure import metrics
 from pipeline.measure.metrics import COUNTED, TORCHMETRICS, Task
 from targets import Options, Precision
@@ -90,6 +89,13 @@ class Training(Section):
 
 
 class Quantization(Section):
+    """How int8 is made; docs/quantization.md says what each step does."""
+
+    method: Literal["ptq", "qat"] = "ptq"
+    """qat: fine-tuned on `data.train` afterwards, with the float model as teacher."""
+    epochs: Annotated[int, Field(gt=0)] = 1
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    """Of qat: a step changes a value by about this share of its tensor's size."""
     observer: Literal["best", "minmax", "mean-minmax", "percentile", "mse", "histogram", "scores"] = "best"
     equalize: bool = True
     bias_correction: Literal["none", "fast", "full"] = "fast"
@@ -104,6 +110,10 @@ class Quantization(Section):
     """How many calibration images to use, from the front; None for all."""
     keep: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Layers that stay float, by their path in the model, as `features.0.0`."""
+
+    def thorough(self) -> "Quantization":
+        """Give the same with every step that needs neither labels nor training images."""
+        return self.model_copy(update={"rounding": "layers", "ranges": "learned"})
 
 
 class Budget(Section):
@@ -209,39 +219,6 @@ def _nearest_metric(name: str, known: Sequence[str]) -> str:
     by_lower = {one.lower(): one for one in known}
     close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     return f"did you mean '{by_lower[close[0]]}'?" if close else "name one of these"
-
-
-def choose_targets(text: str | None, recipe: Recipe) -> list[str]:
-    """Turn `openvino,onnxruntime`, `all` or nothing (the recipe's own list) into targets that are ready here.
-
-    A target that was named must be ready; `all` leaves out those that are not, and says so.
-    """
-    if text == "all":
-        wanted = [name for name in targets.names() if _ready(name, recipe.precision)]
-    elif text is None:
-        wanted = list(recipe.targets)
-    else:
-        wanted = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not wanted:
-        raise InputError(f"no target: name some of {', '.join(targets.names())}")
-    for name in wanted:
-        schemes = targets.get(name).SCHEMES
-        if recipe.precision not in (*schemes, "auto"):
-            raise InputError(f"target '{name}' cannot run {recipe.precision}; it runs {', '.join(schemes)}")
-    return wanted
-
-
-def _ready(name: str, precision: Precision | Literal["auto"]) -> bool:
-    try:
-        target = targets.get(name)
-        target.environment(options=target.Options())
-    except TargetUnavailable as error:
-        progress.stage("skip", str(error))
-        return False
-    able = precision in (*target.SCHEMES, "auto")
-    if not able:
-        progress.stage("skip", f"target '{name}' does not run {precision}")
-    return able
 
 
 def read(path: Path, *, precision: str | None = None, minutes: float | None = None) -> Recipe:

@@ -33,8 +33,8 @@ from pipeline.export import answer, export, simplify
 from pipeline.load import load
 from pipeline.measure.ladder import Step, Steps
 from pipeline.measure.latency import Effort
-from pipeline.quantize import quantize, read_program
-from pipeline.recipe import Recipe
+from pipeline.quantize import Lessons, quantize, read_program
+from pipeline.recipe import Quantization, Recipe
 from pipeline.report import record
 from pipeline.trace import torchscript, trace
 from pipeline.train import train
@@ -65,7 +65,9 @@ class Run:
     @cached_property
     def training(self) -> Split:
         if self.recipe.data.train is None:
-            raise InputError(f"recipe '{self.recipe.name}' has neither model.weights nor data.train")
+            wants = "no data.train, which quantization.method 'qat' trains on; its labels are not used"
+            lacks = "neither model.weights nor data.train" if self.recipe.model.weights is None else wants
+            raise InputError(f"recipe '{self.recipe.name}' has {lacks}")
         return self._split("train", self.recipe.data.train)
 
     @cached_property
@@ -103,6 +105,9 @@ class Deployment:
     """Layers that stay float, besides the recipe's."""
     threads: int | None = None
     """In place of the recipe's."""
+    quantization: Quantization | None = None
+    """In place of the recipe's, and `note` says how it differs."""
+    note: str = ""
     look: int = 0
     """Which look at the evaluation data this is (`Recipe.at_look`)."""
     search: Search | None = None
@@ -112,7 +117,17 @@ class Deployment:
     def title(self) -> str:
         """Say what sets it apart from the target's other ways."""
         kept = f", {len(self.keep)} layer{'s'[: len(self.keep) != 1]} in float" if self.keep else ""
-        return self.precision + kept + (f", {self.threads} thread{'s'[: self.threads != 1]}" if self.threads else "")
+        note = f", {self.note}" if self.note else ""
+        return (
+            self.precision
+            + note
+            + kept
+            + (f", {self.threads} thread{'s'[: self.threads != 1]}" if self.threads else "")
+        )
+
+    @property
+    def settings(self) -> Quantization:
+        return self.quantization or self.run.recipe.quantization
 
     @cached_property
     def program(self) -> Program:
@@ -120,9 +135,9 @@ class Deployment:
         scheme = targets.get(self.name).SCHEMES[self.precision]
         if scheme is None:
             return replace(run.model, precision=self.precision)
-        given = run.recipe.quantization
-        settings = given.model_copy(update={"keep": (*given.keep, *self.keep)})
-        made = quantize(run.model, run.calibration, scheme, settings, run.build)
+        settings = self.settings.model_copy(update={"keep": (*self.settings.keep, *self.keep)})
+        lessons = Lessons(run.training, run.recipe.training) if settings.method == "qat" else None
+        made = quantize(run.model, run.calibration, scheme, settings, run.build, lessons)
         return replace(made, precision=self.precision)
 
     @cached_property

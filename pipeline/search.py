@@ -2,7 +2,8 @@
 
 Every precision that the target runs at speed here is built, and timed against the others with all threads and with
 fewer. Fastest first, they are then judged on the evaluation data until one is inside the budget. Where int8 is faster
-than that one, mixes lie between the two: int8 with those layers in float that are most to blame.
+than that one, it is made with more effort: with every step, then fine-tuned where there are training images. What is
+not inside even then leaves room for mixes: int8 with those layers in float that are most to blame.
 """
 
 import signal
@@ -81,6 +82,7 @@ def choose(run: Run, name: str) -> Deployment:
     with progress.timed("search", name), _until_stopped() as stopped:
         search = _Searching(run, stopped, time.monotonic() + 60 * run.recipe.search.minutes)
         search.weigh_whole(name, found.fast)
+        search.weigh_efforts()
         search.weigh_mixes()
     told = search.told()
     progress.stage("search", told.reason)
@@ -123,9 +125,29 @@ class _Searching:
                 if self._look(trial).outcome == "pass":
                     return
 
+    def weigh_efforts(self) -> None:
+        """Where int8 is faster and not proved inside the budget, quantize with more effort: the same graph, nearer."""
+        best, int8 = self.best, self._int8(method=self.run.recipe.quantization.method)
+        if int8 is None or (best is not None and int8.ms > WORTH * best.ms):
+            return
+        given = int8.way.settings
+        efforts = {"every step": given.thorough()}
+        if self.run.recipe.data.train is not None:
+            efforts["fine-tuned"] = given.model_copy(update={"method": "qat"})
+        for note, settings in efforts.items():
+            if settings == given or self.looks >= MOST_LOOKS or self._over():
+                continue
+            trial = self._built(replace(int8.way, quantization=settings, note=note))
+            if trial is None:
+                continue
+            (trial,) = self._timed([trial])
+            self.trials.append(trial)
+            if trial.noise < int8.noise and self._look(trial).outcome == "pass":
+                return
+
     def weigh_mixes(self) -> None:
         """Between int8 and a slower one that is inside the budget, leave in float what is most to blame."""
-        best, int8 = self.best, self._fastest_int8()
+        best, int8 = self.best, self._int8(method=self.run.recipe.quantization.method)
         if best is None or int8 is None or int8.ms > WORTH * best.ms:
             return
         names = [one.name for one in sensitivity.blames(int8.way.program, self.images)]
@@ -144,9 +166,12 @@ class _Searching:
                 if self._look(mix).outcome == "pass":
                     return
 
-    def _fastest_int8(self) -> Trial | None:
-        quantized = [one for one in self.trials if one.way.precision == "int8"]
-        return min(quantized, key=lambda one: one.ms, default=None)
+    def _int8(self, method: str) -> Trial | None:
+        """Give the int8 that is nearest to the float model, of those with as many threads as the fastest has."""
+        whole = [one for one in self.trials if one.way.precision == "int8" and not one.way.keep]
+        fastest = min(whole, key=lambda one: one.ms, default=None)
+        alike = [one for one in whole if fastest and one.way.threads == fastest.way.threads]
+        return min((one for one in alike if one.way.settings.method == method), key=lambda one: one.noise, default=None)
 
     def _built(self, way: Deployment, *, needed: bool = False) -> Trial | None:
         """Compile and answer a few images; None, with a line, for what cannot be, unless nothing else is left."""

@@ -64,6 +64,11 @@ class LearnedRange(nn.Module):
         grid.zero_point = self.zero.detach().round().clamp(*self.bounds).long()
 
 
+def noise(found: Tensor, wanted: Tensor) -> Tensor:
+    """Give the scores' noise as a share of their power: the loss of all that learns from the float model."""
+    return (found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
+
+
 def learn(model: fx.GraphModule, images: Tensor, teacher: Tensor, settings: Quantization) -> None:
     """Learn ranges with biases in `iterations` steps of a few images each."""
     ranges = {grid: LearnedRange(grid) for grid in activations(model)}
@@ -105,9 +110,9 @@ def _train(
             if len(order) < BATCH:
                 order += torch.randperm(len(images), generator=random).tolist()
             drawn, order = order[:BATCH], order[BATCH:]
-            noise = (model(images[drawn]) - teacher[drawn]).square().sum()
+            loss = noise(model(images[drawn]), teacher[drawn])
             optimizer.zero_grad()
-            (noise / teacher[drawn].square().sum().clamp(min=1e-12)).backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     for bias in biases:

@@ -6,6 +6,7 @@ from torch import Tensor, fx
 
 from pipeline import progress
 from pipeline.quantization import correct, equalize, learned, rounding
+from pipeline.quantization.finetune import Course, finetune
 from pipeline.quantization.graph import answers, grids, layers, own_tensors, quality, set_mode, some, without_grids
 from pipeline.quantization.observers import observe, set_ranges
 from pipeline.recipe import Quantization
@@ -23,7 +24,9 @@ State = tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]
 """Each weight and bias with a copy, and each grid's scale and zero point: all that a step may change."""
 
 
-def calibrate(model: fx.GraphModule, images: Tensor, settings: Quantization) -> fx.GraphModule | None:
+def calibrate(
+    model: fx.GraphModule, images: Tensor, settings: Quantization, course: Course | None = None
+) -> fx.GraphModule | None:
     """Set the grids of a prepared graph, and better its weights and biases, by every step that the settings name.
 
     Gives the float program that was equalized, where one was: its tensors inside are what the grids round.
@@ -44,6 +47,8 @@ def calibrate(model: fx.GraphModule, images: Tensor, settings: Quantization) -> 
         steps["bias correction"] = lambda: correct.full(model, some(images, SIDE_BY_SIDE))
     if settings.ranges == "learned":
         steps["learning"] = lambda: learned.learn(model, images, teacher, settings)
+    if course:
+        steps["fine-tuning"] = lambda: finetune(model, course)
     best = quality(model, *judges) if steps else 0.0
     for name, step in steps.items():
         best = _try(model, name, step, best, lambda: quality(model, *judges))
