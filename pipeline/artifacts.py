@@ -4,6 +4,7 @@ Each carries the `key` of what it was made from (see `cache.py`). Models that a 
 they are loaded when a stage asks for them, not before.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -95,13 +96,24 @@ class FloatModel:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The images that a quantized program was calibrated on."""
+
+    images: int
+    """That went through, each of them."""
+    given: int
+    sqnr_db_by_count: Mapping[str, float]
+    """SQNR on images held out, where the count was searched; else empty."""
+
+
+@dataclass(frozen=True)
 class Quantized:
     """A PyTorch int8 program made by PT2E for one scheme, as a `.pt2` file."""
 
     path: Path
     baseline: FloatModel
     scheme: Scheme
-    calibration_images: int
+    calibration: "Calibration"
     key: str
     precision: Precision = "int8"
     """float8 where a target makes that of the int8 program."""

@@ -12,7 +12,7 @@ import targets
 from device import rebuilt, runner
 from device.errors import InputError
 from pipeline import cache, progress
-from pipeline.artifacts import Bundle, Compiled, FloatModel, Unmeasured, Verified
+from pipeline.artifacts import Bundle, Compiled, Program, Quantized, Unmeasured, Verified
 from pipeline.measure import golden
 from pipeline.recipe import Recipe
 from pipeline.report import record
@@ -46,7 +46,7 @@ def check_output(recipe: Recipe, names: list[str], out: Path) -> None:
             raise InputError(f"{place} exists and is no bundle of bitferry's; move it away or name another OUT")
 
 
-def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Verified | Unmeasured, out: Path) -> Bundle:
+def bundle(recipe: Recipe, program: Program, compiled: Compiled, verified: Verified | Unmeasured, out: Path) -> Bundle:
     """Write OUT/<recipe>-<target>-<version>/, replacing an older build of the same version."""
     check_output(recipe, [compiled.target], out)
     final = out / folder_name(recipe, compiled.target)
@@ -59,9 +59,9 @@ def bundle(recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Veri
         write_runner(temporary / "run.pyz", compiled.target)
         record.write_figures(verified, temporary, private=False)
         shutil.copytree(verified.golden, temporary / "golden")
-        expected = golden.expected(verified.verdict.golden, verified.golden_scores, model.preprocessing)
+        expected = golden.expected(verified.verdict.golden, verified.golden_scores, program.baseline.preprocessing)
         (temporary / "golden/expected.json").write_text(expected)
-        manifest = _manifest(recipe, model, compiled, verified, temporary)
+        manifest = _manifest(recipe, program, compiled, verified, temporary)
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         cache.publish(temporary, final)
     size = sum(path.stat().st_size for path in final.rglob("*"))
@@ -95,9 +95,9 @@ def _ours(source: str) -> set[str]:
 
 
 def _manifest(
-    recipe: Recipe, model: FloatModel, compiled: Compiled, verified: Verified | Unmeasured, folder: Path
+    recipe: Recipe, program: Program, compiled: Compiled, verified: Verified | Unmeasured, folder: Path
 ) -> Mapping[str, object]:
-    verdict = verified.verdict
+    verdict, model = verified.verdict, program.baseline
     return {
         "format": runner.FORMAT,
         "schema": runner.SCHEMA,
@@ -107,6 +107,7 @@ def _manifest(
         "model": {"file": compiled.path.name, "precision": compiled.precision, "options": asdict(compiled.options)},
         "preprocessing": asdict(model.preprocessing),
         "preprocessing_sha256": model.preprocessing.sha256(),
+        "calibration": asdict(program.calibration) if isinstance(program, Quantized) else None,
         "task": recipe.task,
         "classes": model.classes,
         "verdict": {"file": record.VERDICT, "outcome": verdict.outcome, "headline": verdict.headline},

@@ -92,6 +92,24 @@ def init(
 
 
 @commands.command()
+def pick(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Its model looks at the images.")],
+    images: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images without labels, in any folders.")],
+    count: Annotated[int, typer.Option(help="How many to pick.", min=1)] = 256,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The list to write.")] = Path("calibration.tsv"),
+    build: Annotated[Path, typer.Option("--build", help="Where stages keep their output.")] = Path("build"),
+    trust: Annotated[bool, typer.Option("--trust", help="Load a model that can run code of its own.")] = False,
+) -> None:
+    """Pick calibration images out of a larger folder: as many of each class, by the float model, and unlike each other.
+
+    Example: bitferry pick recipes/imagenet-mobilenetv2.toml photos/ --count 256 -o calibration.tsv
+    """
+    from pipeline.pick import pick as pick_
+
+    pick_(recipe, images, count, output, build=build, trust=trust)
+
+
+@commands.command()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="A bundle, or a report folder with its verdict.json.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,12 @@ from targets import usable_cpus
 
 CHUNK_BYTES, MOST_CHUNK = 256_000_000, 256
 ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"}
+UNLABELLED = "calibration"
+"""The split whose labels, where it has any, are not used."""
 MOST_COPIES = 0.01
 """Share of a split's images that may be copies of others in it; each counts as evidence, and a copy is none."""
+NOISE, APART, LOOKED_AT = 0.1, 2, 64
+"""A correlation of pixels that far apart that no picture has, and how many images are looked at."""
 
 
 def split(
@@ -41,7 +46,7 @@ def split(
 
     Raises InputError when there are no images, one is broken, or a label does not fit the classes.
     """
-    found = _samples(source, classes, contract, task)
+    found = _samples(source, classes, contract, task, labelled=name != UNLABELLED)
     if not found:
         raise InputError(f"the {name} data {source} holds no images")
     with ThreadPoolExecutor(usable_cpus()) as pool:
@@ -63,14 +68,16 @@ def split(
     return Split(
         name=name,
         images=np.load(folder / "images.npy", mmap_mode="r"),
-        labels=_labels(folder, found, len(classes), task),
+        labels=_labels(name, folder, found, len(classes), task),
         sources=tuple(sample.source for sample in found),
         digests=tuple(bytes.fromhex(d) for d in json.loads((folder / "digests.json").read_text())),
         key=key,
     )
 
 
-def _labels(folder: Path, found: Sequence[Sample], classes: int, task: Task) -> Labels:
+def _labels(name: str, folder: Path, found: Sequence[Sample], classes: int, task: Task) -> Labels:
+    if name == UNLABELLED:
+        return np.zeros((len(found), 0), np.int64)
     if task == "segmentation":
         masks: Labels = np.load(folder / "masks.npy", mmap_mode="r")
         return masks
@@ -100,6 +107,34 @@ def refuse_leaks(*splits: Split) -> None:
                 f"{len(leaks)} {part.name} images are also in the {other_name} data, "
                 f"for example {source} = {other}; take them out of one of the two"
             )
+
+
+def refuse_noise(calibration: Split, evaluation: Split) -> None:
+    """Raise InputError for calibration images whose pixels have nothing to do with those nearby.
+
+    Ranges from random pixels mean nothing. Where the evaluation images are like that too, it is what the model is for.
+    """
+    found, usual = likeness(calibration.images), likeness(evaluation.images)
+    if found < NOISE < 3 * NOISE < usual:
+        raise InputError(
+            f"the calibration images look like random noise: pixels correlate with those nearby by {found:.2f}, in the "
+            f"evaluation images by {usual:.2f}; give real images of the kind that the device will see"
+        )
+
+
+def likeness(images: Images) -> float:
+    """Give the correlation of pixels with the second to their right, the median of some images; 1 of one colour.
+
+    Not the first: resizing mixes noise with its neighbours.
+    """
+    chosen = np.linspace(0, len(images) - 1, min(len(images), LOOKED_AT)).astype(int)
+    found = []
+    for image in images[chosen].astype(np.float64):
+        if image.shape[-2] > APART:
+            left, right = (part - part.mean() for part in (image[..., :-APART, :], image[..., APART:, :]))
+            power = np.sqrt(np.square(left).sum() * np.square(right).sum())
+            found.append(float((left * right).sum() / power) if power > 0 else 1.0)
+    return float(np.median(found)) if found else 1.0
 
 
 def _content_hash(sample: Sample) -> list[str]:
@@ -144,7 +179,16 @@ def _fitted(contract: Preprocessing, sample: Sample) -> tuple[Images, NDArray[np
     return pixels, np.asarray(contract.place(mask, Image.Resampling.NEAREST))
 
 
-def _samples(source: Path, classes: Sequence[str], contract: Preprocessing, task: Task) -> list[Sample]:
+def _samples(
+    source: Path, classes: Sequence[str], contract: Preprocessing, task: Task, *, labelled: bool
+) -> list[Sample]:
+    found = _read(source, classes, contract, task, labelled=labelled)
+    return found if labelled else [replace(sample, labels=(), mask=None) for sample in found]
+
+
+def _read(source: Path, classes: Sequence[str], contract: Preprocessing, task: Task, *, labelled: bool) -> list[Sample]:
+    if source.is_dir() and not labelled and contract.views == 1:
+        return [Sample((samples.file(path),), ()) for path in image_files(source)]
     if source.is_dir() and task in labels.FOLDER_HINTS:
         raise InputError(f"{source} is a folder, {labels.FOLDER_HINTS[task]}")
     if source.is_dir() and contract.views > 1:
@@ -157,8 +201,8 @@ def _samples(source: Path, classes: Sequence[str], contract: Preprocessing, task
     if not source.is_file():
         raise InputError(f"the data {source} does not exist")
     if source.suffix == ".npz":
-        return samples.from_arrays(source, classes, contract, task)
-    return samples.from_list(source, classes, contract, task)
+        return samples.from_arrays(source, classes, contract, task, labelled=labelled)
+    return samples.from_list(source, classes, contract, task, labelled=labelled)
 
 
 def _from_folder(root: Path, classes: Sequence[str]) -> list[Sample]:

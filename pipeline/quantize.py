@@ -1,5 +1,6 @@
 """Float model → PyTorch int8 (PT2E): a target's scheme says what is int8, the calibration images say how."""
 
+import json
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from torch import nn
 from device.arrays import Images
 from device.errors import InputError
 from pipeline import cache
-from pipeline.artifacts import FloatModel, Quantized, Split
+from pipeline.artifacts import Calibration, FloatModel, Quantized, Split
 from pipeline.capture import export_program
 from pipeline.recipe import Quantization, Training
 from targets import Scheme
@@ -39,7 +40,8 @@ def quantize(
 
     With `lessons` it is fine-tuned, and a run that was killed goes on where it was.
     """
-    count = min(len(calibration), settings.images or len(calibration))
+    asked = settings.images if isinstance(settings.images, int) else len(calibration)
+    count = min(len(calibration), asked)
     key = cache.key(
         "quantize",
         code=__file__,
@@ -57,8 +59,14 @@ def quantize(
     done = build.folder("quantize", key, whole)
     checkpoint.unlink(missing_ok=True)
     equalized = done / "equalized.pt2"
+    used = json.loads((done / "calibration.json").read_text())
     return Quantized(
-        done / "program.pt2", model, scheme, count, key, equalized=equalized if equalized.exists() else None
+        done / "program.pt2",
+        model,
+        scheme,
+        Calibration(used["images"], len(calibration), used["curve"]),
+        key,
+        equalized=equalized if equalized.exists() else None,
     )
 
 
@@ -108,8 +116,10 @@ def _quantize(
         prepared = prepare_pt2e(
             export_program(model.module(), example).module(), SchemeQuantizer(scheme, settings.keep)
         )
-        equalized = calibrate(prepared, images, settings, course)
-        if equalized is not None:
-            torch.export.save(export_program(equalized, example), out / "equalized.pt2")
+        found = calibrate(prepared, images, settings, course)
+        if found.equalized is not None:
+            torch.export.save(export_program(found.equalized, example), out / "equalized.pt2")
         converted = convert_pt2e(prepared)
         torch.export.save(export_program(converted, example), out / "program.pt2")
+    used = {"images": found.images, "curve": found.curve}
+    (out / "calibration.json").write_text(json.dumps(used))

@@ -106,8 +106,8 @@ class Quantization(Section):
     seed: int = 0
     """Of the order in which learning sees the images."""
     batch_size: Annotated[int, Field(gt=0)] = 8
-    images: Annotated[int, Field(gt=0)] | None = None
-    """How many calibration images to use, from the front; None for all."""
+    images: Annotated[int, Field(gt=0)] | Literal["enough"] | None = None
+    """How many calibration images to use, from the front; None for all; "enough" until more bring nothing."""
     keep: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Layers that stay float, by their path in the model, as `features.0.0`."""
 

@@ -88,6 +88,7 @@ class Run:
         """Read every split the recipe names and refuse images that are in two of them."""
         splits = [self.calibration, self.evaluation]
         dataset.refuse_leaks(*splits, *([self.training] if self.recipe.data.train else []))
+        dataset.refuse_noise(self.calibration, self.evaluation)
 
     def _split(self, name: str, source: Path) -> Split:
         recipe = self.recipe
@@ -199,7 +200,7 @@ class Deployment:
         if verdict.outcome not in ("pass", "unmeasured"):
             progress.stage("bundle", f"none for {self.name}: {verdict.outcome}")
             return self.verified
-        return bundle(self.run.recipe, self.run.model, self.compiled, self.verified, out)
+        return bundle(self.run.recipe, self.program, self.compiled, self.verified, out)
 
     def _command(self) -> str:
         """Give the command line that repeats the verification."""

@@ -54,7 +54,9 @@ class Sample:
         return VIEWS_JOINED.join(view.source for view in self.views)
 
 
-def from_list(path: Path, classes: Sequence[str], contract: Preprocessing, task: Task) -> list[Sample]:
+def from_list(
+    path: Path, classes: Sequence[str], contract: Preprocessing, task: Task, *, labelled: bool = True
+) -> list[Sample]:
     """Read lines of files, relative to the list and one for each view, and a label or a mask, with tabs between."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -66,11 +68,13 @@ def from_list(path: Path, classes: Sequence[str], contract: Preprocessing, task:
         if not line.strip() or (number == 1 and line.split("\t")[0].lower() in HEADINGS):
             continue
         cells = line.split("\t")
-        if len(cells) <= contract.views:
+        if len(cells) < contract.views + labelled:
             raise InputError(f"{path}:{number}: expected {form(contract, task)}, found {line!r}")
         views = tuple(file(path.parent / name) for name in cells[: contract.views])
-        text = cells[contract.views].strip()
-        if task == "segmentation":
+        text = cells[contract.views].strip() if len(cells) > contract.views else ""
+        if not text and not labelled:
+            samples.append(Sample(views, ()))
+        elif task == "segmentation":
             samples.append(Sample(views, (), _mask_file(path.parent / text, classes)))
         else:
             samples.append(Sample(views, labels.of_text(text, classes, task, f"{path}:{number}")))
@@ -82,11 +86,13 @@ def form(contract: Preprocessing, task: Task) -> str:
     return "`" + (contract.views - 1) * "file<TAB>" + labels.WAYS[task].removeprefix("`")
 
 
-def from_arrays(path: Path, classes: Sequence[str], contract: Preprocessing, task: Task) -> list[Sample]:
+def from_arrays(
+    path: Path, classes: Sequence[str], contract: Preprocessing, task: Task, *, labelled: bool = True
+) -> list[Sample]:
     """Read `images` (N×H×W grey or N×H×W×3 RGB, N×V×… of several views, uint8) and `labels` of an .npz file."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            images, truth = arrays["images"], arrays["labels"]
+            images, truth = arrays["images"], arrays["labels"] if labelled else None
     except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not an .npz with arrays `images` and `labels`: {error}") from error
     views = () if contract.views == 1 else (contract.views,)
@@ -99,6 +105,8 @@ def from_arrays(path: Path, classes: Sequence[str], contract: Preprocessing, tas
         tuple(_array_view(f"{path.name}[{i}]", view) for view in (image if views else image[None]))
         for i, image in enumerate(images)
     ]
+    if truth is None:
+        return [Sample(views, ()) for views in pictures]
     if task == "segmentation":
         return _with_masks(pictures, truth, (len(images), *size[:2]), classes, path)
     found = labels.of_array(truth, len(images), classes, path, task)

@@ -31,6 +31,7 @@ from targets import Scheme
 CONTRACT = Preprocessing(height=32, width=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLASSES = ("warm", "cold", "green")
 TARGET = "openvino"
+PLAIN = Quantization(observer="histogram", equalize=False, bias_correction="none")
 STEPS = ("PyTorch int8", "TorchScript", "ONNX", "simplified ONNX", TARGET)
 
 
@@ -193,7 +194,7 @@ def test_the_layers_that_lose_most_are_named(images: Split, build: Cache) -> Non
 def test_a_layer_s_own_error_is_that_of_a_plain_computation(images: Split, build: Cache) -> None:
     """The second layer alone: its float input rounded with the program's own scales, its weights likewise."""
     model = float_model()
-    program = quantize(model, images, Scheme(), Quantization(), build)
+    program = quantize(model, images, Scheme(), PLAIN, build)
     graph = program.module()
     pixels = torch.from_numpy(images.images[:24].copy())
     net = model.eager

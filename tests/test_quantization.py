@@ -122,7 +122,7 @@ def test_equalization_keeps_the_float_answers_and_levels_the_channels(images: Te
 def test_layers_of_an_equalized_model_are_compared_with_the_equalized_float_one(images: Tensor) -> None:
     model = prepared(images)
     with torch.no_grad():
-        equalized = steps.calibrate(model, images, Quantization())
+        equalized = steps.calibrate(model, images, Quantization()).equalized
         assert equalized is not None
         exported = export_program(equalized, images[:2]).module()
         teacher = Deployable(Inverted(), CONTRACT).eval()(images)

@@ -100,7 +100,7 @@ def test_int8_answers_like_float(model: FloatModel, quantized: Quantized, images
 def test_every_calibration_image_is_used_and_counted(model: FloatModel, images: Split, build: Cache) -> None:
     some = quantize(model, images, Scheme(), Quantization(images=10), build)
     everything = quantize(model, images, Scheme(), Quantization(images=4000), build)
-    assert (some.calibration_images, everything.calibration_images) == (10, 48)
+    assert (some.calibration.images, everything.calibration.images) == (10, 48)
     assert some.key != everything.key
 
 

@@ -193,6 +193,9 @@ def quality(model: fx.GraphModule, images: Tensor, teacher: Tensor, *, weights: 
 
 def some(images: Tensor, count: int) -> Tensor:
     """Take up to `count` images, spread evenly."""
-    if len(images) <= count:
-        return images
-    return images[torch.linspace(0, len(images) - 1, count).round().long()]
+    return images[places(len(images), count)]
+
+
+def places(of: int, count: int) -> Tensor:
+    """Spread up to `count` indices evenly."""
+    return torch.linspace(0, of - 1, min(of, count)).round().long()

@@ -1,13 +1,25 @@
 """The order of the steps, each kept only where the answers get no worse."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from pipeline import progress
 from pipeline.quantization import correct, equalize, learned, rounding
 from pipeline.quantization.finetune import Course, finetune
-from pipeline.quantization.graph import answers, grids, layers, own_tensors, quality, set_mode, some, without_grids
+from pipeline.quantization.graph import (
+    answers,
+    grids,
+    layers,
+    own_tensors,
+    places,
+    quality,
+    set_mode,
+    some,
+    without_grids,
+)
 from pipeline.quantization.observers import observe, set_ranges
 from pipeline.recipe import Quantization
 from pipeline.statistics import decibels
@@ -16,24 +28,39 @@ JUDGES, SIDE_BY_SIDE = 32, 32
 """Calibration images that judge a step, and that those steps see which hold two programs' values in memory."""
 SAME = 40.0
 """dB that the float answers keep after equalization: a clip that an unseen image reaches is no more than this."""
+SIMPLE = Quantization(observer="mean-minmax")
+"""Of what equalization is judged by."""
 NOISE = 0.05
 """dB: a step that costs less than this on so few images is not known to cost anything."""
 
+
+FIRST, FLAT = 16, 0.1
+"""Images that are tried first for `images = "enough"`, and the dB that two doublings must bring to go on."""
 
 State = tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]
 """Each weight and bias with a copy, and each grid's scale and zero point: all that a step may change."""
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """What came of it, besides the graph itself."""
+
+    equalized: fx.GraphModule | None
+    """The float program whose tensors inside the grids round, where it was equalized."""
+    images: int
+    """Calibration images that went through."""
+    curve: Mapping[int, float]
+    """SQNR in dB on images held out, by the count of images; empty where all were to be used."""
+
+
 def calibrate(
     model: fx.GraphModule, images: Tensor, settings: Quantization, course: Course | None = None
-) -> fx.GraphModule | None:
-    """Set the grids of a prepared graph, and better its weights and biases, by every step that the settings name.
-
-    Gives the float program that was equalized, where one was: its tensors inside are what the grids round.
-    """
+) -> Calibrated:
+    """Set the grids of a prepared graph, and better its weights and biases, by every step that the settings name."""
     own_tensors(model)
     set_mode(model, "off")
     equalized = without_grids(model) if settings.equalize and _equalize(model, images) else None
+    images, curve = _enough(model, images, settings) if settings.images == "enough" else (images, {})
     teacher = observe(model, images, settings)
     set_ranges(model, images, teacher, settings)
     fit(model)
@@ -54,7 +81,30 @@ def calibrate(
         best = _try(model, name, step, best, lambda: quality(model, *judges))
     for grid in grids(model):
         grid.forget()
-    return equalized
+    return Calibrated(equalized, len(teacher), curve)
+
+
+def _enough(model: fx.GraphModule, images: Tensor, settings: Quantization) -> tuple[Tensor, Mapping[int, float]]:
+    """Double the number of images until that brings nothing on some that are held out; those are used in the end, too.
+
+    Of plain ranges with the observer asked for and the mean shift corrected.
+    """
+    held_out = some(images, JUDGES)
+    is_held = torch.zeros(len(images), dtype=torch.bool)
+    is_held[places(len(images), JUDGES)] = True
+    rest, found = images[~is_held], dict[int, float]()
+    count = min(FIRST, len(rest))
+    while count:
+        found[count] = _rough_quality(model, rest[:count], settings, held_out)
+        last = list(found.values())
+        flat = len(last) > 2 and last[-1] - last[-3] < FLAT
+        if flat or count == len(rest):
+            break
+        count = min(2 * count, len(rest))
+    told = ", ".join(f"{tried} {worth:.1f} dB" for tried, worth in found.items())
+    end = "more bring nothing" if count < len(rest) else "more may be better"
+    progress.stage("quantize", f"calibration images: {told}; {end}")
+    return torch.cat([rest[:count], held_out]), found
 
 
 def fit(model: fx.GraphModule) -> None:
@@ -88,11 +138,11 @@ def _equalize(model: fx.GraphModule, images: Tensor) -> bool:
         progress.stage("quantize", "equalization: no channels lie between convolutions alone")
         return False
     few = some(images, SIDE_BY_SIDE)
-    state, before, plain = _save(model), answers(model, few), _rough_quality(model, few)
+    state, before, plain = _save(model), answers(model, few), _rough_quality(model, few, SIMPLE, few)
     equalize.equalize(model, few)
     noise = float((answers(model, few) - before).double().square().sum())
     kept = decibels(float(before.double().square().sum()), noise)
-    equalized = _rough_quality(model, few)
+    equalized = _rough_quality(model, few, SIMPLE, few)
     if kept is not None and kept < SAME:
         _restore(model, state)
         progress.stage("quantize", f"equalization dropped: it changes the float answers ({kept:.1f} dB)")
@@ -105,15 +155,16 @@ def _equalize(model: fx.GraphModule, images: Tensor) -> bool:
     return False
 
 
-def _rough_quality(model: fx.GraphModule, images: Tensor) -> float:
-    """Give the SQNR with the simplest ranges and the mean shift corrected; biases stay as they are."""
-    simple = Quantization(observer="mean-minmax", bias_correction="fast")
+def _rough_quality(model: fx.GraphModule, images: Tensor, settings: Quantization, judges: Tensor) -> float:
+    """Give the SQNR with ranges alone and the mean shift corrected; biases stay as they are."""
+    wanted = answers(model, judges)
+    simple = settings.model_copy(update={"bias_correction": "fast"})
     teacher = observe(model, images, simple)
     set_ranges(model, images, teacher, simple)
     fit(model)
     state = _save(model)
     correct.fast(model)
-    found = quality(model, images, teacher)
+    found = quality(model, judges, wanted)
     _restore(model, state)
     for grid in grids(model):
         grid.forget()
