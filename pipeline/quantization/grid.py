@@ -1,6 +1,7 @@
 """The grid that a tensor is rounded to: what an annotation puts on it, and what every step reads and sets."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import torch
@@ -89,9 +90,10 @@ class Grid(ObserverBase):  # type: ignore[misc]
     def _observe(self, x: Tensor) -> None:
         """Keep each image's own statistics, so that they are the same whatever the batch."""
         rows = self.batch if x.ndim and len(x) and len(x) % self.batch == 0 else 1
-        ends = [torch.aminmax(image) for image in x.reshape(rows, -1)]
-        lows, highs = [low for low, _ in ends], [high for _, high in ends]
-        values = [_some(image, self.samples) for image in x.reshape(rows, -1)] if self.samples else []
+        images = x.detach().reshape(rows, -1)
+        low, high = torch.aminmax(images, dim=1)
+        lows, highs = list(low), list(high)
+        values = list(_some(images, self.samples)) if self.samples else []
         if self.seen.calls and rows <= len(self.seen.low):
             values = [torch.cat(pair) for pair in zip(values, self.seen.values[-rows:], strict=bool(values))]
             del self.seen.values[len(self.seen.values) - len(values) :]
@@ -105,12 +107,15 @@ class Grid(ObserverBase):  # type: ignore[misc]
         if self.seen.calls > 1:
             self.sums, self.seen.rows = False, 0  # the mean of several tensors is no layer's input
         if self.sums and x.ndim:
-            self.seen.total = self.seen.total + x.sum(0, keepdim=True, dtype=torch.float64)
+            self.seen.total = self.seen.total + x.sum(0, keepdim=True).double()
             self.seen.rows += len(x)
 
 
-def _some(values: Tensor, count: int) -> Tensor:
-    """Draw values, the same places of every tensor of a size."""
-    if len(values) <= count:
-        return values.clone()
-    return values[torch.randint(len(values), (count,), generator=torch.Generator().manual_seed(len(values)))]
+def _some(images: Tensor, count: int) -> Tensor:
+    """Draw values of each row, the same places of every tensor of a size."""
+    return images.clone() if images.shape[1] <= count else images[:, _places(images.shape[1], count)]
+
+
+@lru_cache(maxsize=1024)
+def _places(of: int, count: int) -> Tensor:
+    return torch.randint(of, (count,), generator=torch.Generator().manual_seed(of)).sort().values

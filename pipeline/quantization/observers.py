@@ -17,7 +17,7 @@ from pipeline.recipe import Quantization
 
 VALUES = 2**19
 """Of a tensor that are kept in all, for the observers that look at more than the extremes."""
-WEIGHED, JUDGES = 64, 32
+WEIGHED, JUDGES = 32, 32
 """Calibration images that `scores` looks at, and that observers are compared on."""
 TAIL = 1e-4
 """Left out at either end by `percentile`."""
@@ -113,14 +113,12 @@ def _least_error(grid: Grid, low: Tensor, high: Tensor) -> None:
 
 
 def _histogram(grid: Grid, low: Tensor, high: Tensor) -> None:
-    """Use torchao's histogram observer, image by image: it minimizes the square error over its bins."""
+    """Use torchao's histogram observer: it minimizes the square error over its bins."""
     from torchao.quantization.pt2e import HistogramObserver  # noqa: PLC0415 - seconds to import
 
     more = {"quant_min": grid.quant_min, "quant_max": grid.quant_max, "eps": 2**-12}
     observer = HistogramObserver(dtype=grid.dtype, qscheme=grid.qscheme, **more)
-    ends = zip(grid.seen.values, low, high, strict=True)
-    for values, least, most in ends:
-        observer(torch.cat([values, least.view(1), most.view(1)]))
+    observer(_values(grid, low, high))
     scale, zero_point = cast(tuple[Tensor, Tensor], observer.calculate_qparams())
     grid.scale, grid.zero_point = scale.view(1), zero_point.view(1).long()
 

@@ -25,16 +25,23 @@ DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: inputs that never differ would leave H without an inverse."""
 COLUMNS, PLACES = 64, 2048
 """Columns that are rounded before the rest is brought up to date; places of an image that are looked at, at most."""
+MOST_INPUTS = 4608
+"""Of one output of a layer, that of a 3×3 convolution of 512 channels. H is of their square: a layer with more is
+rounded to nearest, as VGG's first classifier, whose H would take gigabytes and minutes."""
 
 
 def round_layers(model: fx.GraphModule, images: Tensor) -> int:
     """Replace each layer's weight by its rounded one, from the first to the last; give how many there were."""
-    wanted = {layer.node: layer for layer in layers(model) if layer.node.target in _UNFOLD and not layer.shared}
+    wanted = {layer.node: layer for layer in layers(model) if _can(layer)}
     pair = Lockstep(model, list(batches(images)))
     for node in progress.track(pair.steps(), "round weights", total=len(model.graph.nodes)):
         if node in wanted:
             _round(wanted[node], pair.rounded[cast(fx.Node, node.args[0])])
     return len(wanted)
+
+
+def _can(layer: Layer) -> bool:
+    return layer.node.target in _UNFOLD and not layer.shared and layer.weight[0].numel() <= MOST_INPUTS
 
 
 def round_weight(weight: Tensor, moments: Tensor, scale: Tensor, most: int) -> Tensor:

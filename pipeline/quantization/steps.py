@@ -24,8 +24,9 @@ from pipeline.quantization.observers import observe, set_ranges
 from pipeline.recipe import Quantization
 from pipeline.statistics import decibels
 
-JUDGES, SIDE_BY_SIDE = 32, 32
-"""Calibration images that judge a step, and that those steps see which hold two programs' values in memory."""
+JUDGES, SIDE_BY_SIDE, FEW = 32, 32, 16
+"""Calibration images that judge a step, that those steps see which hold two programs' values in memory, and that say
+whether equalization helps."""
 SAME = 40.0
 """dB that the float answers keep after equalization: a clip that an unseen image reaches is no more than this."""
 SIMPLE = Quantization(observer="mean-minmax")
@@ -137,9 +138,9 @@ def _equalize(model: fx.GraphModule, images: Tensor) -> bool:
     if not equalize.groups(model):
         progress.stage("quantize", "equalization: no channels lie between convolutions alone")
         return False
-    few = some(images, SIDE_BY_SIDE)
+    few = some(images, FEW)
     state, before, plain = _save(model), answers(model, few), _rough_quality(model, few, SIMPLE, few)
-    equalize.equalize(model, few)
+    equalize.equalize(model, some(images, SIDE_BY_SIDE))
     noise = float((answers(model, few) - before).double().square().sum())
     kept = decibels(float(before.double().square().sum()), noise)
     equalized = _rough_quality(model, few, SIMPLE, few)
