@@ -118,6 +118,38 @@ def test_mixes_of_int8_and_float_are_tried_until_one_is_inside(own: Project, mon
     assert "int8, 1 layer in float is the fastest that is proved inside the budget" in searching.told().reason
 
 
+def test_int8_outside_the_budget_is_made_with_every_step_and_then_fine_tuned(
+    own: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is judged and timed is given; all that is built is real."""
+    own.edit(('precision = "int8"', 'precision = "auto"'), ("[budget]", "[quantization]\niterations = 4\n[budget]"))
+    run, judged = run_of(own), list[str]()
+
+    def timed(_: Any, trials: list[Trial]) -> list[Trial]:
+        return [replace(one, series=series(10.0 if one.way.precision == "float32" else 5.0)) for one in trials]
+
+    def looked(self: _Searching, trial: Trial) -> Trial:
+        judged.append(trial.way.title)
+        found = replace(trial, outcome="pass" if trial.way.settings.method == "qat" else "fail")
+        self.trials = [found if one is trial else one for one in self.trials]
+        return found
+
+    monkeypatch.setattr(_Searching, "_timed", timed)
+    monkeypatch.setattr(_Searching, "_look", looked)
+    searching = _Searching(run, lambda: False, np.inf)
+    searching.weigh_whole("openvino", ("int8", "float32"))
+    searching.trials = [
+        replace(one, noise=np.inf) if one.way.precision == "int8" else replace(one, outcome="pass")
+        for one in searching.trials
+    ]
+    searching.weigh_efforts()
+    assert judged[-2:] == ["int8, every step", "int8, fine-tuned"]
+    assert searching.chosen.way.title == "int8, fine-tuned"
+    assert searching.chosen.way.program.key != Deployment(run, "openvino", "int8").program.key
+    searching.weigh_mixes()  # there is no more room
+    assert not any(one.way.keep for one in searching.trials)
+
+
 def test_looks_share_the_chance_of_passing_by_luck(own: Project) -> None:
     read = recipe.read(own.recipe)
     spent = [1 - read.at_look(look).budget.confidence for look in range(1, 50)]
