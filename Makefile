@@ -8,6 +8,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.made-from-pyproject
+PEERS  ?= .venv-peers
+PEERS_STAMP := $(PEERS)/.made-from-lock
+ARGS   ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help deploy test check format static bench nightly clean
@@ -33,14 +36,14 @@ format: $(STAMP) ## format the code
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: ## compare with other tools (not yet)
-	@echo "not yet: the comparison with other tools is not written"; exit 2
+bench: $(STAMP) $(PEERS_STAMP) ## compare RECIPE in int8 with other tools; ARGS, as "--jobs --readme", to benchmarks/peers.py
+	@$(BIN)/python benchmarks/peers.py "$(RECIPE)" --nncf "$(PEERS)/bin/python" $(ARGS)
 
 nightly: ## the nightly accuracy and latency matrix (not yet)
 	@echo "not yet: the nightly matrix is not written"; exit 2
 
-clean: ## remove the environment, the builds and the bundles
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+clean: ## remove the environments, the builds and the bundles
+	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache
 
 # Bytecode is compiled at once: without it importing PyTorch takes twice as long wherever Python may not write.
 # Made once, and again when pyproject.toml or the lock changes.
@@ -54,4 +57,11 @@ $(STAMP): pyproject.toml requirements.lock
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
 	@VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/uv pip sync --quiet --require-hashes --compile-bytecode requirements.lock
 	@VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# NNCF has an environment of its own, which only `bench` needs; most of it are hard links to what uv has already.
+$(PEERS_STAMP): benchmarks/peers.lock | $(STAMP)
+	@echo "making $(PEERS) (NNCF and what it needs; once)" >&2
+	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv --without-pip $(PEERS)
+	@VIRTUAL_ENV="$(abspath $(PEERS))" $(BIN)/uv pip sync --quiet --require-hashes --compile-bytecode benchmarks/peers.lock
 	@touch $@

@@ -11,23 +11,18 @@ latency to that of its fastest result, and keeps every sample in benchmarks/resu
 """
 
 import argparse
-import itertools
 import json
 import logging
 import tempfile
 import timeit
-from collections.abc import Iterator
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
+from common import batch_of_one, every_static, result_path, static
 
 import targets
-from device.arrays import Images, Predict
+from device.arrays import Predict
 from pipeline import recipe
 from pipeline.cache import Cache
 from pipeline.measure import latency
@@ -35,65 +30,11 @@ from pipeline.run import Deployment, Run
 from pipeline.statistics import ratio_interval, sqnr_db
 from pipeline.verify import eager
 
-HERE = Path(__file__).parent
 NAME = "onnxruntime"
 OURS, FLOAT, REARRANGED = "bitferry int8", "float32", "quantize_static on our float graph"
 
 HOPELESS = 10
 """Times as slow as ours: not worth the minutes that timing it takes."""
-
-
-class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Hand out the calibration images one by one."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = iter(images)
-
-    def get_next(self) -> dict[str, Images] | None:
-        image = next(self.images, None)
-        return None if image is None else {"images": image[None]}
-
-
-def peers(given: Path, images: Images, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Quantize a float ONNX in every way that `quantize_static` has."""
-    normalization = first_arithmetic(given)
-    formats = (QuantFormat.QDQ, QuantFormat.QOperator)
-    types = (QuantType.QUInt8, QuantType.QInt8)
-    for style, per_channel, activation, spared in itertools.product(formats, (True, False), types, (False, True)):
-        label = f"{style.name} {'channel' if per_channel else 'tensor'} {activation.name[1:]}"
-        label += " normalization float" if spared else ""
-        path = folder / f"{label.replace(' ', '-')}.onnx"
-        quantize_static(
-            given,
-            path,
-            Reader(images),
-            quant_format=style,
-            per_channel=per_channel,
-            activation_type=activation,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=normalization if spared else [],
-        )
-        yield label, path
-
-
-def first_arithmetic(path: Path) -> list[str]:
-    """Name the nodes between the images and the first layer."""
-    names: list[str] = []
-    for node in onnx.load(path).graph.node:
-        if node.op_type in ("Conv", "Gemm", "MatMul"):
-            break
-        names.append(node.name)
-    return names
-
-
-def batch_of_one(model: Path, out: Path) -> Path:
-    """Fix the batch and let ONNX Runtime prepare the graph, as its guide to quantization asks."""
-    made = onnx.load(model)
-    made.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    del made.graph.value_info[:]
-    onnx.save(made, out)
-    quant_pre_process(out, out, skip_symbolic_shape=True)
-    return out
 
 
 def candidates(run: Run, folder: Path, threads: int) -> dict[str, Predict]:
@@ -105,9 +46,9 @@ def candidates(run: Run, folder: Path, threads: int) -> dict[str, Predict]:
     (folder / "ours").mkdir()
     given = batch_of_one(plain.simplified.path, folder / "float.onnx")
     rearranged = batch_of_one(plain.compiled.path, folder / "ours/float.onnx")
-    best = "QDQ channel UInt8 normalization float"
-    paths |= dict(peers(given, images, folder))
-    paths[REARRANGED] = dict(peers(rearranged, images, folder / "ours"))[best]
+    paths |= {way.label: static(way, given, images, folder) for way in every_static()}
+    best = next(way for way in every_static() if way.label == "QDQ channel UInt8 normalization float")
+    paths[REARRANGED] = static(best, rearranged, images, folder / "ours")
     return {label: target.load(path, precision="int8", options=options) for label, path in paths.items()}
 
 
@@ -156,9 +97,7 @@ def main() -> None:
     kept = {path.stem: measure(path, options.build, options.seconds, options.threads) for path in options.recipes}
     environment = vars(targets.get(NAME).environment(options=targets.get(NAME).Options()))
     result = {"environment": environment, "threads": options.threads, "recipes": kept}
-    machine = "-".join(targets.cpu_isa()[-1:]) or "cpu"
-    path = HERE / f"results/{datetime.now(UTC):%Y-%m-%d}-onnxruntime-placement-{machine}.json"
-    path.write_text(json.dumps(result) + "\n")
+    result_path("onnxruntime-placement").write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
