@@ -70,7 +70,7 @@ class Job:
     def calibration(self) -> list[Pixels]:
         """Give as many calibration images as bitferry uses."""
         count = self.recipe.get("quantization", {}).get("images")
-        return [image for image, _ in self.images("calibration")][:count]
+        return [image for image, _ in self.images("calibration")][: count if isinstance(count, int) else None]
 
     def _encoded(self, source: Path) -> Iterator[tuple[Image.Image, int]]:
         if source.suffix == ".npz":

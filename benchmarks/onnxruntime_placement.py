@@ -41,7 +41,7 @@ def candidates(run: Run, folder: Path, threads: int) -> dict[str, Predict]:
     target = targets.get(NAME)
     options = target.Options(threads=threads)
     ours, plain = (Deployment(run, NAME, precision) for precision in ("int8", "float32"))
-    images = run.calibration.images[: run.recipe.quantization.images].copy()
+    images = run.calibration.images[: run.recipe.quantization.first_images].copy()
     paths = {OURS: ours.compiled.path, FLOAT: plain.compiled.path}
     (folder / "ours").mkdir()
     given = batch_of_one(plain.simplified.path, folder / "float.onnx")

@@ -17,7 +17,7 @@ from common import batch_of_one, every_static, static
 import targets
 from device.arrays import Images
 from device.errors import BitferryError, first_line
-from pipeline.artifacts import Quantized
+from pipeline.artifacts import Calibration, Quantized
 from pipeline.cache import Cache
 from pipeline.capture import export_program
 from pipeline.export import export, simplify
@@ -115,7 +115,7 @@ def _float_onnx(run: Run) -> Path:
 
 
 def _calibration(run: Run) -> Images:
-    return run.calibration.images[: run.recipe.quantization.images].copy()
+    return run.calibration.images[: run.recipe.quantization.first_images].copy()
 
 
 def _plain_pt2e(run: Run, folder: Path) -> Iterator[Way]:
@@ -138,7 +138,9 @@ def _pt2e(run: Run, folder: Path) -> Quantized:
         for image in images:
             prepared(image[None])
         torch.export.save(export_program(convert_pt2e(prepared), images[:2]), folder / "program.pt2")
-    return Quantized(folder / "program.pt2", run.model, targets.Scheme(), len(images), key="plain-pt2e")
+    return Quantized(
+        folder / "program.pt2", run.model, targets.Scheme(), Calibration(len(images), len(images), {}), key="plain-pt2e"
+    )
 
 
 def _onnx_to_ir(run: Run, program: Quantized, folder: Path) -> Path:

@@ -40,8 +40,7 @@ def quantize(
 
     With `lessons` it is fine-tuned, and a run that was killed goes on where it was.
     """
-    asked = settings.images if isinstance(settings.images, int) else len(calibration)
-    count = min(len(calibration), asked)
+    count = min(len(calibration), settings.first_images or len(calibration))
     key = cache.key(
         "quantize",
         code=__file__,

@@ -111,6 +111,11 @@ class Quantization(Section):
     keep: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Layers that stay float, by their path in the model, as `features.0.0`."""
 
+    @property
+    def first_images(self) -> int | None:
+        """Give how many calibration images are read, from the front; None for all."""
+        return self.images if isinstance(self.images, int) else None
+
     def thorough(self) -> "Quantization":
         """Give the same with every step that needs neither labels nor training images."""
         return self.model_copy(update={"rounding": "layers", "ranges": "learned"})
