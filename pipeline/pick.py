@@ -105,8 +105,10 @@ def _look(run: Run, files: Sequence[Path]) -> list[Seen]:
             if fresh:
                 scores = answer(np.stack([image for _, image in fresh]))
                 rows = scores.reshape(*scores.shape[:2], -1).mean(2)
-                found += [Seen(path, row) for (path, _), row in zip(fresh, rows, strict=True)]
-    for reason, count in left_out.items():
+                finite = np.isfinite(rows).all(1)
+                left_out["whose scores are not finite"] += int((~finite).sum())
+                found += [Seen(path, row) for (path, _), row, well in zip(fresh, rows, finite, strict=True) if well]
+    for reason, count in (+left_out).items():
         progress.stage("pick", f"left out {count}: {reason}")
     if not found:
         raise InputError(f"none of the {len(files)} images can be picked")

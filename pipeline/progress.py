@@ -1,8 +1,10 @@
 """Talk on stderr: a line per stage, and a progress bar on anything long when a person is watching."""
 
+import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 
 from rich.console import Console
@@ -35,3 +37,20 @@ def track(items: Iterable[T], text: str, *, total: int) -> Iterator[T]:
         for item in items:
             yield item
             bar.advance(task)
+
+
+@contextmanager
+def until_stopped(what: str) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C end a long stage early and not the program; the second one does."""
+    before, pressed = signal.getsignal(signal.SIGINT), list[int]()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+        stage(what, "ends with the best so far; Ctrl-C again stops at once")
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)

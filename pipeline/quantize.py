@@ -17,7 +17,11 @@ from pipeline.capture import export_program
 from pipeline.recipe import Quantization, Training
 from targets import Scheme
 
-STEPS = sorted(Path(__file__).with_name("quantization").glob("*.py"))
+STEPS = [
+    *sorted(Path(__file__).with_name("quantization").glob("*.py")),
+    Path(__file__).with_name("capture.py"),
+    Path(__file__).with_name("statistics.py"),
+]
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,11 @@ def _quantize(
     from pipeline.quantization.steps import calibrate  # noqa: PLC0415
 
     images, course = torch.from_numpy(calibration.copy()), None
-    if bool((images == images[:1]).all()):
+    if len(images) > 1 and bool((images == images[:1]).all()):
         raise InputError(f"all {len(images)} calibration images are the same picture; the ranges would mean nothing")
     example = images[:2] if len(images) > 1 else images.repeat_interleave(2, 0)
     if lessons:
-        given = torch.from_numpy(lessons.data.images.copy())
+        given = lessons.data.images
         course = Course(given, model.module(), settings.epochs, settings.learning_rate, lessons.training, checkpoint)
     with torch.no_grad():
         prepared = prepare_pt2e(

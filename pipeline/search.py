@@ -6,13 +6,10 @@ than that one, it is made with more effort: with every step, then fine-tuned whe
 not inside even then leaves room for mixes: int8 with those layers in float that are most to blame.
 """
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import FrameType
 
 import numpy as np
 import torch
@@ -79,7 +76,7 @@ def choose(run: Run, name: str) -> Deployment:
         first = next(iter(targets.get(name).SCHEMES))
         progress.stage("search", f"{name} cannot be timed here, so {first} is built")
         return Deployment(run, name, first)
-    with progress.timed("search", name), _until_stopped() as stopped:
+    with progress.timed("search", name), progress.until_stopped("search") as stopped:
         search = _Searching(run, stopped, time.monotonic() + 60 * run.recipe.search.minutes)
         search.weigh_whole(name, found.fast)
         search.weigh_efforts()
@@ -95,8 +92,9 @@ class _Searching:
     def __init__(self, run: Run, stopped: Callable[[], bool], deadline: float) -> None:
         self.run, self.stopped, self.deadline = run, stopped, deadline
         self.trials: list[Trial] = []
-        self.looks, self.start = 0, time.monotonic()
-        self.images = run.calibration.images[:IMAGES].copy()
+        self.looks, self.timings, self.start = 0, 0, time.monotonic()
+        given = run.calibration.images  # spread, for a folder is sorted by class
+        self.images = given[np.linspace(0, len(given) - 1, min(IMAGES, len(given))).round().astype(int)].copy()
         self.reference = pixels.thin(eager(run.model.module())(self.images))
 
     @property
@@ -108,14 +106,18 @@ class _Searching:
     def chosen(self) -> Trial:
         """Give the best, or the fastest that more images may bring inside, or the nearest to the float model."""
         undecided = [one for one in self.trials if one.outcome == "undecided" and _within(one)]
-        return self.best or min(undecided or self.trials, key=lambda one: one.ms if undecided else one.noise)
+        judged = [one for one in self.trials if one.outcome] or self.trials
+        return self.best or min(undecided or judged, key=lambda one: one.ms if undecided else one.noise)
 
     def weigh_whole(self, name: str, fast: Sequence[Precision]) -> None:
         """Build every precision, time them all, and judge them from the fastest on."""
         schemes = targets.get(name).SCHEMES
         wanted = [one for one in schemes if one in fast or one not in SHORT]
         ways = [Deployment(self.run, name, precision) for precision in wanted]
-        built = [trial for way in ways if (trial := self._built(way, needed=way is ways[-1]))]
+        built: list[Trial] = []
+        for way in ways:
+            trial = self._built(way, needed=way is ways[-1] and not built)
+            built += [trial] if trial else []
         fewer = [replace(trial, way=replace(trial.way, threads=n)) for trial in built for n in _fewer(trial.way)]
         self.trials = self._timed([*built, *fewer])
         judged: set[str] = set()
@@ -150,7 +152,7 @@ class _Searching:
         best, int8 = self.best, self._int8(method=self.run.recipe.quantization.method)
         if best is None or int8 is None or int8.ms > WORTH * best.ms:
             return
-        names = [one.name for one in sensitivity.blames(int8.way.program, self.images)]
+        names = list(dict.fromkeys(one.name for one in sensitivity.blames(int8.way.program, self.images)))
         count, judged = 1, int8.noise
         while count <= len(names) // 2 and self.looks < MOST_LOOKS and not self._over():
             mix = self._built(replace(int8.way, keep=tuple(names[:count])))
@@ -177,20 +179,27 @@ class _Searching:
         """Compile and answer a few images; None, with a line, for what cannot be, unless nothing else is left."""
         try:
             scores = pixels.thin(load_artifact(way.compiled)(self.images))
-        except BitferryError as error:
-            if needed and not self.trials:
+        except (BitferryError, RuntimeError, TypeError, ValueError) as error:  # what torch and torchao raise, too
+            if needed:
                 raise
             progress.stage("search", f"{way.title} is left out: {first_line(error)}")
             return None
-        noise = noise_share(self.reference, scores)
-        return Trial(way, noise if np.isfinite(scores).all() else np.inf)
+        if not np.isfinite(scores).all():
+            progress.stage("search", f"{way.title} is left out: its scores are not finite")
+            return None
+        return Trial(way, noise_share(self.reference, scores))
 
     def _timed(self, trials: Sequence[Trial]) -> list[Trial]:
         """Time them interleaved, each with its own threads."""
         image = np.repeat(self.images[:1], trials[0].way.compiled.batch, axis=0)
         calls = {str(i): partial(load_artifact(trial.way.compiled), image) for i, trial in enumerate(trials)}
+        before = torch.get_num_threads()
         torch.set_num_threads(1)  # nothing of PyTorch's runs, and its threads shall not wait beside
-        series = latency.interleave(calls, seconds=SECONDS)
+        try:
+            series = latency.interleave(calls, seconds=SECONDS)
+        finally:
+            torch.set_num_threads(before)
+        self.timings += 1
         return [replace(trial, series=series[str(i)]) for i, trial in enumerate(trials)]
 
     def _look(self, trial: Trial) -> Trial:
@@ -210,7 +219,9 @@ class _Searching:
         return self.stopped() or time.monotonic() > self.deadline
 
     def told(self) -> Search:
-        """Say what was weighed, on the last timing of the finalists together, and why the chosen one was chosen."""
+        """Say what was weighed, and why the chosen one was chosen; timed once more, all together, if not yet so."""
+        if self.timings > 1:
+            self.trials = self._timed(self.trials)
         chosen = self.chosen
         weighed = tuple(self._weighed(one, chosen) for one in sorted(self.trials, key=lambda one: one.ms))
         return Search(_reason(self.trials, chosen), weighed, self.looks, time.monotonic() - self.start)
@@ -251,6 +262,8 @@ def _reason(trials: Sequence[Trial], chosen: Trial) -> str:
     """Say in a sentence why this one."""
     title, fastest = chosen.way.title, min(trials, key=lambda one: one.ms)
     int8 = min((one for one in trials if one.way.precision == "int8"), key=lambda one: one.ms, default=None)
+    if chosen.outcome == "fail":
+        return f"nothing is inside the budget; {title} is the nearest to the float model of those that were judged"
     if chosen.outcome != "pass":
         return f"nothing is proved inside the budget with these images; {title} is the one that more may prove"
     if chosen is fastest and int8 is not None and chosen.way.precision != "int8":
@@ -274,20 +287,3 @@ def _fewer(way: Deployment) -> Iterator[int]:
 
 def _within(trial: Trial) -> bool:
     return trial.change is not None and trial.change.drop_pp <= trial.way.run.recipe.budget.accuracy_drop_pp
-
-
-@contextmanager
-def _until_stopped() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C end the search and not the program; the second one does."""
-    before, pressed = signal.getsignal(signal.SIGINT), []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        pressed.append(number)
-        signal.signal(signal.SIGINT, before)
-        progress.stage("search", "ends with the best so far; Ctrl-C again stops at once")
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)

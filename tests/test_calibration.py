@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,8 @@ def test_picks_are_balanced_and_unlike_each_other(own: Project) -> None:
     assert "left out 1: cannot be read, for example:" in done.stderr
     lines = (own.folder / "lists/calibration.tsv").read_text().splitlines()
     assert len(set(lines)) == 30
+    picked = Counter(int(found["labels"][int(Path(line).stem)]) for line in lines)
+    assert max(picked.values()) <= 14  # most of the images are of the first class
     own.edit(('calibration = "calibration.npz"', 'calibration = "lists/calibration.tsv"'))
     assert own.bitferry("quantize", "small.toml", "-t", "openvino").returncode == 0
 

@@ -32,7 +32,7 @@ def images() -> Tensor:
 def course(images: Tensor, tmp_path: Path) -> Course:
     teacher = Deployable(Inverted(), CONTRACT).eval()
     training = Training(batch_size=16, horizontal_flip=True)
-    return Course(images, teacher, STEPS // 12, 2e-3, training, tmp_path / "checkpoint.pt")
+    return Course(images.numpy(), teacher, STEPS // 12, 2e-3, training, tmp_path / "checkpoint.pt")
 
 
 def calibrated(held_out: Tensor) -> tuple[fx.GraphModule, Tensor]:

@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import progress
 from pipeline.capture import export_program
@@ -100,6 +101,61 @@ def test_ranges_are_the_same_whatever_the_batch(observer: Any, images: Tensor) -
         assert [zero for _, zero in other] == [zero for _, zero in found[0]]
         np.testing.assert_allclose([s for s, _ in other], [s for s, _ in found[0]], rtol=1e-5)
     assert len({scale for scale, _ in found[0]}) > 5
+
+
+class Attention(nn.Module):
+    """Tokens first, then images, as torch's own attention has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.first, self.second = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).permute(2, 0, 1)
+        scores: Tensor = self.second(torch.relu(self.first(tokens))).mean(0)
+        return scores
+
+
+@pytest.mark.parametrize("observer", ["mean-minmax", "histogram", "scores"])
+def test_images_are_told_apart_where_they_are_not_the_first_axis(observer: Any, images: Tensor) -> None:
+    found = []
+    for batch_size in (1, 7, 8):
+        settings = Quantization(observer=observer, batch_size=batch_size, bias_correction="full")
+        model, _ = ready(images[:13], settings, net=Attention())
+        assert {grid.batch_axis for grid in activations(model)} == {0, 1}
+        found.append([float(grid.scale) for grid in activations(model)])
+        steps.calibrate(prepared(images[:13], net=Attention()), images[:13], Quantization(batch_size=batch_size))
+        steps.calibrate(prepared(images[:13], net=Attention()), images[:13], settings)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "steps_", [{}, {"images": "enough"}, {"rounding": "layers", "ranges": "learned", "iterations": 2}]
+)
+def test_one_image_is_enough_to_run_on(steps_: dict[str, Any], images: Tensor) -> None:
+    model = prepared(images)
+    found = steps.calibrate(model, images[:1], Quantization(**steps_))
+    assert found.images == 1
+
+
+def test_a_model_without_a_layer_to_quantize_is_left_as_it_is(images: Tensor) -> None:
+    net = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    settings = Quantization(rounding="layers", ranges="learned", bias_correction="full", iterations=2)
+    model = prepared(images, net=net)
+    steps.calibrate(model, images, settings)
+    with torch.no_grad():
+        assert sqnr(Deployable(net, CONTRACT).eval()(images), convert_pt2e(model)(images)) > 30
+
+
+def test_scores_that_are_not_finite_are_told_with_their_image(images: Tensor) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.log(x.mean((2, 3)) - x.mean((2, 3)).min())
+
+    with pytest.raises(InputError, match=r"scores of calibration image \d+ are not finite; take it out"):
+        steps.calibrate(prepared(images, net=Broken()), images, Quantization())
 
 
 def test_one_odd_image_stretches_minmax_and_not_the_mean(images: Tensor) -> None:

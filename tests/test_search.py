@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from device import pixels
-from pipeline import recipe
+from device.arrays import Predict
+from pipeline import progress, recipe, search
+from pipeline.artifacts import Compiled
 from pipeline.cache import Cache
 from pipeline.measure import sensitivity
 from pipeline.measure.latency import Series
 from pipeline.run import Deployment, Run
 from pipeline.search import Trial, _Searching
 from pipeline.statistics import noise_share
-from pipeline.verify import eager
+from pipeline.verify import eager, load_artifact
 from tests.conftest import Project
 
 LAYERS = ["first.0", "second.0", "head"]
@@ -148,6 +150,33 @@ def test_int8_outside_the_budget_is_made_with_every_step_and_then_fine_tuned(
     assert searching.chosen.way.program.key != Deployment(run, "openvino", "int8").program.key
     searching.weigh_mixes()  # there is no more room
     assert not any(one.way.keep for one in searching.trials)
+
+
+def test_a_candidate_that_fails_or_is_not_finite_is_left_out_and_all_are_timed_together(
+    own: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.edit(('precision = "int8"', 'precision = "auto"'))
+    progress.console.quiet = False
+    real = load_artifact
+
+    def loaded(compiled: Compiled) -> Predict:
+        if compiled.precision == "float32":  # the last of the two
+            raise RuntimeError("no such kernel")
+        return real(compiled)
+
+    monkeypatch.setattr(search, "load_artifact", loaded)
+    searching = _Searching(run_of(own), lambda: False, np.inf)
+    searching.weigh_whole("openvino", ("int8", "float32"))
+    assert {one.way.precision for one in searching.trials} == {"int8"}
+    assert "float32 is left out: no such kernel" in capsys.readouterr().err
+    monkeypatch.setattr(search, "load_artifact", lambda one: lambda images: real(one)(images) * np.float32(np.nan))
+    assert searching._built(searching.trials[0].way) is None
+    assert "its scores are not finite" in capsys.readouterr().err
+    monkeypatch.setattr(search, "load_artifact", real)
+    searching.trials = [*searching.trials, *searching._timed(searching.trials[:1])]
+    told = searching.told()
+    assert searching.timings == 3
+    assert all(one.over_chosen is not None for one in told.weighed)
 
 
 def test_looks_share_the_chance_of_passing_by_luck(own: Project) -> None:

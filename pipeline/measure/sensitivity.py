@@ -1,17 +1,18 @@
 """How much of the scores' error each layer is to blame for: the int8 program with that layer alone in float."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from device import pixels
-from device.arrays import Images
+from device.arrays import Images, Outputs
 from pipeline import progress
 from pipeline.artifacts import Program
 from pipeline.capture import export_program, layer_name
-from pipeline.measure.layers import LAYERS, rounds, twins
+from pipeline.measure.layers import LAYERS, PIXELS, rounds, twins
 from pipeline.statistics import noise_share
 from pipeline.verdict import Blame
 
@@ -44,15 +45,20 @@ def blames(program: Program, images: Images) -> tuple[Blame, ...]:
     first = given[:2] if len(given) > 1 else given.repeat_interleave(2, dim=0)
     with torch.no_grad():
         exported = cast(fx.GraphModule, export_program(program.twin(), first).module())
-        reference = pixels.thin(exported(given).numpy())
-        before = noise_share(reference, pixels.thin(quantized(given).numpy()))
+        batches = torch.split(given, max(1, PIXELS // (given[0].numel() // 3)))
+        reference = _answers(exported, batches)
+        before = noise_share(reference, _answers(quantized, batches))
         pairs = twins(exported, quantized)
         layers = [node for node in quantized.graph.nodes if node.target in LAYERS and node.name in pairs]
         found = []
         for node in progress.track(layers, "blame layers", total=len(layers)):
-            scores = Spared(quantized, node.name, _float_layer(exported, pairs[node.name])).run(given)
-            found.append(Blame(layer_name(node), before - noise_share(reference, pixels.thin(scores.numpy()))))
+            spared = Spared(quantized, node.name, _float_layer(exported, pairs[node.name]))
+            found.append(Blame(layer_name(node), before - noise_share(reference, _answers(spared.run, batches))))
     return tuple(sorted(found, key=lambda blame: -blame.noise))
+
+
+def _answers(model: Layer, batches: Sequence[Tensor]) -> Outputs:
+    return np.concatenate([pixels.thin(model(batch).numpy()) for batch in batches])
 
 
 def _float_layer(exported: fx.GraphModule, name: str) -> Layer:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from pipeline import progress
-from pipeline.quantization.graph import Layer, batches, layers
+from pipeline.quantization.graph import Layer, batch_axis, batches, layers
 from pipeline.quantization.lockstep import Lockstep
 
 
@@ -54,5 +54,5 @@ def full(model: fx.GraphModule, images: Tensor) -> int:
 
 def _image_means(layer: Layer, difference: Tensor) -> Tensor:
     """Average each image's over all but its channels, N×C."""
-    moved = difference.movedim(layer.channel_axis, -1)
+    moved = difference.movedim(layer.channel_axis, -1).movedim(batch_axis(layer.node) or 0, 0)
     return moved.reshape(len(moved), -1, moved.shape[-1]).mean(1)

@@ -34,9 +34,9 @@ class Effect(nn.Module):
             min(0.0, float(torch.stack(grid.seen.low).min())),
             max(0.0, float(torch.stack(grid.seen.high).max())),
         )
-        self.source = source
+        self.source, self.grid = source, grid
         self.sums, self.power = torch.zeros(2, images, BINS, dtype=torch.float64), 0.0
-        self.first, self.count = 0, 1
+        self.first = 0
 
     def forward(self, x: Tensor) -> Tensor:
         passed = x + self.source
@@ -66,10 +66,9 @@ class Effect(nn.Module):
         return edges, below_costs[:, None] + above_costs + steps.square() / 12 * self.power
 
     def _adding(self, x: Tensor, first: int) -> Hook:
-        rows = self.count if x.ndim and len(x) % self.count == 0 else 1
-
         def add(gradient: Tensor) -> None:
-            values, slopes = x.reshape(rows, -1), gradient.reshape(rows, -1)
+            (moved, rows), (slope, _) = self.grid.by_image(x), self.grid.by_image(gradient)
+            values, slopes = moved.reshape(rows, -1), slope.reshape(rows, -1)
             low, high = self.ends
             places = ((values - low) * (BINS / max(high - low, 1e-12))).long().clamp_(0, BINS - 1)
             places += BINS * torch.arange(rows)[:, None]
@@ -96,7 +95,7 @@ def weigh(model: fx.GraphModule, images: Tensor) -> dict[Grid, Effect]:
         with torch.enable_grad():
             for batch in progress.track(split, "weigh ranges", total=len(split)):
                 for effect in effects.values():
-                    effect.first, effect.count = first, len(batch)
+                    effect.first, effect.grid.batch = first, len(batch)
                 scores = model(batch)
                 signs = torch.randint(0, 2, scores.shape, generator=random).to(scores.dtype) * 2 - 1
                 if scores.requires_grad:

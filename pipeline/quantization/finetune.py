@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from device.arrays import Images
 from device.errors import StageFailed, first_line
 from pipeline import progress
 from pipeline.quantization.graph import Layer, activations, grids, layers, set_mode
@@ -24,6 +25,8 @@ from pipeline.recipe import Training
 
 SECONDS = 30.0
 """Between two checkpoints."""
+MOST_PIXELS = 32 * 224 * 224
+"""Of all images of a step: all that a step backward needs of them is held in memory."""
 LEAST = 1e-3
 """Of the size that a rate is relative to: a bias of zeros moves, too."""
 
@@ -32,8 +35,8 @@ LEAST = 1e-3
 class Course:
     """What to train on, how long, and where to keep how far it is."""
 
-    images: Tensor
-    """N×H×W×3 uint8."""
+    images: Images
+    """N×H×W×3 uint8, read batch by batch."""
     teacher: nn.Module
     epochs: int
     rate: float
@@ -43,18 +46,23 @@ class Course:
     checkpoint: Path
 
     @property
+    def size(self) -> int:
+        """Give the images of a step: the recipe's batch, or as many as are a moderate number of pixels."""
+        each = int(self.images[0].size) // 3
+        return max(1, min(self.training.batch_size, len(self.images), MOST_PIXELS // each))
+
+    @property
     def steps(self) -> int:
-        return self.epochs * max(1, len(self.images) // self.training.batch_size)
+        return self.epochs * (len(self.images) // self.size)
 
     def batches(self, first: int) -> Iterator[Tensor]:
         """Give the images of each step from `first` on, the same whether training was interrupted or not."""
         order = torch.Generator().manual_seed(self.training.seed)
-        size = min(self.training.batch_size, len(self.images))
-        each = self.steps // self.epochs
-        drawn = [torch.randperm(len(self.images), generator=order)[: each * size] for _ in range(self.epochs)]
-        for step, picked in enumerate(torch.split(torch.cat(drawn), size)):
+        each = self.steps // self.epochs * self.size
+        drawn = [torch.randperm(len(self.images), generator=order)[:each] for _ in range(self.epochs)]
+        for step, picked in enumerate(torch.split(torch.cat(drawn), self.size)):
             if step >= first:
-                yield self._mirrored(self.images[picked], step)
+                yield self._mirrored(torch.from_numpy(self.images[picked.numpy()]), step)
 
     def _mirrored(self, images: Tensor, step: int) -> Tensor:
         if not self.training.horizontal_flip:
@@ -81,6 +89,8 @@ class StraightThrough(nn.Module):
 def finetune(model: fx.GraphModule, course: Course) -> int:
     """Train a calibrated graph; go on where a run that was killed left off. Give how many layers were trained."""
     chosen = layers(model)
+    if not chosen:
+        return 0
     ranges = {grid: LearnedRange(grid) for grid in activations(model)}
     for grid, learned in ranges.items():
         learned.zero.requires_grad_(False)

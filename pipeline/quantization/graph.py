@@ -114,6 +114,20 @@ def own_tensors(model: fx.GraphModule) -> None:
     model.recompile()
 
 
+def batch_axis(node: fx.Node) -> int | None:
+    """Give the axis of a value that grows with the number of images."""
+    shape = getattr(node.meta.get("val"), "shape", ())
+    return next((axis for axis, size in enumerate(shape) if not isinstance(size, int)), None)
+
+
+def mark_batches(model: fx.GraphModule) -> None:
+    """Tell each grid where the images are in what goes through it."""
+    for node in model.graph.nodes:
+        grid = grid_of(model, node)
+        if grid is not None and not grid.per_channel:
+            grid.batch_axis = batch_axis(node.args[0])
+
+
 def grids(model: fx.GraphModule) -> list[Grid]:
     """List the grids, of activations and of weights."""
     return [module for module in model.modules() if isinstance(module, Grid)]

@@ -39,6 +39,8 @@ class Grid(ObserverBase):  # type: ignore[misc]
         self.per_channel = qscheme is torch.per_channel_symmetric
         self.mode: Mode = "off"
         self.samples, self.sums, self.batch = 0, False, 1
+        self.batch_axis: int | None = 0
+        """Of what goes through: L×N×E has 1; None where all images are in one value."""
         self.seen = Seen()
         self.scale, self.zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int64)
         self.stand_in: Any = None
@@ -83,14 +85,20 @@ class Grid(ObserverBase):  # type: ignore[misc]
         self.scale = torch.maximum(largest, torch.as_tensor(least)).clamp(min=SMALLEST_OF_A_WEIGHT)
         self.zero_point = torch.zeros(len(weight), dtype=torch.int64)
 
+    def by_image(self, x: Tensor) -> tuple[Tensor, int]:
+        """Move the axis of the images to the front; give how many there are, 1 where they cannot be told apart."""
+        moved = x.movedim(self.batch_axis, 0) if self.batch_axis and x.ndim > self.batch_axis else x
+        apart = self.batch_axis is not None and moved.ndim and len(moved) and len(moved) % self.batch == 0
+        return moved, self.batch if apart else 1
+
     def forget(self) -> None:
         """Let go of what was seen."""
         self.seen = Seen()
 
     def _observe(self, x: Tensor) -> None:
         """Keep each image's own statistics, so that they are the same whatever the batch."""
-        rows = self.batch if x.ndim and len(x) and len(x) % self.batch == 0 else 1
-        images = x.detach().reshape(rows, -1)
+        x, rows = self.by_image(x.detach())
+        images = x.reshape(rows, -1)
         low, high = torch.aminmax(images, dim=1)
         lows, highs = list(low), list(high)
         values = list(_some(images, self.samples)) if self.samples else []
@@ -106,7 +114,7 @@ class Grid(ObserverBase):  # type: ignore[misc]
         self.seen.calls += 1
         if self.seen.calls > 1:
             self.sums, self.seen.rows = False, 0  # the mean of several tensors is no layer's input
-        if self.sums and x.ndim:
+        if self.sums and x.ndim and self.batch_axis is not None:
             self.seen.total = self.seen.total + x.sum(0, keepdim=True).double()
             self.seen.rows += len(x)
 

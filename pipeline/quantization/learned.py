@@ -69,9 +69,11 @@ def noise(found: Tensor, wanted: Tensor) -> Tensor:
     return (found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
 
 
-def learn(model: fx.GraphModule, images: Tensor, teacher: Tensor, settings: Quantization) -> None:
-    """Learn ranges with biases in `iterations` steps of a few images each."""
+def learn(model: fx.GraphModule, images: Tensor, teacher: Tensor, settings: Quantization) -> int:
+    """Learn ranges with biases in `iterations` steps of a few images each; give how many ranges there are."""
     ranges = {grid: LearnedRange(grid) for grid in activations(model)}
+    if not ranges:
+        return 0
     biases = [layer.bias for layer in layers(model) if layer.bias is not None]
     set_mode(model, "round")
     for grid, learned in ranges.items():
@@ -84,6 +86,7 @@ def learn(model: fx.GraphModule, images: Tensor, teacher: Tensor, settings: Quan
         set_mode(model, "off")
     for grid, learned in ranges.items():
         learned.settle(grid)
+    return len(ranges)
 
 
 def _train(

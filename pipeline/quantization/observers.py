@@ -9,9 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
+from device.errors import InputError
 from pipeline import progress
 from pipeline.quantization import effects
-from pipeline.quantization.graph import activations, quality, set_mode, some
+from pipeline.quantization.graph import activations, mark_batches, quality, set_mode, some
 from pipeline.quantization.grid import Grid
 from pipeline.recipe import Quantization
 
@@ -35,6 +36,7 @@ def candidates(settings: Quantization) -> Sequence[str]:
 def observe(model: fx.GraphModule, images: Tensor, settings: Quantization) -> Tensor:
     """Run every calibration image once and keep what the observers need; give the answers, which are float."""
     look = not {"percentile", "mse", "histogram"}.isdisjoint(candidates(settings))
+    mark_batches(model)
     for grid in activations(model):
         grid.forget()
         grid.samples = max(16, min(4096, VALUES // len(images))) if look else 0
@@ -47,7 +49,11 @@ def observe(model: fx.GraphModule, images: Tensor, settings: Quantization) -> Te
             grid.batch, grid.seen.calls = len(batch), 0
         answers.append(model(batch))
     set_mode(model, "off")
-    return torch.cat(answers)
+    found = torch.cat(answers)
+    if not bool(torch.isfinite(found).all()):
+        bad = next(i for i, scores in enumerate(found) if not bool(torch.isfinite(scores).all()))
+        raise InputError(f"the float model's scores of calibration image {bad + 1} are not finite; take it out")
+    return found
 
 
 def set_ranges(model: fx.GraphModule, images: Tensor, teacher: Tensor, settings: Quantization) -> None:

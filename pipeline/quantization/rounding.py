@@ -48,10 +48,10 @@ def round_weight(weight: Tensor, moments: Tensor, scale: Tensor, most: int) -> T
     """Round G×O×K weights to ±`most` steps of `scale` (G×O×1), given H, G×K×K."""
     diagonal = torch.diagonal(moments, dim1=1, dim2=2)
     order = diagonal.argsort(dim=1, descending=True)  # what matters most while there are others to make it good
-    damped = moments + torch.diag_embed((DAMPING * diagonal.mean(1, keepdim=True)).clamp(min=1e-12).expand_as(diagonal))
-    damped = _permuted(_permuted(damped, order).mT, order).mT
+    factor = _factor(_permuted(_permuted(moments, order).mT, order).mT)
+    if factor is None:
+        return (weight / scale).round().clamp(-most, most) * scale
     left, made = _permuted(weight, order), torch.zeros_like(weight)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     count = weight.shape[2]
     for start in range(0, count, COLUMNS):
         end = min(start + COLUMNS, count)
@@ -64,6 +64,19 @@ def round_weight(weight: Tensor, moments: Tensor, scale: Tensor, most: int) -> T
             errors[..., column - start : column - start + 1] = error
         left[..., end:] -= errors @ factor[:, start:end, end:]
     return torch.empty_like(made).scatter_(2, order[:, None].expand_as(made), made)
+
+
+def _factor(moments: Tensor) -> Tensor | None:
+    """Give U of H⁻¹ = Uᵀ·U, with more damping where H needs it; None where all is in vain, as for inputs of 0."""
+    mean = torch.diagonal(moments, dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
+        damped = moments + torch.diag_embed((damping * mean)[:, None].expand(moments.shape[:2]))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed.any()):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not bool(failed.any()):
+                return cast(Tensor, upper)
+    return None
 
 
 def _round(layer: Layer, inputs: Iterable[Tensor]) -> None:

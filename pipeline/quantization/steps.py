@@ -94,6 +94,7 @@ def _enough(model: fx.GraphModule, images: Tensor, settings: Quantization) -> tu
     is_held = torch.zeros(len(images), dtype=torch.bool)
     is_held[places(len(images), JUDGES)] = True
     rest, found = images[~is_held], dict[int, float]()
+    rest = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))]  # a folder is sorted by class
     count = min(FIRST, len(rest))
     while count:
         found[count] = _rough_quality(model, rest[:count], settings, held_out)
@@ -102,7 +103,7 @@ def _enough(model: fx.GraphModule, images: Tensor, settings: Quantization) -> tu
         if flat or count == len(rest):
             break
         count = min(2 * count, len(rest))
-    told = ", ".join(f"{tried} {worth:.1f} dB" for tried, worth in found.items())
+    told = ", ".join(f"{tried} {worth:.1f} dB" for tried, worth in found.items()) or f"{len(images)}"
     end = "more bring nothing" if count < len(rest) else "more may be better"
     progress.stage("quantize", f"calibration images: {told}; {end}")
     return torch.cat([rest[:count], held_out]), found
