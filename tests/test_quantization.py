@@ -158,6 +158,24 @@ def test_scores_that_are_not_finite_are_told_with_their_image(images: Tensor) ->
         steps.calibrate(prepared(images, net=Broken()), images, Quantization())
 
 
+def test_padding_by_name_is_quantized_too(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding="same", dilation=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 5, stride=2, padding="valid"),
+        nn.Conv2d(8, 8, 2, padding="same"),  # one more to the right: stays float
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+    model = prepared(images, net=net)
+    assert len(layers(model)) == 3
+    with torch.no_grad():
+        steps.calibrate(model, images, Quantization())
+        assert sqnr(Deployable(net, CONTRACT).eval()(images), convert_pt2e(model)(images)) > 25
+
+
 def test_one_odd_image_stretches_minmax_and_not_the_mean(images: Tensor) -> None:
     odd = images.clone()
     odd[1:] = odd[1:] // 4

@@ -14,7 +14,7 @@ from pipeline.statistics import decibels
 from pipeline.verdict import LayerError
 
 aten = torch.ops.aten
-LAYERS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}
+LAYERS = {aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.linear.default}
 PIXELS = 400_000
 """Images of this many pixels together go through at once: every layer's float output of theirs is held in memory."""
 

@@ -66,11 +66,14 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
     def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
         """Prepare what no annotation can say.
 
+        A padding by its name becomes one by numbers, where it is as wide on both sides.
         Each layer gets a bias node of its own: layers that share one have other input scales, so other biases.
         Pooling to 1×1 becomes the mean that it is: on its way to ONNX it would end in a gather of every value from
         where it already is, to keep the memory format. And where layers give int8, a batch norm that no convolution
         could take in becomes one itself, channel by channel.
         """
+        for node in [node for node in model.graph.nodes if node.target is aten.conv2d.padding]:
+            _pad_by_numbers(node)
         for node in [node for node in model.graph.nodes if node.target is POOL and _to_one(node)]:
             node.target, node.args = MEAN, (node.args[0], [-1, -2], True)
         if self.scheme.outputs == "int8":
@@ -131,6 +134,16 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
             close = get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(names[:5])}, …"
             raise InputError(f"quantization.keep names '{name}', which is no convolution or matrix product; {hint}")
+
+
+def _pad_by_numbers(node: fx.Node) -> None:
+    given: list[Any] = list(node.args)
+    x, weight, bias, stride, padding, dilation, groups = given + [None, [1, 1], "valid", [1, 1], 1][len(given) - 2 :]
+    kernel = _node(weight).meta["val"].shape[2:]
+    around = [0, 0] if padding == "valid" else [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if all(one % 2 == 0 for one in around):
+        node.target = aten.conv2d.default
+        node.args = (x, weight, bias, stride, [one // 2 for one in around], dilation, groups)
 
 
 def _with_one_scale(node: fx.Node, spec: QuantizationSpec) -> tuple[Inputs, Spec]:
