@@ -11,15 +11,14 @@ evaluation image, time both at batch 1. Both end with one line of JSON. The envi
 """
 
 import argparse
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import nncf
 import numpy as np
 import openvino as ov
 from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+from peer_script import main
 
 PERFORMANCE, MIXED = nncf.QuantizationPreset.PERFORMANCE, nncf.QuantizationPreset.MIXED
 EXTREMES = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
@@ -89,23 +88,5 @@ def versions() -> dict[str, str]:
     return {"NNCF": nncf.__version__, "OpenVINO": ov.get_version().split("-")[0]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("quantize")
-    one.add_argument("model", type=Path)
-    one.add_argument("calibration", type=Path)
-    one.add_argument("out", type=Path)
-    one.add_argument("--transformer", action="store_true", help="tell NNCF that the model has attention")
-    one.set_defaults(run=quantize)
-    whole = commands.add_parser("job")
-    whole.add_argument("recipe", type=Path)
-    whole.add_argument("state", type=Path)
-    whole.add_argument("out", type=Path)
-    whole.set_defaults(run=job)
-    options = parser.parse_args()
-    print(json.dumps(options.run(options)))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, quantize=quantize, job=job)

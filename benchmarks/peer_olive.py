@@ -14,7 +14,6 @@ time both at batch 1. Both end with one line of JSON. An environment that it run
 """
 
 import argparse
-import json
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -26,6 +25,7 @@ import numpy as np
 os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
 import olive
 from olive.data.registry import Registry
+from peer_script import main
 
 UINT8 = {"activation_type": "uint8", "precision": "int8", "per_channel": True}
 WAYS: Mapping[str, Mapping[str, object]] = {"defaults": {}, "uint8 activations, per channel": UINT8}
@@ -109,23 +109,5 @@ def job(options: argparse.Namespace) -> dict[str, Any]:
     return {"versions": {"Olive": version("olive-ai")}, "found": found}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("quantize")
-    one.add_argument("model", type=Path)
-    one.add_argument("calibration", type=Path)
-    one.add_argument("out", type=Path)
-    one.add_argument("--transformer", action="store_true", help="taken and not used: Olive has no such setting")
-    one.set_defaults(run=quantize)
-    whole = commands.add_parser("job")
-    whole.add_argument("recipe", type=Path)
-    whole.add_argument("state", type=Path)
-    whole.add_argument("out", type=Path)
-    whole.set_defaults(run=job)
-    options = parser.parse_args()
-    print(json.dumps(options.run(options)))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, quantize=quantize, job=job)

@@ -74,10 +74,10 @@ def every_way(run: Run, auto: Run | None, peers: Peers, folder: Path) -> tuple[l
     return sorted(ways, key=lambda way: order.index(way.runtime)), versions
 
 
-def _made(peer: str, name: str, runtime: str, make: Callable[[], Path]) -> Way:
+def _made(peer: str, name: str, runtime: str, make: Callable[[], Path], precision: Precision = "int8") -> Way:
     """Make one file; what fails is a row that says so."""
     try:
-        return Way(peer, name, runtime, make())
+        return Way(peer, name, runtime, make(), precision)
     except Exception as error:  # noqa: BLE001 - a peer may raise anything, and the others go on
         return Way(peer, name, runtime, why=f"{type(error).__name__}: {first_line(error)}")
 
@@ -85,7 +85,7 @@ def _made(peer: str, name: str, runtime: str, make: Callable[[], Path]) -> Way:
 def _ours(run: Run, auto: Run | None) -> Iterator[Way]:
     """Give int8 for either runtime, and on OpenVINO what a search for the fastest inside the budget chose."""
     for runtime in (OPENVINO, ONNXRUNTIME):
-        yield _made("bitferry", "bitferry, int8", runtime, partial(_deployed, run, runtime))
+        yield _made("bitferry", "bitferry, int8", runtime, partial(_deployed, run, runtime, "int8"))
     if auto:
         name = 'bitferry, `precision = "auto"`'
         try:
@@ -95,8 +95,8 @@ def _ours(run: Run, auto: Run | None) -> Iterator[Way]:
             yield Way("auto", name, OPENVINO, why=str(error))
 
 
-def _deployed(run: Run, runtime: str) -> Path:
-    return Deployment(run, runtime, "int8").compiled.path
+def _deployed(run: Run, runtime: str, precision: Precision) -> Path:
+    return Deployment(run, runtime, precision).compiled.path
 
 
 def _floats(run: Run) -> Iterator[Way]:
@@ -106,7 +106,7 @@ def _floats(run: Run) -> Iterator[Way]:
         fast = target.environment(options=run.recipe.options(runtime)).fast
         for precision in ("float32", "bfloat16"):
             if precision in target.SCHEMES and precision in fast:
-                yield Way("float", precision, runtime, Deployment(run, runtime, precision).compiled.path, precision)
+                yield _made("float", precision, runtime, partial(_deployed, run, runtime, precision), precision)
 
 
 def _float_onnx(run: Run) -> Path:

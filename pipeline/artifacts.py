@@ -113,7 +113,7 @@ class Quantized:
     path: Path
     baseline: FloatModel
     scheme: Scheme
-    calibration: "Calibration"
+    calibration: Calibration
     key: str
     precision: Precision = "int8"
     """float8 where a target makes that of the int8 program."""

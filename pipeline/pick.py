@@ -86,7 +86,7 @@ def _look(run: Run, files: Sequence[Path]) -> list[Seen]:
     """Decode each file as the recipe says and let the float model answer; say what was left out."""
     splits = [run.evaluation, *([run.training] if run.recipe.data.train else [])]
     elsewhere, mine = {digest for split in splits for digest in split.digests}, set[bytes]()
-    answer, found, left_out = eager(_model(run).module()), list[Seen](), Counter[str]()
+    answer, found, left_out, broken = eager(_model(run).module()), list[Seen](), Counter[str](), list[str]()
     contract, chunks = run.recipe.preprocessing, range(0, len(files), CHUNK)
     with ThreadPoolExecutor(usable_cpus()) as pool:
         for start in progress.track(chunks, "look at images", total=len(chunks)):
@@ -94,7 +94,7 @@ def _look(run: Run, files: Sequence[Path]) -> list[Seen]:
             part = files[start : start + CHUNK]
             for path, image in zip(part, pool.map(partial(_decoded, contract), part), strict=True):
                 if isinstance(image, str):
-                    left_out[f"cannot be read, for example: {image}"] += 1
+                    broken.append(image)
                     continue
                 digest = bytes.fromhex(hashlib.sha256(image.tobytes()).hexdigest()[:32])
                 if digest in elsewhere or digest in mine:
@@ -108,6 +108,8 @@ def _look(run: Run, files: Sequence[Path]) -> list[Seen]:
                 finite = np.isfinite(rows).all(1)
                 left_out["whose scores are not finite"] += int((~finite).sum())
                 found += [Seen(path, row) for (path, _), row, well in zip(fresh, rows, finite, strict=True) if well]
+    if broken:
+        left_out[f"cannot be read, for example: {broken[0]}"] = len(broken)
     for reason, count in (+left_out).items():
         progress.stage("pick", f"left out {count}: {reason}")
     if not found:

@@ -60,7 +60,8 @@ def quantize(
     checkpoint = build.root / f".fine-tune-{key}.pt"
     whole = partial(_quantize, model, calibration.images[:count], scheme, settings, lessons, checkpoint)
     done = build.folder("quantize", key, whole)
-    checkpoint.unlink(missing_ok=True)
+    for path in (checkpoint, checkpoint.with_suffix(".new")):
+        path.unlink(missing_ok=True)
     equalized = done / "equalized.pt2"
     used = json.loads((done / "calibration.json").read_text())
     return Quantized(

@@ -117,7 +117,7 @@ class Quantization(Section):
         return self.images if isinstance(self.images, int) else None
 
     def thorough(self) -> "Quantization":
-        """Give the same with every step that needs neither labels nor training images."""
+        """Give the same with the two steps that take minutes, roundings by layers and learned ranges."""
         return self.model_copy(update={"rounding": "layers", "ranges": "learned"})
 
 

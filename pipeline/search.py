@@ -2,7 +2,7 @@
 
 Every precision that the target runs at speed here is built, and timed against the others with all threads and with
 fewer. Fastest first, they are then judged on the evaluation data until one is inside the budget. Where int8 is faster
-than that one, it is made with more effort: with every step, then fine-tuned where there are training images. What is
+than that one, it is made with more effort: with more steps, then fine-tuned where there are training images. What is
 not inside even then leaves room for mixes: int8 with those layers in float that are most to blame.
 """
 
@@ -133,7 +133,7 @@ class _Searching:
         if int8 is None or (best is not None and int8.ms > WORTH * best.ms):
             return
         given = int8.way.settings
-        efforts = {"every step": given.thorough()}
+        efforts = {"more steps": given.thorough()}
         if self.run.recipe.data.train is not None:
             efforts["fine-tuned"] = given.model_copy(update={"method": "qat"})
         for note, settings in efforts.items():

@@ -86,11 +86,12 @@ def test_picks_are_balanced_and_unlike_each_other(own: Project) -> None:
     for i in order:
         Image.fromarray(found["images"][i]).save(folder / f"{i}.png")
     shutil.copy(folder / f"{order[0]}.png", folder / "copy.png")
-    (folder / "broken.png").write_bytes(b"no image")
+    for name in ("broken.png", "torn.png"):
+        (folder / name).write_bytes(b"no image")
     done = own.bitferry("pick", "small.toml", "photos", "--count", "30", "-o", "lists/calibration.tsv")
     assert done.returncode == 0, done.stderr
     assert "left out 1: copies of others" in done.stderr
-    assert "left out 1: cannot be read, for example:" in done.stderr
+    assert "left out 2: cannot be read, for example:" in done.stderr
     lines = (own.folder / "lists/calibration.tsv").read_text().splitlines()
     assert len(set(lines)) == 30
     picked = Counter(int(found["labels"][int(Path(line).stem)]) for line in lines)

@@ -99,7 +99,7 @@ def test_a_recipe_with_qat_is_deployed_from_its_own_training_images(deployed: Pr
     assert not list((own.folder / "build/small").glob(".fine-tune-*"))
 
 
-def broken(project: Project) -> tuple[str, str]:
+def with_weights(project: Project) -> tuple[str, str]:
     weights = next((project.folder / "build/small").glob("train-*/weights.safetensors"))
     shutil.copy(weights, project.folder / "weights.safetensors")
     return "[model]", '[model]\nweights = "weights.safetensors"'
@@ -107,7 +107,7 @@ def broken(project: Project) -> tuple[str, str]:
 
 def test_qat_without_training_images_says_what_it_lacks(deployed: Project, tmp_path: Path) -> None:
     own = Project(Path(shutil.copytree(deployed.folder, tmp_path / "own")))
-    own.edit(broken(own), ('train = "train.npz"', ""), ("[budget]", '[quantization]\nmethod = "qat"\n[budget]'))
+    own.edit(with_weights(own), ('train = "train.npz"', ""), ("[budget]", '[quantization]\nmethod = "qat"\n[budget]'))
     done = own.bitferry("verify", "small.toml", "-t", "openvino", "--quick")
     assert done.returncode == 2
     assert "has no data.train, which quantization.method 'qat' trains on; its labels are not used" in done.stderr

@@ -260,7 +260,7 @@ def test_what_a_range_costs_the_scores_is_what_plain_gradients_say(images: Tenso
         observe(model, images[:6], PLAIN)
         found = effects.weigh(model, images[:6])
     grid = activations(model)[3]
-    edges, costs = found[grid].costs(grid)
+    edges, costs = found[grid].costs()
     low, high = 0, 200  # behind a ReLU6
     slopes, values = plain_gradients(model, grid, images[:6])
     beyond = [(g * (x - edges[high])).where(x > edges[high], 0).sum() for g, x in zip(slopes, values, strict=True)]
@@ -298,7 +298,7 @@ def test_ranges_by_their_effect_on_the_scores_answer_better_than_the_whole_range
     odd[5] = 255 - odd[5]
     found = {name: ready(odd, Quantization(observer=name)) for name in ("scores", "minmax")}
     worth = {name: quality(model, images, teacher, weights=False) for name, (model, teacher) in found.items()}
-    assert worth["scores"] > worth["minmax"] - 0.1
+    assert worth["scores"] > worth["minmax"]
 
 
 LAYERS = [

@@ -120,7 +120,7 @@ def test_mixes_of_int8_and_float_are_tried_until_one_is_inside(own: Project, mon
     assert "int8, 1 layer in float is the fastest that is proved inside the budget" in searching.told().reason
 
 
-def test_int8_outside_the_budget_is_made_with_every_step_and_then_fine_tuned(
+def test_int8_outside_the_budget_is_made_with_more_steps_and_then_fine_tuned(
     own: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is judged and timed is given; all that is built is real."""
@@ -145,7 +145,7 @@ def test_int8_outside_the_budget_is_made_with_every_step_and_then_fine_tuned(
         for one in searching.trials
     ]
     searching.weigh_efforts()
-    assert judged[-2:] == ["int8, every step", "int8, fine-tuned"]
+    assert judged[-2:] == ["int8, more steps", "int8, fine-tuned"]
     assert searching.chosen.way.title == "int8, fine-tuned"
     assert searching.chosen.way.program.key != Deployment(run, "openvino", "int8").program.key
     searching.weigh_mixes()  # there is no more room

@@ -14,7 +14,7 @@ others decide no more than their scores suffer. That is what the error of the va
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from pipeline import progress
 from pipeline.quantization.graph import activations, batches
@@ -25,11 +25,10 @@ BINS = 256
 Hook = Callable[[Tensor], None]
 
 
-class Effect(nn.Module):
+class Effect:
     """Stands in for an activation's grid: lets everything through, and sums what its gradients say."""
 
     def __init__(self, grid: Grid, images: int, source: Tensor) -> None:
-        super().__init__()
         self.ends = (
             min(0.0, float(torch.stack(grid.seen.low).min())),
             max(0.0, float(torch.stack(grid.seen.high).max())),
@@ -38,22 +37,22 @@ class Effect(nn.Module):
         self.sums, self.power = torch.zeros(2, images, BINS, dtype=torch.float64), 0.0
         self.first = 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         passed = x + self.source
         if passed.requires_grad:  # x, for what passed may be changed in place
             passed.register_hook(self._adding(x.detach(), self.first))  # type: ignore[no-untyped-call]
         return passed
 
-    def bounds(self, grid: Grid) -> tuple[float, float]:
+    def bounds(self) -> tuple[float, float]:
         """Give the range that costs the scores least."""
-        edges, costs = self.costs(grid)
+        edges, costs = self.costs()
         near = 1e-9 * (self.ends[1] - self.ends[0])
         costs[edges > near] = torch.inf  # 0 is in every range
         costs[:, edges < -near] = torch.inf
         low, high = divmod(int(costs.argmin()), len(edges))
         return float(edges[low]), float(edges[high])
 
-    def costs(self, grid: Grid) -> tuple[Tensor, Tensor]:
+    def costs(self) -> tuple[Tensor, Tensor]:
         """Give the bounds and, for each lower (rows) and upper one (columns), what the range costs the scores."""
         edges = torch.linspace(*self.ends, BINS + 1, dtype=torch.float64)
         beyond = torch.zeros(2, self.sums.shape[1], BINS + 1, dtype=torch.float64)
@@ -62,7 +61,7 @@ class Effect(nn.Module):
         below[..., 1:] = self.sums.cumsum(-1)
         above_costs = (beyond[1] - edges * beyond[0]).square().sum(0)
         below_costs = (below[1] - edges * below[0]).square().sum(0)
-        steps = grid.step(edges[:, None], edges[None, :])
+        steps = self.grid.step(edges[:, None], edges[None, :])
         return edges, below_costs[:, None] + above_costs + steps.square() / 12 * self.power
 
     def _adding(self, x: Tensor, first: int) -> Hook:

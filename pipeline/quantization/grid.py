@@ -44,7 +44,7 @@ class Grid(ObserverBase):  # type: ignore[misc]
         self.seen = Seen()
         self.scale, self.zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int64)
         self.stand_in: Any = None
-        """A module that is called in this one's place, while a step looks at it or learns it."""
+        """What is called in this one's place, while a step looks at it or learns it."""
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point

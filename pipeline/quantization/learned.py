@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from pipeline import progress
-from pipeline.quantization.graph import activations, layers, set_mode
+from pipeline.quantization.graph import BATCH, activations, layers, set_mode
 from pipeline.quantization.grid import Grid
 from pipeline.recipe import Quantization
 
 SCALE_RATE, ZERO_RATE, BIAS_RATE = 1e-3, 1e-2, 2e-4
 """Of Adam: relative to a scale, in steps of the grid, and in the bias's own unit."""
-BATCH = 8
 
 
 class Rounding(torch.autograd.Function):

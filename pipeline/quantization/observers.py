@@ -19,7 +19,7 @@ from pipeline.recipe import Quantization
 VALUES = 2**19
 """Of a tensor that are kept in all, for the observers that look at more than the extremes."""
 WEIGHED, JUDGES = 32, 32
-"""Calibration images that `scores` looks at, and that observers are compared on."""
+"""Calibration images that `scores` looks at, and that judge observers and steps."""
 TAIL = 1e-4
 """Left out at either end by `percentile`."""
 SHRINKS, ROUNDS = 24, 2
@@ -70,7 +70,7 @@ def set_ranges(model: fx.GraphModule, images: Tensor, teacher: Tensor, settings:
     for name in names:
         for grid in ranged:
             if name == "scores":
-                grid.set_range(*found[grid].bounds(grid))
+                grid.set_range(*found[grid].bounds())
             else:
                 RANGES[name](grid, torch.stack(grid.seen.low), torch.stack(grid.seen.high))
         worth = quality(model, *judges, weights=False) if len(names) > 1 else 0.0
@@ -134,6 +134,7 @@ def _values(grid: Grid, low: Tensor, high: Tensor) -> Tensor:
 
 
 BEST = ("scores", "histogram", "mean-minmax")
+"""That `best` compares."""
 RANGES: Mapping[str, Callable[[Grid, Tensor, Tensor], None]] = {
     "minmax": _whole,
     "mean-minmax": _mean,

@@ -20,21 +20,18 @@ from pipeline.quantization.graph import (
     some,
     without_grids,
 )
-from pipeline.quantization.observers import observe, set_ranges
+from pipeline.quantization.observers import JUDGES, observe, set_ranges
 from pipeline.recipe import Quantization
 from pipeline.statistics import decibels
 
-JUDGES, SIDE_BY_SIDE, FEW = 32, 32, 16
-"""Calibration images that judge a step, that those steps see which hold two programs' values in memory, and that say
-whether equalization helps."""
+SIDE_BY_SIDE, FEW = 32, 16
+"""Calibration images that those steps see which hold two programs' values in memory, and that judge equalization."""
 SAME = 40.0
 """dB that the float answers keep after equalization: a clip that an unseen image reaches is no more than this."""
 SIMPLE = Quantization(observer="mean-minmax")
 """Of what equalization is judged by."""
 NOISE = 0.05
 """dB: a step that costs less than this on so few images is not known to cost anything."""
-
-
 FIRST, FLAT = 16, 0.1
 """Images that are tried first for `images = "enough"`, and the dB that two doublings must bring to go on."""
 
