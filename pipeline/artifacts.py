@@ -69,9 +69,6 @@ class Program(Protocol):
     def module(self) -> "nn.Module":
         """Give the model, uint8 N×H×W×3 in and scores N×K out, in evaluation mode."""
 
-    def twin(self) -> "nn.Module":
-        """Give the float model whose tensors inside this one's are nearest to: the baseline's, or equalized."""
-
 
 @dataclass(frozen=True)
 class FloatModel:
@@ -89,9 +86,6 @@ class FloatModel:
         return self
 
     def module(self) -> "nn.Module":
-        return self.eager
-
-    def twin(self) -> "nn.Module":
         return self.eager
 
 
@@ -122,14 +116,9 @@ class Quantized:
     quantized = True
 
     def module(self) -> "nn.Module":
-        from pipeline.quantize import read_program  # noqa: PLC0415 - this file stays free of torch
+        from pipeline.capture import read_program  # noqa: PLC0415 - this file stays free of torch
 
         return read_program(self.path)
-
-    def twin(self) -> "nn.Module":
-        from pipeline.quantize import read_program  # noqa: PLC0415 - this file stays free of torch
-
-        return read_program(self.equalized) if self.equalized else self.baseline.module()
 
 
 @dataclass(frozen=True)

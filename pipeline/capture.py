@@ -1,7 +1,10 @@
-"""Program → torch.export program (`.pt2`), for the targets that compile from it."""
+"""Program → torch.export program (`.pt2`), for the targets that compile from it; reading one, and its plain form."""
 
-from functools import partial
+import copy
+import logging
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -9,6 +12,8 @@ from torch import Tensor, fx, nn
 from device.errors import StageFailed, first_line
 from pipeline import cache, unsupported
 from pipeline.artifacts import Captured, Program, Quantized, Split
+
+aten = torch.ops.aten
 
 
 def capture(program: Program, calibration: Split, build: cache.Cache) -> Captured:
@@ -19,8 +24,55 @@ def capture(program: Program, calibration: Split, build: cache.Cache) -> Capture
     if isinstance(program, Quantized):
         return Captured(program.path, program.precision, program.key)
     key = cache.key("capture", code=__file__, packages=("torch",), program=program.key, data=calibration.key)
-    done = build.folder("capture", key, partial(_capture, program, calibration))
+    done = build.folder("capture", key, partial(_capture, program))
     return Captured(done / "program.pt2", program.precision, key)
+
+
+def captured(program: Program) -> torch.export.ExportedProgram:
+    """Give a program as torch.export has it: a quantized one is one, a float one is captured once in this process.
+
+    Take its `module()`, which is a copy, to change anything. Raises StageFailed when it cannot be captured.
+    """
+    if isinstance(program, Quantized):
+        return read(program.path)
+    return _captured(program.module(), program.baseline.preprocessing.shape)
+
+
+def twin(program: Program) -> torch.export.ExportedProgram:
+    """Give the float program whose tensors inside this one's are nearest to: the equalized one, or the baseline's."""
+    if isinstance(program, Quantized) and program.equalized:
+        return read(program.equalized)
+    return captured(program.baseline)
+
+
+@lru_cache(maxsize=8)
+def read(path: Path) -> torch.export.ExportedProgram:
+    """Load a program that a stage wrote; once in this process, for a large one takes seconds."""
+    register_quantized_operators()
+    return torch.export.load(path)
+
+
+def read_program(path: Path) -> nn.Module:
+    """Load a program that a stage wrote, as a module."""
+    module: nn.Module = read(path).module()
+    return module
+
+
+def register_quantized_operators() -> None:
+    """Make torch know the operators of a quantized program, before one is loaded."""
+    quiet_imports()
+    import torchao.quantization.pt2e  # noqa: F401, PLC0415 - seconds to import
+
+
+def quiet_imports() -> None:
+    """Keep a notice about torchao's own enum, logged on import by torch 2.14, off the user's screen."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
+@lru_cache(maxsize=2)
+def _captured(model: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return export_program(model, torch.zeros(2, *shape, dtype=torch.uint8))
 
 
 def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
@@ -32,10 +84,47 @@ def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedPro
         raise StageFailed(f"torch.export cannot capture the model: {first_line(error)} ({place})") from error
 
 
-def _capture(program: Program, calibration: Split, out: Path) -> None:
-    example = torch.from_numpy(calibration.images[:1].repeat(2, axis=0))
-    with torch.no_grad():
-        torch.export.save(export_program(program.module(), example), out / "program.pt2")
+def _capture(program: Program, out: Path) -> None:
+    torch.export.save(captured(program), out / "program.pt2")
+
+
+def without_in_place(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Copy a program with operators that return their result in place of those that write it over their input.
+
+    And ReLU6 as the clamp that it is: else the ONNX exporter spends half its time on finding that out, symbolically.
+    """
+    copied = copy.deepcopy(program)
+    for node in copied.graph.nodes:
+        if node.op == "call_function" and _may_return(node):
+            name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname
+            node.target = getattr(getattr(aten, name[:-1]), overload)
+        if node.target is aten.relu6.default:
+            node.target, node.args = aten.clamp.default, (node.args[0], 0.0, 6.0)
+        if node.target is aten.hardtanh.default and len(node.args) == 3:
+            node.target = aten.clamp.default
+    copied.graph_module.recompile()
+    return copied
+
+
+def _may_return(node: fx.Node) -> bool:
+    """Say whether nothing but `node` sees what it writes: its input is new, and read by no view and nothing later."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.name.startswith("aten::") or not schema.name.endswith("_"):
+        return False
+    written = [bool(one.alias_info and one.alias_info.is_write) for one in schema.arguments]
+    plain = getattr(aten, schema.name.removeprefix("aten::")[:-1], None)
+    if written[:1] != [True] or any(written[1:]):
+        return False
+    given = node.args[0]
+    if not isinstance(given, fx.Node) or not hasattr(plain, schema.overload_name or "default") or not _is_new(given):
+        return False
+    return all(other is node or (other < node and _is_new(other)) for other in given.users)
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Say whether a node's value shares no memory with another's."""
+    schema: Any = getattr(node.target, "_schema", None)
+    return schema is not None and not any(one.alias_info for one in schema.returns)
 
 
 def layer_name(node: fx.Node) -> str:

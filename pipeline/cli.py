@@ -66,9 +66,11 @@ class _State:
 
 
 def _run(recipe: "Recipe", path: Path, build: Path, trust: bool, effort: "Effort" = "default") -> "Run":
+    from pipeline import memory
     from pipeline.cache import Cache
     from pipeline.run import Run
 
+    memory.keep_freed()
     return Run(recipe, path, Cache(build / recipe.name), trust, effort)
 
 

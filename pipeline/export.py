@@ -20,7 +20,7 @@ from device.arrays import Images, Outputs
 from device.errors import StageFailed, first_line
 from pipeline import cache, unsupported
 from pipeline.artifacts import Onnx, Program, Simplified, Split
-from pipeline.capture import export_program
+from pipeline.capture import captured, without_in_place
 from pipeline.statistics import sqnr_db
 
 OPSET = 18
@@ -39,6 +39,7 @@ def export(program: Program, calibration: Split, build: cache.Cache) -> Onnx:
     key = cache.key(
         "export",
         code=__file__,
+        capture=cache.file_hash(Path(__file__).with_name("capture.py")),
         packages=("torch", "onnx", "onnxscript"),
         program=program.key,
         data=calibration.key,
@@ -73,23 +74,21 @@ def _answer(model: Path, images: Images, what: str) -> Outputs:
 
 def _export(program: Program, calibration: Split, out: Path) -> None:
     images = calibration.images[:CHECKED_IMAGES]
-    module, example = program.module(), torch.from_numpy(images[:2].copy())
     with torch.no_grad(), _quiet():
+        whole = captured(program)
         try:
             exported = torch.onnx.export(
-                module,
-                (example,),
+                without_in_place(whole),
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
                 opset_version=OPSET,
                 input_names=["images"],
                 output_names=["scores"],
             )
         except Exception as error:
-            why = unsupported.in_export(error, partial(export_program, module, example))
+            why = unsupported.in_export(error, lambda: whole)
             raise StageFailed(f"torch.onnx.export failed: {why}") from error
         cast("torch.onnx.ONNXProgram", exported).save(out / "model.onnx", external_data=False)
-        expected = module(torch.from_numpy(images.copy())).numpy()
+        expected = program.module()(torch.from_numpy(images.copy())).numpy()
     _compare(expected, _answer(out / "model.onnx", images, "the exported ONNX"), images, program, "the exported ONNX")
 
 

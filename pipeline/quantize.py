@@ -1,19 +1,17 @@
 """Float model → PyTorch int8 (PT2E): a target's scheme says what is int8, the calibration images say how."""
 
 import json
-import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from device.arrays import Images
 from device.errors import InputError
 from pipeline import cache
 from pipeline.artifacts import Calibration, FloatModel, Quantized, Split
-from pipeline.capture import export_program
+from pipeline.capture import captured, export_program, quiet_imports
 from pipeline.recipe import Quantization, Training
 from targets import Scheme
 
@@ -74,24 +72,6 @@ def quantize(
     )
 
 
-def read_program(path: Path) -> nn.Module:
-    """Load a program that `quantize` wrote."""
-    register_quantized_operators()
-    module: nn.Module = torch.export.load(path).module()
-    return module
-
-
-def register_quantized_operators() -> None:
-    """Make torch know the operators of a quantized program, before one is loaded."""
-    _quiet_imports()
-    import torchao.quantization.pt2e  # noqa: F401, PLC0415 - seconds to import
-
-
-def _quiet_imports() -> None:
-    """Keep a notice about torchao's own enum, logged on import by torch 2.14, off the user's screen."""
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-
-
 def _quantize(
     model: FloatModel,
     calibration: Images,
@@ -102,7 +82,7 @@ def _quantize(
     out: Path,
 ) -> None:
     # torchao takes seconds to import, which a run that finds this stage in the cache is spared
-    _quiet_imports()
+    quiet_imports()
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e  # noqa: PLC0415
 
     from pipeline.quantization.annotate import SchemeQuantizer  # noqa: PLC0415
@@ -117,9 +97,7 @@ def _quantize(
         given = lessons.data.images
         course = Course(given, model.module(), settings.epochs, settings.learning_rate, lessons.training, checkpoint)
     with torch.no_grad():
-        prepared = prepare_pt2e(
-            export_program(model.module(), example).module(), SchemeQuantizer(scheme, settings.keep)
-        )
+        prepared = prepare_pt2e(captured(model).module(), SchemeQuantizer(scheme, settings.keep))
         found = calibrate(prepared, images, settings, course)
         if found.equalized is not None:
             torch.export.save(export_program(found.equalized, example), out / "equalized.pt2")

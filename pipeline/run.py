@@ -27,13 +27,13 @@ from pipeline.artifacts import (
 )
 from pipeline.bundle import bundle
 from pipeline.cache import Cache
-from pipeline.capture import capture
+from pipeline.capture import capture, read_program
 from pipeline.compile import compile
 from pipeline.export import answer, export, simplify
 from pipeline.load import load
 from pipeline.measure.ladder import Step, Steps
 from pipeline.measure.latency import Effort
-from pipeline.quantize import Lessons, quantize, read_program
+from pipeline.quantize import Lessons, quantize
 from pipeline.recipe import Quantization, Recipe
 from pipeline.report import record
 from pipeline.trace import torchscript, trace

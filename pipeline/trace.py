@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from device.errors import StageFailed, first_line
 from pipeline import cache, progress
 from pipeline.artifacts import Program, Split, Traced
-from pipeline.quantize import register_quantized_operators
+from pipeline.capture import register_quantized_operators
 
 TOLERANCE = 1e-5
 CHECKED_IMAGES = 16

@@ -15,8 +15,8 @@ from device.errors import StageFailed
 from device.respell import respelled
 from pipeline.artifacts import Program
 from pipeline.cache import Cache
-from pipeline.capture import capture
-from pipeline.quantize import quantize, read_program
+from pipeline.capture import capture, read_program
+from pipeline.quantize import quantize
 from pipeline.recipe import Quantization
 from pipeline.statistics import sqnr_db
 from targets import Scheme

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from device.arrays import Images
 from pipeline.artifacts import Program
-from pipeline.capture import export_program, layer_name
+from pipeline.capture import layer_name, twin
 from pipeline.statistics import decibels
 from pipeline.verdict import LayerError
 
@@ -91,11 +91,9 @@ class Compare(fx.Interpreter):
 
 def compare(program: Program, images: Images) -> tuple[LayerError, ...]:
     """Give every quantized layer's SQNR, in the order they run; images N×H×W×3."""
-    quantized, reference = program.module(), program.twin()
+    quantized, exported = program.module(), cast(fx.GraphModule, twin(program).module())
     batches = torch.split(torch.from_numpy(images.copy()), max(1, PIXELS // (images[0].size // 3)))
     with torch.no_grad():
-        first = batches[0] if len(batches[0]) > 1 else batches[0].repeat_interleave(2, dim=0)
-        exported: fx.GraphModule = export_program(reference, first).module()
         pairs = twins(exported, quantized)
         totals: dict[str, Power] = {}
         for batch in batches:

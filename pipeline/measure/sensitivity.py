@@ -11,7 +11,7 @@ from device import pixels
 from device.arrays import Images, Outputs
 from pipeline import progress
 from pipeline.artifacts import Program
-from pipeline.capture import export_program, layer_name
+from pipeline.capture import layer_name, twin
 from pipeline.measure.layers import LAYERS, PIXELS, rounds, twins
 from pipeline.statistics import noise_share
 from pipeline.verdict import Blame
@@ -42,9 +42,8 @@ def blames(program: Program, images: Images) -> tuple[Blame, ...]:
     """
     quantized = cast(fx.GraphModule, program.module())
     given = torch.from_numpy(images.copy())
-    first = given[:2] if len(given) > 1 else given.repeat_interleave(2, dim=0)
     with torch.no_grad():
-        exported = cast(fx.GraphModule, export_program(program.twin(), first).module())
+        exported = cast(fx.GraphModule, twin(program).module())
         batches = torch.split(given, max(1, PIXELS // (given[0].numel() // 3)))
         reference = _answers(exported, batches)
         before = noise_share(reference, _answers(quantized, batches))

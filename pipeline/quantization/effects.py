@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from pipeline import progress
 from pipeline.quantization.graph import activations, batches
-from pipeline.quantization.grid import Grid
+from pipeline.quantization.grid import Grid, channels_last
 
 BINS = 256
 """Bounds that are tried, from the smallest to the largest value seen."""
@@ -67,6 +67,8 @@ class Effect:
     def _adding(self, x: Tensor, first: int) -> Hook:
         def add(gradient: Tensor) -> None:
             (moved, rows), (slope, _) = self.grid.by_image(x), self.grid.by_image(gradient)
+            if channels_last(moved):
+                moved, slope = moved.movedim(1, -1), slope.movedim(1, -1)
             values, slopes = moved.reshape(rows, -1), slope.reshape(rows, -1)
             low, high = self.ends
             places = ((values - low) * (BINS / max(high - low, 1e-12))).long().clamp_(0, BINS - 1)
@@ -74,7 +76,7 @@ class Effect:
             for sums, weights in zip(self.sums, (slopes, slopes * values), strict=True):
                 found = torch.bincount(places.flatten(), weights.flatten(), rows * BINS)
                 sums[first : first + rows] += found.view(rows, BINS)
-            self.power += float(slopes[values != 0].square().sum())
+            self.power += float((slopes * (values != 0)).square_().sum())
 
         return add
 
