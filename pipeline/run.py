@@ -1,8 +1,8 @@
 """All stages in order: the table of contents of bitferry."""
 
 import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -104,8 +104,8 @@ class Deployment:
     precision: Precision
     keep: tuple[str, ...] = ()
     """Layers that stay float, besides the recipe's."""
-    threads: int | None = None
-    """In place of the recipe's."""
+    options: targets.Options | None = None
+    """In place of the recipe's for this target."""
     quantization: Quantization | None = None
     """In place of the recipe's, and `note` says how it differs."""
     note: str = ""
@@ -119,12 +119,14 @@ class Deployment:
         """Say what sets it apart from the target's other ways."""
         kept = f", {len(self.keep)} layer{'s'[: len(self.keep) != 1]} in float" if self.keep else ""
         note = f", {self.note}" if self.note else ""
-        return (
-            self.precision
-            + note
-            + kept
-            + (f", {self.threads} thread{'s'[: self.threads != 1]}" if self.threads else "")
-        )
+        return self.precision + note + kept + "".join(f", {one}" for one in self._changes())
+
+    def _changes(self) -> Iterator[str]:
+        """Say which settings of the target differ from the recipe's."""
+        given = asdict(self.run.recipe.options(self.name))
+        for name, value in asdict(self.options).items() if self.options else ():
+            if value != given[name]:
+                yield f"{value} thread{'s'[: value != 1]}" if name == "threads" else f"{name} {value}"
 
     @property
     def settings(self) -> Quantization:
@@ -168,9 +170,8 @@ class Deployment:
 
     @cached_property
     def compiled(self) -> Compiled:
-        given = self.run.recipe.options(self.name)
         return compile(
-            self.source, self.name, self.run.build, options=replace(given, threads=self.threads or given.threads)
+            self.source, self.name, self.run.build, options=self.options or self.run.recipe.options(self.name)
         )
 
     @cached_property
@@ -178,7 +179,7 @@ class Deployment:
         """Give the same target's float32, to be timed beside the artifact; None where it has none, or is it."""
         if self.precision == "float32" or "float32" not in targets.get(self.name).SCHEMES:
             return None
-        return Deployment(self.run, self.name, "float32", threads=self.threads).compiled
+        return Deployment(self.run, self.name, "float32", options=self.options).compiled
 
     @cached_property
     def verified(self) -> Verified | Unmeasured:

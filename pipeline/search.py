@@ -1,14 +1,16 @@
 """precision = "auto": the fastest artifact of a target that is proved inside the accuracy budget, and what was weighed.
 
-Every precision that the target runs at speed here is built, and timed against the others with all threads and with
-fewer. Fastest first, they are then judged on the evaluation data until one is inside the budget. Where int8 is faster
-than that one, it is made with more effort: with more steps, then fine-tuned where there are training images. What is
-not inside even then leaves room for mixes: int8 with those layers in float that are most to blame.
+Every precision that the target runs at speed here is built, and timed against the others with the recipe's settings
+and those that the target has besides: fewer threads, 16-bit rests. Fastest first, they are then judged on the
+evaluation data until one is inside the budget. Layers that int8 makes slower than float, each timed by the runtime,
+are left in float. Where int8 is faster than what is inside, it is made with more effort: with more steps, then
+fine-tuned where there are training images. What is not inside even then leaves room for mixes: int8 with those layers
+in float that take most noise away for each microsecond.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,14 +20,12 @@ import targets
 from device import pixels
 from device.errors import BitferryError, first_line
 from pipeline import progress
-from pipeline.figures import Change, Ratio
 from pipeline.measure import latency, sensitivity
 from pipeline.measure.accuracy import judge_accuracy
-from pipeline.measure.latency import Series
-from pipeline.measure.speed import size
 from pipeline.run import Deployment, Run
-from pipeline.statistics import decibels, noise_share, ratio_interval
-from pipeline.verdict import Outcome, Search, Weighed
+from pipeline.statistics import noise_share
+from pipeline.trial import Trial, by_worth, cost_of_float, reason, weighed, within
+from pipeline.verdict import Search
 from pipeline.verify import artifact_answers, compared, eager, float_answers, load_artifact
 from targets import Precision
 
@@ -39,29 +39,6 @@ WORTH = 0.98
 """Of the best one's time, that a mix must stay under."""
 HALF = 0.5
 """Of the noise of the mix that was judged last, that the next must stay under to be looked at."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One candidate that was built, and what was found of it so far."""
-
-    way: Deployment
-    noise: float
-    """Of the scores of some calibration images, as a share of their power."""
-    series: Series | None = None
-    outcome: Outcome | None = None
-    """None where it was not judged."""
-    change: Change | None = None
-
-    @property
-    def ms(self) -> float:
-        """Median of a call; infinite where it was not timed."""
-        return 1e3 * float(np.median(self.series.seconds)) if self.series else np.inf
-
-    @property
-    def bytes(self) -> int:
-        """Of the artifact with the files that belong to it."""
-        return size(self.way.compiled.path.parent)
 
 
 def choose(run: Run, name: str) -> Deployment:
@@ -79,6 +56,7 @@ def choose(run: Run, name: str) -> Deployment:
     with progress.timed("search", name), progress.until_stopped("search") as stopped:
         search = _Searching(run, stopped, time.monotonic() + 60 * run.recipe.search.minutes)
         search.weigh_whole(name, found.fast)
+        search.weigh_slowed()
         search.weigh_efforts()
         search.weigh_mixes()
     told = search.told()
@@ -105,7 +83,7 @@ class _Searching:
     @property
     def chosen(self) -> Trial:
         """Give the best, or the fastest that more images may bring inside, or the nearest to the float model."""
-        undecided = [one for one in self.trials if one.outcome == "undecided" and _within(one)]
+        undecided = [one for one in self.trials if one.outcome == "undecided" and within(one)]
         judged = [one for one in self.trials if one.outcome] or self.trials
         return self.best or min(undecided or judged, key=lambda one: one.ms if undecided else one.noise)
 
@@ -118,8 +96,8 @@ class _Searching:
         for way in ways:
             trial = self._built(way, needed=way is ways[-1] and not built)
             built += [trial] if trial else []
-        fewer = [replace(trial, way=replace(trial.way, threads=n)) for trial in built for n in _fewer(trial.way)]
-        self.trials = self._timed([*built, *fewer])
+        others = [other for trial in built for other in self._otherwise(trial, fast)]
+        self.trials = self._timed([*built, *others])
         judged: set[str] = set()
         for trial in sorted(self.trials, key=lambda one: one.ms):
             if trial.way.compiled.key not in judged and self.looks < MOST_LOOKS:
@@ -147,12 +125,28 @@ class _Searching:
             if trial.noise < int8.noise and self._look(trial).outcome == "pass":
                 return
 
+    def weigh_slowed(self) -> None:
+        """Leave those layers in float that int8 makes slower here, where together they are worth a candidate."""
+        int8 = self._int8(method=self.run.recipe.quantization.method)
+        whole = min((one for one in self.trials if one.way.precision != "int8"), key=lambda one: one.ms, default=None)
+        if int8 is None or whole is None or self._over():
+            return
+        slowed = {name: -cost for name, cost in cost_of_float(int8, whole).items() if cost < 0}
+        if 1e-3 * sum(slowed.values()) < (1 - WORTH) * int8.ms:
+            return
+        mix = self._built(replace(int8.way, keep=tuple(slowed)))
+        if mix:
+            before, mix = self._timed([self.best or int8, mix])
+            self.trials.append(mix)
+            if mix.ms <= WORTH * before.ms and self.looks < MOST_LOOKS:
+                self._look(mix)
+
     def weigh_mixes(self) -> None:
         """Between int8 and a slower one that is inside the budget, leave in float what is most to blame."""
         best, int8 = self.best, self._int8(method=self.run.recipe.quantization.method)
         if best is None or int8 is None or int8.ms > WORTH * best.ms:
             return
-        names = list(dict.fromkeys(one.name for one in sensitivity.blames(int8.way.program, self.images)))
+        names = by_worth(sensitivity.blames(int8.way.program, self.images), cost_of_float(int8, best))
         count, judged = 1, int8.noise
         while count <= len(names) // 2 and self.looks < MOST_LOOKS and not self._over():
             mix = self._built(replace(int8.way, keep=tuple(names[:count])))
@@ -168,11 +162,21 @@ class _Searching:
                 if self._look(mix).outcome == "pass":
                     return
 
+    def _otherwise(self, trial: Trial, fast: Sequence[Precision]) -> Iterator[Trial]:
+        """Give the same with the target's other settings; anew where they change more than how it is run."""
+        given = self.run.recipe.options(trial.way.name)
+        for options in given.alternatives(trial.way.precision, fast):
+            way = replace(trial.way, options=options)
+            same = way.compiled.key == trial.way.compiled.key
+            found = replace(trial, way=way) if same else self._built(way)
+            if found:
+                yield found
+
     def _int8(self, method: str) -> Trial | None:
         """Give the int8 that is nearest to the float model, of those with as many threads as the fastest has."""
         whole = [one for one in self.trials if one.way.precision == "int8" and not one.way.keep]
         fastest = min(whole, key=lambda one: one.ms, default=None)
-        alike = [one for one in whole if fastest and one.way.threads == fastest.way.threads]
+        alike = [one for one in whole if fastest and one.way.options == fastest.way.options]
         return min((one for one in alike if one.way.settings.method == method), key=lambda one: one.noise, default=None)
 
     def _built(self, way: Deployment, *, needed: bool = False) -> Trial | None:
@@ -223,67 +227,5 @@ class _Searching:
         if self.timings > 1:
             self.trials = self._timed(self.trials)
         chosen = self.chosen
-        weighed = tuple(self._weighed(one, chosen) for one in sorted(self.trials, key=lambda one: one.ms))
-        return Search(_reason(self.trials, chosen), weighed, self.looks, time.monotonic() - self.start)
-
-    def _weighed(self, trial: Trial, chosen: Trial) -> Weighed:
-        dominated = any(_better(other, trial) for other in self.trials)
-        return Weighed(
-            name=trial.way.title,
-            precision=trial.way.precision,
-            keep=trial.way.keep,
-            threads=trial.way.compiled.threads,
-            ms=trial.ms,
-            over_chosen=_ratio(trial, chosen),
-            sqnr_db=decibels(1.0, trial.noise),
-            file_bytes=trial.bytes,
-            outcome=trial.outcome,
-            drop_upper_pp=trial.change.drop_upper_pp if trial.change else None,
-            confidence=trial.change.confidence if trial.change else None,
-            pareto=not dominated,
-            chosen=trial is chosen,
-        )
-
-
-def _ratio(trial: Trial, chosen: Trial) -> Ratio | None:
-    """Give the time of a candidate over that of the chosen one."""
-    if trial.series is None or chosen.series is None:
-        return None
-    return Ratio(*ratio_interval(trial.series.block_medians, chosen.series.block_medians))
-
-
-def _better(one: Trial, other: Trial) -> bool:
-    """Say whether one is at least as fast, as near to the float model and as small as the other, and in one more so."""
-    a, b = ((trial.ms, trial.noise, trial.bytes) for trial in (one, other))
-    return all(x <= y for x, y in zip(a, b, strict=True)) and a != b
-
-
-def _reason(trials: Sequence[Trial], chosen: Trial) -> str:
-    """Say in a sentence why this one."""
-    title, fastest = chosen.way.title, min(trials, key=lambda one: one.ms)
-    int8 = min((one for one in trials if one.way.precision == "int8"), key=lambda one: one.ms, default=None)
-    if chosen.outcome == "fail":
-        return f"nothing is inside the budget; {title} is the nearest to the float model of those that were judged"
-    if chosen.outcome != "pass":
-        return f"nothing is proved inside the budget with these images; {title} is the one that more may prove"
-    if chosen is fastest and int8 is not None and chosen.way.precision != "int8":
-        return f"int8 does not pay here: {title} is {int8.ms / chosen.ms:.2f} times as fast, and inside the budget"
-    if chosen is fastest:
-        return f"{title} is the fastest of {len(trials)}, and proved inside the budget"
-    return (
-        f"{title} is the fastest that is proved inside the budget; {fastest.way.title} is "
-        f"{chosen.ms / fastest.ms:.2f} times as fast, and is not"
-    )
-
-
-def _fewer(way: Deployment) -> Iterator[int]:
-    """Halve the number of threads down to one, where the recipe leaves it open."""
-    if way.run.recipe.options(way.name).threads is None:
-        count = way.compiled.threads // 2
-        while count >= 1:
-            yield count
-            count //= 2
-
-
-def _within(trial: Trial) -> bool:
-    return trial.change is not None and trial.change.drop_pp <= trial.way.run.recipe.budget.accuracy_drop_pp
+        front = tuple(weighed(one, chosen, self.trials) for one in sorted(self.trials, key=lambda one: one.ms))
+        return Search(reason(self.trials, chosen), front, self.looks, time.monotonic() - self.start)

@@ -215,8 +215,8 @@ def _made(recipe: Recipe, way: Way, evaluation: Split, command: str) -> _Made:
 
 
 def _execution(way: Way) -> Execution:
-    ran = _executed(way.compiled)
-    floats = _executed(way.runtime_float) if way.runtime_float else None
+    ran = execution.executed(way.compiled)
+    floats = execution.executed(way.runtime_float) if way.runtime_float else None
     count = _matrix_products_and_convolutions(way.compiled.source.path)
     return Execution(
         summary=execution.summary(way.compiled.precision, ran, expected=count),
@@ -230,11 +230,6 @@ def _matrix_products_and_convolutions(source: Path) -> int | None:
     if source.suffix != ".onnx":
         return None
     return sum(node.op_type in export.NAMED for node in onnx.load(source).graph.node)
-
-
-def _executed(compiled: Compiled) -> tuple[targets.Layer, ...]:
-    target = targets.get(compiled.target)
-    return tuple(target.executed(compiled.path, precision=compiled.precision, options=compiled.options))
 
 
 def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) -> Ladder:

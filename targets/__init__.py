@@ -6,13 +6,13 @@ import pkgutil
 import platform
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast, get_args
+from typing import Any, Literal, Protocol, Self, TypeVar, cast, get_args
 
 from device.arrays import Predict
 from device.errors import InputError, TargetUnavailable
@@ -25,6 +25,8 @@ Precision = Literal["int8", "float32", "bfloat16", "float16", "float8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Batch = int | Literal["dynamic"]
 MOST_THREADS, MOST_BATCH = 1024, 4096
+TIMED_CALLS = 11
+"""Of an artifact whose layers are timed; the first of them only warms up."""
 
 FOLDERS = "BITFERRY_TARGETS"
 """Environment variable: more folders to look for targets in, separated as in PATH."""
@@ -71,6 +73,16 @@ class Options:
         if self.batch != "dynamic" and not 1 <= self.batch <= MOST_BATCH:
             raise ValueError(f'batch must be 1 to {MOST_BATCH}, or "dynamic", not {self.batch}')
 
+    def alternatives(self, precision: Precision, fast: Sequence[Precision]) -> Iterator[Self]:
+        """Give other settings that may be faster at a precision, of those left open here, for a search to time.
+
+        `fast` lists what the device has instructions for. A subclass adds its own to these: fewer threads.
+        """
+        count = usable_cpus() // 2 if self.threads is None else 0
+        while count >= 1:
+            yield replace(self, threads=count)
+            count //= 2
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -98,6 +110,8 @@ class Layer:
     kind: Kind
     precision: str
     """Of its inputs: int8, float32, bfloat16, float16."""
+    microseconds: float | None = None
+    """What it took in one call of the artifact, the median of a few; None where the runtime does not tell."""
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)

@@ -4,7 +4,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -41,8 +41,6 @@ GATES = {"Sigmoid": (0.0, 0.0), "HardSigmoid": (0.2, 0.5), "HardSwish": (1 / 6, 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(targets.Options):
-    """What a recipe may set under `[targets.onnxruntime]`."""
-
     provider: Literal["CPU", "CUDA", "OpenVINO"] = "CPU"
     """What runs the graph; all but CPU need another build of ONNX Runtime."""
     spinning: bool = True
@@ -52,8 +50,7 @@ class Options(targets.Options):
 def environment(*, options: Options) -> Environment:
     missing = _missing(options)
     fast = fast_on_cpu(SCHEMES) if options.provider == "CPU" else () if missing else tuple(SCHEMES)
-    device = (options.provider, cpu_isa(), system(), _found())
-    return Environment("onnxruntime", ort.__version__, *device, fast, missing)
+    return Environment("onnxruntime", ort.__version__, options.provider, cpu_isa(), system(), _found(), fast, missing)
 
 
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:
@@ -93,9 +90,12 @@ def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[
         session = _session(path, options, profile=f"{folder}/profile")
         images = session.get_inputs()[0]
         shape = [size if isinstance(size, int) else 1 for size in images.shape]
-        session.run(None, {images.name: np.zeros(shape, np.uint8)})
+        for _ in range(targets.TIMED_CALLS):
+            session.run(None, {images.name: np.zeros(shape, np.uint8)})
         events = json.loads(Path(session.end_profiling()).read_text())
-    return [layer for event in events if (layer := _layer(event))]
+    timed = [(layer, event["dur"]) for event in events if (layer := _layer(event))]
+    taken = {layer: [microseconds for other, microseconds in timed if other == layer] for layer, _ in timed}
+    return [replace(layer, microseconds=float(np.median(each[1:]))) for layer, each in taken.items()]
 
 
 def _layer(event: dict[str, Any]) -> Layer | None:
@@ -277,8 +277,8 @@ def _quantize_gates(graph: _Graph) -> None:
 
 
 def _attribute(node: "NodeProto", name: str, default: float) -> float:
-    found = [attribute for attribute in node.attribute if attribute.name == name]
-    return (found[0].f if found[0].type == found[0].FLOAT else found[0].i) if found else default
+    found = next((attribute for attribute in node.attribute if attribute.name == name), None)
+    return default if found is None else found.f if found.type == found.FLOAT else found.i
 
 
 def _drop_idle_pair(graph: _Graph) -> bool:

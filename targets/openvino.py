@@ -1,12 +1,13 @@
 """Intel OpenVINO on a CPU, GPU or NPU: ONNX → IR, every batch size compiled as a model of its own."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, Self
 
 import numpy as np
 import openvino as ov
@@ -23,7 +24,7 @@ SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None,
 
 # Without a hint OpenVINO runs float layers in bfloat16 where the CPU can, and in float16 on a GPU; what an int8
 # graph leaves in float must be the float32 that was verified, too.
-HINTS = {"int8": "f32", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+HINTS: Mapping[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 CAPABILITIES: Mapping[Precision, str] = {"int8": "INT8", "float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 KINDS: Mapping[str, Kind] = {
     "Convolution": "convolution",
@@ -48,6 +49,8 @@ class Options(targets.Options):
     """What OpenVINO chooses its settings for; throughput answers a call of many images in several streams."""
     streams: int | None = None
     """How many calls of the model run at once and share the threads; None for what the hint makes of it."""
+    rests: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What an int8 graph computes in that has no int8 of its own, and the layers that stay float."""
     half_weights: bool = False
     """Keep float weights in 16 bits: half the file, rounded. Precision float16 always does."""
     cache: str | None = None
@@ -64,6 +67,12 @@ class Options(targets.Options):
             raise ValueError(f"streams must be 1 or more, not {self.streams}")
         if self.batch == "dynamic" and (self.hint == "throughput" or self.streams not in (None, 1)):
             raise ValueError('several streams share a call by fixed batches; with batch = "dynamic" leave them out')
+
+    def alternatives(self, precision: Precision, fast: Sequence[Precision]) -> Iterator[Self]:
+        """Add 16-bit rests. Hints and streams are about calls beside each other: no call is faster for them."""
+        yield from super().alternatives(precision, fast)
+        if precision == "int8" and self.rests == "float32":
+            yield from (replace(self, rests=one) for one in ("bfloat16", "float16") if one in fast)
 
 
 def environment(*, options: Options) -> Environment:
@@ -104,13 +113,27 @@ def load(path: Path, *, precision: Precision, options: Options) -> Predict:
 
 def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[Layer]:
     batch = 1 if options.batch == "dynamic" else options.batch
-    layers = []
-    for layer in _compiled(path, precision, options, batch).get_runtime_model().get_ordered_ops():
+    compiled = _compiled(path, precision, options, batch, {"PERF_COUNT": True})
+    took, layers = _microseconds(compiled), []
+    for layer in compiled.get_runtime_model().get_ordered_ops():
         info = {name: str(value.value) for name, value in layer.get_rt_info().items()}
         if info.get("layerType") in KINDS:
-            name = layer.get_friendly_name().removesuffix("/WithoutBiases")
-            layers.append(Layer(name, KINDS[info["layerType"]], _precision(info)))
+            name = layer.get_friendly_name()
+            plain = name.partition("/WithoutBiases")[0]
+            layers.append(Layer(plain, KINDS[info["layerType"]], _precision(info), took.get(name)))
     return layers
+
+
+def _microseconds(compiled: ov.CompiledModel) -> dict[str, float]:
+    """Measure each layer in a few calls."""
+    request = compiled.create_infer_request()
+    images = np.zeros(compiled.input(0).shape, np.uint8)
+    taken: dict[str, list[float]] = {}
+    for _ in range(targets.TIMED_CALLS):
+        request.infer([images])
+        for one in request.profiling_info:
+            taken.setdefault(one.node_name, []).append(one.real_time.total_seconds() * 1e6)
+    return {name: float(np.median(values[1:])) for name, values in taken.items()}
 
 
 def _precision(info: Mapping[str, str]) -> str:
@@ -159,12 +182,15 @@ def _shared_out(predicts: Sequence[Predict], batch: int) -> Predict:
     return predict
 
 
-def _compiled(path: Path, precision: Precision, options: Options, batch: int) -> ov.CompiledModel:
+def _compiled(
+    path: Path, precision: Precision, options: Options, batch: int, more: Mapping[str, object] = MappingProxyType({})
+) -> ov.CompiledModel:
     if missing := _missing(options.device):
         raise TargetUnavailable(missing)
     settings: dict[str, object] = {
         "PERFORMANCE_HINT": options.hint.upper(),
-        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "INFERENCE_PRECISION_HINT": HINTS[options.rests if precision == "int8" else precision],
+        **more,
     }
     if options.threads is not None and "CPU" in _plain(options.device):  # other devices know no such setting
         settings["DEVICE_PROPERTIES"] = {"CPU": {"INFERENCE_NUM_THREADS": options.threads}}

@@ -23,7 +23,8 @@ class Writes(nn.Module):
         seen.relu_()  # the view sees it
         later = self.first(images)
         later.clamp_(0, 1)
-        return x.mean() + view.mean() + later.sum() + seen.sum()
+        total: Tensor = x.mean() + view.mean() + later.sum() + seen.sum()
+        return total
 
 
 def operators(program: torch.export.ExportedProgram) -> list[str]:
@@ -36,7 +37,9 @@ def test_what_nobody_else_sees_is_returned_and_not_written() -> None:
     program = export_program(net, images)
     plain = without_in_place(program)
     torch.testing.assert_close(plain.module()(images), net(images), rtol=0, atol=0)
-    assert {"aten.relu6_.default", "aten.hardtanh_.default", "aten.silu_.default", "aten.relu_.default"} <= set(operators(program))
+    assert {"aten.relu6_.default", "aten.hardtanh_.default", "aten.silu_.default", "aten.relu_.default"} <= set(
+        operators(program)
+    )
     assert {"aten.clamp.default", "aten.silu.default"} <= set(operators(plain))
     assert {name for name in operators(plain) if name.split(".")[1].endswith("_")} == {"aten.relu_.default"}
 

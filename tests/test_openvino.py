@@ -284,6 +284,31 @@ def test_by_default_nothing_is_kept(models: dict[str, Path], images: Images, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.bin", "model.xml"]
 
 
+def test_rests_of_an_int8_graph_are_asked_of_the_device(
+    models: dict[str, Path], images: Images, tmp_path: Path
+) -> None:
+    path = compiled(models, tmp_path, "int8", Options())
+    half = Options(rests="bfloat16")
+    for options, wanted in ((Options(), "f32"), (half, "bf16")):
+        made = vars(openvino)["_compiled"](path, "int8", options, 1)
+        assert made.get_property("INFERENCE_PRECISION_HINT").to_string() == wanted
+    assert (
+        sqnr_db(
+            openvino.load(path, precision="int8", options=Options())(images),
+            openvino.load(path, precision="int8", options=half)(images),
+        )
+        > 30
+    )
+
+
+def test_a_search_is_offered_what_may_be_faster_and_is_left_open() -> None:
+    cpus = targets.usable_cpus()
+    fewer = [Options(threads=cpus >> shift) for shift in range(1, 9) if cpus >> shift]
+    assert list(Options().alternatives("int8", ("int8", "float32"))) == fewer
+    assert list(Options(threads=2).alternatives("float32", ("float32", "bfloat16"))) == []
+    assert list(Options().alternatives("int8", ("int8", "bfloat16"))) == [*fewer, Options(rests="bfloat16")]
+
+
 @pytest.mark.parametrize("precision", ["int8", "float32", "bfloat16", "float16"])
 def test_executed_tells_what_ran_not_what_was_asked(
     models: dict[str, Path], tmp_path: Path, precision: targets.Precision
@@ -291,6 +316,8 @@ def test_executed_tells_what_ran_not_what_was_asked(
     path = compiled(models, tmp_path, precision, Options())
     layers = openvino.executed(path, precision=precision, options=Options())
     ran = {layer.name: layer.precision for layer in layers}
+    assert all(layer.microseconds is not None and layer.microseconds >= 0 for layer in layers)
+    assert sum(layer.microseconds or 0 for layer in layers) > 0
     assert {"first", "second"} < set(ran)
     assert len(ran) == 3
     if precision in openvino.environment(options=Options()).fast or precision in ("int8", "float32"):

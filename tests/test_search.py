@@ -17,8 +17,10 @@ from pipeline.cache import Cache
 from pipeline.measure import sensitivity
 from pipeline.measure.latency import Series
 from pipeline.run import Deployment, Run
-from pipeline.search import Trial, _Searching
+from pipeline.search import _Searching
 from pipeline.statistics import noise_share
+from pipeline.trial import Trial, by_worth, cost_of_float
+from pipeline.verdict import Blame
 from pipeline.verify import eager, load_artifact
 from tests.conftest import Project
 
@@ -150,6 +152,42 @@ def test_int8_outside_the_budget_is_made_with_more_steps_and_then_fine_tuned(
     assert searching.chosen.way.program.key != Deployment(run, "openvino", "int8").program.key
     searching.weigh_mixes()  # there is no more room
     assert not any(one.way.keep for one in searching.trials)
+
+
+def test_layers_go_to_float_by_the_noise_for_each_microsecond() -> None:
+    blamed = [Blame("a", 0.5), Blame("b", 0.4), Blame("c", 0.1), Blame("d", -0.1)]
+    assert by_worth(blamed, {}) == ["a", "b", "c", "d"]
+    assert by_worth(blamed, {"a": 100.0, "b": 10.0, "c": 10.0, "d": -5.0}) == ["b", "c", "a", "d"]
+    assert by_worth(blamed, {"a": 10.0, "b": 10.0, "c": -50.0, "d": 10.0}) == ["c", "a", "b", "d"]  # faster in float
+
+
+def test_what_a_layer_costs_in_float_is_timed_by_the_runtime(own: Project) -> None:
+    run = run_of(own)
+    int8, whole = (Trial(Deployment(run, "openvino", precision), 0.0) for precision in ("int8", "float32"))
+    assert {"first.0", "second.0"} <= set(cost_of_float(int8, whole))  # OpenVINO names the last after the output
+
+
+def test_layers_that_int8_makes_slower_are_left_in_float(own: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times are given; all else is real."""
+    own.edit(('precision = "int8"', 'precision = "auto"'))
+
+    def timed(_: Any, trials: list[Trial]) -> list[Trial]:
+        each = [4.0 if one.way.keep else 6.0 if one.way.precision == "float32" else 5.0 for one in trials]
+        return [replace(one, series=series(ms)) for one, ms in zip(trials, each, strict=True)]
+
+    monkeypatch.setattr(_Searching, "_timed", timed)
+    monkeypatch.setattr(search, "cost_of_float", lambda *_: {"first.0": 900.0, "second.0": -1000.0, "head": 10.0})
+    searching = _Searching(run_of(own), lambda: False, np.inf)
+    searching.weigh_whole("openvino", ("int8", "float32"))
+    searching.weigh_slowed()
+    chosen = searching.chosen
+    assert chosen.way.keep == ("second.0",)
+    assert chosen.outcome == "pass"
+
+    monkeypatch.setattr(search, "cost_of_float", lambda *_: {"first.0": 900.0, "second.0": -10.0, "head": 10.0})
+    count = len(searching.trials)
+    searching.weigh_slowed()
+    assert len(searching.trials) == count  # not worth a candidate
 
 
 def test_a_candidate_that_fails_or_is_not_finite_is_left_out_and_all_are_timed_together(

@@ -2,10 +2,20 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
+import targets
+from pipeline.artifacts import Compiled
 from targets import Layer, Precision
 
 MOST_NAMED = 3
+
+
+@lru_cache(maxsize=64)
+def executed(compiled: Compiled) -> tuple[Layer, ...]:
+    """Ask the runtime, once in this process, what it runs of an artifact and how long each layer takes."""
+    target = targets.get(compiled.target)
+    return tuple(target.executed(compiled.path, precision=compiled.precision, options=compiled.options))
 
 
 def summary(requested: Precision, layers: Sequence[Layer], *, expected: int | None = None) -> str:

@@ -144,9 +144,7 @@ def eager_precision() -> str:
 
 
 def _candidate(compiled: Compiled, series: Series) -> Candidate:
-    target = targets.get(compiled.target)
-    layers = target.executed(compiled.path, precision=compiled.precision, options=compiled.options)
-    ran = execution.precision(layers, compiled.precision)
+    ran = execution.precision(execution.executed(compiled), compiled.precision)
     asked = "" if ran == compiled.precision else f" ({compiled.precision} asked for)"
     return Candidate(f"{compiled.target} {ran}{asked}", ran, None, latency.timing(series), None, None)
 

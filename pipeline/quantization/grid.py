@@ -134,7 +134,7 @@ def _total(x: Tensor) -> Tensor:
 
 
 def _some(images: Tensor, count: int, channels: int) -> Tensor:
-    """Draw values of each row, the same places of every tensor of a size; `channels` is that of rows with these last."""
+    """Draw values of each row, the same places of every tensor of a size; of rows with channels last their number."""
     of = images.shape[1]
     if of <= count:
         return images.clone()
