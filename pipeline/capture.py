@@ -113,18 +113,18 @@ def _may_return(node: fx.Node) -> bool:
         return False
     written = [bool(one.alias_info and one.alias_info.is_write) for one in schema.arguments]
     plain = getattr(aten, schema.name.removeprefix("aten::")[:-1], None)
-    if written[:1] != [True] or any(written[1:]):
+    given = next(iter(node.args), None)
+    if written[:1] != [True] or any(written[1:]) or not hasattr(plain, schema.overload_name or "default"):
         return False
-    given = node.args[0]
-    if not isinstance(given, fx.Node) or not hasattr(plain, schema.overload_name or "default") or not _is_new(given):
+    if not isinstance(given, fx.Node) or not _is_new(given):
         return False
     return all(other is node or (other < node and _is_new(other)) for other in given.users)
 
 
 def _is_new(node: fx.Node) -> bool:
-    """Say whether a node's value shares no memory with another's."""
+    """Say whether a node's value shares no memory with another's; a dropout may give its input, and says not so."""
     schema: Any = getattr(node.target, "_schema", None)
-    return schema is not None and not any(one.alias_info for one in schema.returns)
+    return schema is not None and not any(one.alias_info for one in schema.returns) and "dropout" not in schema.name
 
 
 def layer_name(node: fx.Node) -> str:

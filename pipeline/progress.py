@@ -12,6 +12,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+
+
+class Stopped(BaseException):
+    """What `track` raises between two items where a longer work is to end early; no error, so no handler takes it."""
+
+
+_over: list[Callable[[], bool]] = []
 console = Console(stderr=True, highlight=False)
 
 
@@ -35,8 +42,20 @@ def track(items: Iterable[T], text: str, *, total: int) -> Iterator[T]:
     with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar:
         task = bar.add_task(text, total=total)
         for item in items:
+            if any(over() for over in _over):
+                raise Stopped
             yield item
             bar.advance(task)
+
+
+@contextmanager
+def stopping(over: Callable[[], bool]) -> Iterator[None]:
+    """Make whatever is tracked in here raise Stopped as soon as `over` says so."""
+    _over.append(over)
+    try:
+        yield
+    finally:
+        _over.remove(over)
 
 
 @contextmanager

@@ -146,7 +146,12 @@ class _Searching:
         best, int8 = self.best, self._int8(method=self.run.recipe.quantization.method)
         if best is None or int8 is None or int8.ms > WORTH * best.ms:
             return
-        names = by_worth(sensitivity.blames(int8.way.program, self.images), cost_of_float(int8, best))
+        try:
+            with progress.stopping(self._over):
+                blames = sensitivity.blames(int8.way.program, self.images)
+        except progress.Stopped:
+            return
+        names = by_worth(blames, cost_of_float(int8, best))
         count, judged = 1, int8.noise
         while count <= len(names) // 2 and self.looks < MOST_LOOKS and not self._over():
             mix = self._built(replace(int8.way, keep=tuple(names[:count])))
@@ -180,9 +185,17 @@ class _Searching:
         return min((one for one in alike if one.way.settings.method == method), key=lambda one: one.noise, default=None)
 
     def _built(self, way: Deployment, *, needed: bool = False) -> Trial | None:
-        """Compile and answer a few images; None, with a line, for what cannot be, unless nothing else is left."""
+        """Compile and answer a few images; None, with a line, for what cannot be, unless nothing else is left.
+
+        What comes after the whole precisions ends where it is when the time is over, or with Ctrl-C.
+        """
+        over = self._over if self.trials else lambda: False
         try:
-            scores = pixels.thin(load_artifact(way.compiled)(self.images))
+            with progress.stopping(over):
+                scores = pixels.thin(load_artifact(way.compiled)(self.images))
+        except progress.Stopped:
+            progress.stage("search", f"{way.title} is left out: it was not done in time; another run goes on with it")
+            return None
         except (BitferryError, RuntimeError, TypeError, ValueError) as error:  # what torch and torchao raise, too
             if needed:
                 raise

@@ -84,7 +84,7 @@ def ready(images: Tensor, settings: Quantization = PLAIN, **more: Any) -> tuple[
     """Prepare, observe and fit; with the float answers."""
     model = prepared(images, **more)
     with torch.no_grad():
-        teacher = observe(model, images, settings)
+        teacher, _ = observe(model, images, settings)
         set_ranges(model, images, teacher, settings)
     steps.fit(model)
     return model, teacher

@@ -217,6 +217,30 @@ def test_a_candidate_that_fails_or_is_not_finite_is_left_out_and_all_are_timed_t
     assert all(one.over_chosen is not None for one in told.weighed)
 
 
+def test_a_search_whose_time_is_over_leaves_a_fine_tune_that_another_goes_on_with(
+    own: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.edit(('precision = "int8"', 'precision = "auto"'), ("[budget]", "[quantization]\niterations = 4\n[budget]"))
+    progress.console.quiet = False
+    run, asked = run_of(own), [0]
+
+    def over() -> bool:
+        asked[0] += 1
+        return asked[0] > 40  # in the middle of what is tracked
+
+    searching = _Searching(run, lambda: False, np.inf)
+    searching.weigh_whole("openvino", ("int8", "float32"))
+    int8 = next(one for one in searching.trials if one.way.precision == "int8")
+    settings = int8.way.settings.model_copy(update={"method": "qat", "epochs": 8})
+    way = replace(int8.way, quantization=settings, note="fine-tuned")
+    monkeypatch.setattr(searching, "_over", over)
+    assert searching._built(way) is None
+    assert "fine-tuned is left out: it was not done in time" in capsys.readouterr().err
+    monkeypatch.setattr(searching, "_over", lambda: False)
+    assert searching._built(replace(way)) is not None
+    assert "goes on at step" in capsys.readouterr().err
+
+
 def test_looks_share_the_chance_of_passing_by_luck(own: Project) -> None:
     read = recipe.read(own.recipe)
     spent = [1 - read.at_look(look).budget.confidence for look in range(1, 50)]

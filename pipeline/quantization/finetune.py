@@ -125,18 +125,23 @@ def _train(model: fx.GraphModule, course: Course, tensors: list[Tensor], scales:
     whole = _Whole([*tensors, *scales], optimizer, schedule)
     done, saved = whole.load(course.checkpoint), time.monotonic()
     rest = progress.track(course.batches(done), "fine-tune", total=course.steps - done)
-    with torch.enable_grad():
-        for step, batch in enumerate(rest, done + 1):
-            with torch.no_grad():
-                wanted = course.teacher(batch)
-            loss = noise(model(batch), wanted)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            if time.monotonic() - saved > SECONDS:
-                whole.save(course.checkpoint, step)
-                saved = time.monotonic()
+    step = done
+    try:
+        with torch.enable_grad():
+            for step, batch in enumerate(rest, done + 1):
+                with torch.no_grad():
+                    wanted = course.teacher(batch)
+                loss = noise(model(batch), wanted)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                if time.monotonic() - saved > SECONDS:
+                    whole.save(course.checkpoint, step)
+                    saved = time.monotonic()
+    except progress.Stopped:  # between two steps
+        whole.save(course.checkpoint, step)
+        raise
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from device.errors import InputError
 from pipeline import progress
 from pipeline.quantization import effects
-from pipeline.quantization.graph import activations, mark_batches, quality, set_mode, some
+from pipeline.quantization.graph import activations, mark_batches, places, quality, set_mode, some
 from pipeline.quantization.grid import Grid
 from pipeline.recipe import Quantization
 
@@ -33,8 +33,12 @@ def candidates(settings: Quantization) -> Sequence[str]:
     return BEST if settings.observer == "best" else (settings.observer,)
 
 
-def observe(model: fx.GraphModule, images: Tensor, settings: Quantization) -> Tensor:
-    """Run every calibration image once and keep what the observers need; give the answers, which are float."""
+def observe(model: fx.GraphModule, images: Tensor, settings: Quantization) -> tuple[Tensor, int]:
+    """Run every calibration image once and keep what the observers need; give float answers, and how many went through.
+
+    The answers are of the images that judge, `some(images, JUDGES)`; of all where ranges are learned from them. Those
+    of a segmentation model are as large as its images.
+    """
     look = not {"percentile", "mse", "histogram"}.isdisjoint(candidates(settings))
     mark_batches(model)
     for grid in activations(model):
@@ -42,18 +46,21 @@ def observe(model: fx.GraphModule, images: Tensor, settings: Quantization) -> Te
         grid.samples = max(16, min(4096, VALUES // len(images))) if look else 0
         grid.sums = settings.bias_correction == "fast" or settings.rounding == "layers"
     set_mode(model, "observe")
-    answers = []
+    wanted = torch.full((len(images),), settings.ranges == "learned")
+    wanted[places(len(images), JUDGES)] = True
+    answers, count = list[Tensor](), 0
     split = torch.split(images, settings.batch_size)
     for batch in progress.track(split, "calibrate", total=len(split)):
         for grid in activations(model):
             grid.batch, grid.seen.calls = len(batch), 0
-        answers.append(model(batch))
+        found = model(batch)
+        if not bool(torch.isfinite(found).all()):
+            bad = count + next(i for i, scores in enumerate(found) if not bool(torch.isfinite(scores).all()))
+            raise InputError(f"the float model's scores of calibration image {bad + 1} are not finite; take it out")
+        answers.append(found[wanted[count : count + len(found)]])
+        count += len(found)
     set_mode(model, "off")
-    found = torch.cat(answers)
-    if not bool(torch.isfinite(found).all()):
-        bad = next(i for i, scores in enumerate(found) if not bool(torch.isfinite(scores).all()))
-        raise InputError(f"the float model's scores of calibration image {bad + 1} are not finite; take it out")
-    return found
+    return torch.cat(answers), count
 
 
 def set_ranges(model: fx.GraphModule, images: Tensor, teacher: Tensor, settings: Quantization) -> None:

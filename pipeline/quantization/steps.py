@@ -59,7 +59,7 @@ def calibrate(
     set_mode(model, "off")
     equalized = without_grids(model) if settings.equalize and _equalize(model, images) else None
     images, curve = _enough(model, images, settings) if settings.images == "enough" else (images, {})
-    teacher = observe(model, images, settings)
+    teacher, count = observe(model, images, settings)
     set_ranges(model, images, teacher, settings)
     fit(model)
     judges = some(images, JUDGES), some(teacher, JUDGES)
@@ -79,7 +79,7 @@ def calibrate(
         best = _try(model, name, step, best, lambda: quality(model, *judges))
     for grid in grids(model):
         grid.forget()
-    return Calibrated(equalized, len(teacher), curve)
+    return Calibrated(equalized, count, curve)
 
 
 def _enough(model: fx.GraphModule, images: Tensor, settings: Quantization) -> tuple[Tensor, Mapping[int, float]]:
@@ -158,7 +158,7 @@ def _rough_quality(model: fx.GraphModule, images: Tensor, settings: Quantization
     """Give the SQNR with ranges alone and the mean shift corrected; biases stay as they are."""
     wanted = answers(model, judges)
     simple = settings.model_copy(update={"bias_correction": "fast"})
-    teacher = observe(model, images, simple)
+    teacher, _ = observe(model, images, simple)
     set_ranges(model, images, teacher, simple)
     fit(model)
     state = _save(model)
