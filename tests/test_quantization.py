@@ -18,9 +18,18 @@ from pipeline.load import Deployable
 from pipeline.measure.layers import twins
 from pipeline.quantization import correct, effects, equalize, learned, steps
 from pipeline.quantization.annotate import SchemeQuantizer
-from pipeline.quantization.graph import activations, answers, layers, own_tensors, quality, rounded_answers, set_mode
+from pipeline.quantization.graph import (
+    activations,
+    answers,
+    layers,
+    own_tensors,
+    quality,
+    rounded_answers,
+    set_mode,
+    some,
+)
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.observers import observe, set_ranges
+from pipeline.quantization.observers import JUDGES, observe, set_ranges
 from pipeline.recipe import Quantization
 from targets import Scheme
 from tests.conftest import subset
@@ -84,10 +93,22 @@ def ready(images: Tensor, settings: Quantization = PLAIN, **more: Any) -> tuple[
     """Prepare, observe and fit; with the float answers."""
     model = prepared(images, **more)
     with torch.no_grad():
-        teacher, _ = observe(model, images, settings)
-        set_ranges(model, images, teacher, settings)
-    steps.fit(model)
-    return model, teacher
+        judged, count = observe(model, images, settings)
+        assert count == len(images)
+        set_ranges(model, images, judged, settings)
+        steps.fit(model)
+        return model, answers(model, images)
+
+
+def test_only_the_answers_that_judge_are_held_but_where_all_teach(images: Tensor) -> None:
+    model = prepared(images)
+    with torch.no_grad():
+        whole = answers(model, images)
+        judged, count = observe(model, images, PLAIN)
+        every, _ = observe(model, images, PLAIN.model_copy(update={"ranges": "learned"}))
+    assert count == len(images)
+    torch.testing.assert_close(judged, some(whole, JUDGES))
+    torch.testing.assert_close(every, whole)
 
 
 @pytest.mark.parametrize("observer", ["minmax", "mean-minmax", "percentile", "mse", "histogram", "scores"])
