@@ -91,7 +91,7 @@ def _capture(program: Program, out: Path) -> None:
 def without_in_place(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Copy a program with operators that return their result in place of those that write it over their input.
 
-    And ReLU6 as the clamp that it is: else the ONNX exporter spends half its time on finding that out, symbolically.
+    And ReLU6 as the clamp that it is: else the ONNX exporter has to find that out, symbolically and slowly.
     """
     copied = copy.deepcopy(program)
     for node in copied.graph.nodes:

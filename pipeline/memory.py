@@ -12,7 +12,7 @@ def keep_freed() -> bool:
     """Raise both thresholds of glibc's malloc; False where this is no glibc, and nothing was done.
 
     By default every large activation is mapped when it is made and given back when it is freed, and the system clears
-    each of its pages anew. A batch of 64 photographs through MobileNetV2 spent half its time there.
+    each of its pages anew, which can take as long as the arithmetic.
     """
     if sys.platform != "linux":
         return False

@@ -131,7 +131,8 @@ class _Searching:
         whole = min((one for one in self.trials if one.way.precision != "int8"), key=lambda one: one.ms, default=None)
         if int8 is None or whole is None or self._over():
             return
-        slowed = {name: -cost for name, cost in cost_of_float(int8, whole).items() if cost < 0}
+        known = sensitivity.layer_names(int8.way.program)  # a runtime may have names of its own
+        slowed = {name: -cost for name, cost in cost_of_float(int8, whole).items() if cost < 0 and name in known}
         if 1e-3 * sum(slowed.values()) < (1 - WORTH) * int8.ms:
             return
         mix = self._built(replace(int8.way, keep=tuple(slowed)))

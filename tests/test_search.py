@@ -176,7 +176,7 @@ def test_layers_that_int8_makes_slower_are_left_in_float(own: Project, monkeypat
         return [replace(one, series=series(ms)) for one, ms in zip(trials, each, strict=True)]
 
     monkeypatch.setattr(_Searching, "_timed", timed)
-    monkeypatch.setattr(search, "cost_of_float", lambda *_: {"first.0": 900.0, "second.0": -1000.0, "head": 10.0})
+    monkeypatch.setattr(search, "cost_of_float", lambda *_: {"first.0": 900.0, "second.0": -1000.0, "Gemm_7": -90.0})
     searching = _Searching(run_of(own), lambda: False, np.inf)
     searching.weigh_whole("openvino", ("int8", "float32"))
     searching.weigh_slowed()

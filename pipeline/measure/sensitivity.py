@@ -56,6 +56,12 @@ def blames(program: Program, images: Images) -> tuple[Blame, ...]:
     return tuple(sorted(found, key=lambda blame: -blame.noise))
 
 
+def layer_names(program: Program) -> set[str]:
+    """Name the layers of an int8 program as `quantization.keep` knows them."""
+    graph = cast(fx.GraphModule, program.module()).graph
+    return {layer_name(node) for node in graph.nodes if node.target in LAYERS}
+
+
 def _answers(model: Layer, batches: Sequence[Tensor]) -> Outputs:
     return np.concatenate([pixels.thin(model(batch).numpy()) for batch in batches])
 
