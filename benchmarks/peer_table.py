@@ -1,6 +1,6 @@
-"""What `peers.py` keeps → the table and the sentences that it prints and that the README shows."""
+"""What `peers.py` keeps → the tables and sentences that it prints, and that the README and docs/peers.md show."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,33 @@ KNOWN = "NNCF, mixed, full bias correction"
 COLUMNS = ("runtime", "p50 ms", "time, bitferry int8 = 1", "SQNR dB", "{metric} %, float → it", "MB")
 
 
+SHORT = ("model", "runtime", "peer", "time, its fastest = 1", "SQNR dB", "its best")
+PEERS = {"nncf": "NNCF", "onnxruntime": "quantize_static", "pt2e": "plain PT2E", "olive": "Olive"}
+
+
 def markdown(kept: Mapping[str, Any]) -> str:
-    """Write everything that was kept: for each recipe its table and its sentences, then what it was measured with."""
-    parts = [part for recipe in kept["recipes"].values() for part in (table(recipe), "\n".join(sentences(recipe)))]
-    return "\n\n".join([*parts, setting(kept)]) + "\n"
+    """Write everything that was kept of a recipe: its table, its sentences, and what it was measured with."""
+    recipe = kept["recipe"]
+    return "\n\n".join([table(recipe), "\n".join(sentences(recipe)), setting(kept)]) + "\n"
+
+
+def summary(every: Sequence[Mapping[str, Any]]) -> str:
+    """Write a row for each recipe, runtime and peer: int8 against the fastest and against the nearest to float."""
+    lines = [list(SHORT), ["---"] * len(SHORT)]
+    for recipe in [kept["recipe"] for kept in every]:
+        for runtime, title in TITLES.items():
+            if ours := _ours(recipe, runtime):
+                for peer, own in _by_peer(recipe, runtime).items():
+                    noise = (_decibels(ours), _decibels(min(own, key=_noise)))
+                    lines.append([recipe["name"], title, PEERS[peer], _interval(ours, min(own, key=p50)), *noise])
+    more = [line for kept in every for line in _whole(kept["recipe"])]
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *more]) + "\n"
+
+
+def _whole(recipe: Mapping[str, Any]) -> Iterator[str]:
+    """Say what a search came to and how long whole jobs take, by the recipe's name."""
+    for line in (*_auto(recipe), *_jobs(recipe["jobs"])):
+        yield f"- {recipe['name']}: {line[2:]}"
 
 
 def table(recipe: Mapping[str, Any]) -> str:
@@ -51,22 +74,29 @@ def sentences(recipe: Mapping[str, Any]) -> Iterator[str]:
             for theirs in _rivals(recipe, runtime):
                 noise = f"SQNR {_decibels(ours)} against {_decibels(theirs)} dB"
                 yield f"- int8 on {title} takes {_interval(ours, theirs)} of the time of {theirs['name']}; {noise}."
+    yield from (*_auto(recipe), *_jobs(recipe["jobs"]))
+
+
+def _auto(recipe: Mapping[str, Any]) -> Iterator[str]:
+    """Say what a search came to, beside the fastest that the runtime could have run without it."""
     auto = _best(recipe, lambda row: row["peer"] == "auto", p50)
     fastest = _best(recipe, lambda row: row["runtime"] == "openvino" and row["peer"] in ("nncf", "float"), p50)
     if auto and fastest:
         among = "NNCF's int8 and OpenVINO's float" if _best(recipe, _is_nncf, p50) else "OpenVINO's float"
         taken = _interval(auto, fastest)
         yield f"- {auto['name']} takes {taken} of the time of {fastest['name']}, the fastest of {among}."
-    yield from _jobs(recipe["jobs"])
 
 
 def _rivals(recipe: Mapping[str, Any], runtime: str) -> Iterator[Row]:
     """Choose of each peer's results the fastest, the nearest to float, and the one best known."""
-    there = [row for row in recipe["ways"] if row["runtime"] == runtime and not row["why"]]
-    for peer in dict.fromkeys(row["peer"] for row in there if row["peer"] not in ("bitferry", "auto", "float")):
-        own = [row for row in there if row["peer"] == peer]
+    for own in _by_peer(recipe, runtime).values():
         chosen = [min(own, key=p50), min(own, key=_noise), *(row for row in own if row["name"] == KNOWN)]
         yield from (row for row in own if any(row is one for one in chosen))
+
+
+def _by_peer(recipe: Mapping[str, Any], runtime: str) -> dict[str, list[Row]]:
+    there = [row for row in recipe["ways"] if row["runtime"] == runtime and not row["why"]]
+    return {peer: own for peer in PEERS if (own := [row for row in there if row["peer"] == peer])}
 
 
 def _jobs(jobs: Mapping[str, Any]) -> Iterator[str]:
@@ -91,11 +121,9 @@ def setting(kept: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in sorted(kept["versions"].items()))
     isa = ", ".join(kept["isa"]) or "unknown instruction sets"
     threads = f"{kept['threads']} thread{'s'[: kept['threads'] != 1]}"
-    counts = "; ".join(
-        f"{one['name']}: {one['calibration_images']:,} images for calibration, {one['images']:,} for evaluation"
-        for one in kept["recipes"].values()
-    )
-    return f"Measured {kept['date']}, {threads}, batch 1 ({isa}); {versions}.\n{counts}."
+    one = kept["recipe"]
+    counts = f"{one['calibration_images']:,} images for calibration, {one['images']:,} for evaluation"
+    return f"Measured {kept['date']}, {threads}, batch 1 ({isa}), {counts}; {versions}."
 
 
 def p50(row: Row) -> float:

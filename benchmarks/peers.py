@@ -16,15 +16,15 @@ deploy` with an empty cache (a model that is trained here comes trained), and th
 Each takes the threads it takes by itself. An environment without compiled bytecode, as uv makes one by default, pays
 for that in its job: pip compiles it, and so does `make bench`.
 
-Prints tables and sentences and keeps every sample in benchmarks/results/. `--readme` writes what the newest of those
-files says between the marks in README.md.
+Prints tables and sentences and keeps every sample in benchmarks/results/, a file for each recipe. `--readme` writes
+what the newest of each recipe says between the marks in README.md, in short, and in docs/peers.md, whole.
 """
 
 import argparse
 import json
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from common import RESULTS, result_path
 from peer_jobs import rounds
-from peer_table import markdown
+from peer_table import markdown, summary
 from peer_ways import ONNXRUNTIME, OPENVINO, Peers, Way, every_way
 
 import targets
@@ -49,7 +49,7 @@ from pipeline.run import Run
 from pipeline.statistics import sqnr_db
 from pipeline.verify import float_answers
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 OPEN, CLOSE = "<!-- peers -->\n", "<!-- /peers -->\n"
 PEERS = ("nncf", "onnxruntime", "pt2e", "olive")
 AT_ONCE = 64
@@ -129,39 +129,40 @@ def _bytes(path: Path) -> int:
     return sum(one.stat().st_size for one in path.parent.glob(f"{path.stem}.*") if one.suffix != ".json")
 
 
-def keep(recipes: Mapping[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Write what was found with what it was measured with."""
+def keep(name: str, found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Write what was found of a recipe with what it was measured with."""
     packages = {"bitferry": "bitferry", "torchao": "torchao", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-    versions = {title: version(name) for name, title in packages.items()}
-    for found in recipes.values():
-        versions |= found.pop("versions")
     kept = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "isa": targets.cpu_isa(),
         "threads": options.threads,
-        "versions": versions,
-        "recipes": recipes,
+        "versions": {title: version(name) for name, title in packages.items()} | found.pop("versions"),
+        "recipe": found,
     }
-    result_path("peers").write_text(json.dumps(kept) + "\n")
+    result_path(f"peers-{name}").write_text(json.dumps(kept) + "\n")
     return kept
 
 
-def newest() -> dict[str, Any]:
-    """Read the newest of the kept results; by their names, which begin with the date."""
-    found = sorted(RESULTS.glob("*-peers-*.json"))
-    if not found:
+def newest() -> list[dict[str, Any]]:
+    """Read the newest kept result of each recipe; by the files' names, which begin with the date."""
+    files = {path.name[len("2026-01-01") :]: path for path in sorted(RESULTS.glob("*-peers-*.json"))}
+    if not files:
         raise InputError(f"no results of this benchmark are in {RESULTS}")
-    kept: dict[str, Any] = json.loads(found[-1].read_text())
-    return kept
+    return [json.loads(path.read_text()) for _, path in sorted(files.items())]
 
 
-def write_readme(readme: Path = README) -> None:
-    """Put the table of the newest kept result between the marks."""
-    before, opened, rest = readme.read_text().partition(OPEN)
-    _, closed, after = rest.partition(CLOSE)
-    if not opened or not closed:
-        raise InputError(f"{readme} lacks the lines {OPEN.strip()} and {CLOSE.strip()}")
-    readme.write_text(f"{before}{OPEN}\n{markdown(newest())}\n{CLOSE}{after}")
+def write(root: Path = ROOT) -> None:
+    """Put the newest kept results between the marks."""
+    every = newest()
+    for path, text in {
+        root / "README.md": summary(every),
+        root / "docs/peers.md": "\n".join(markdown(kept) for kept in every),
+    }.items():
+        before, opened, rest = path.read_text().partition(OPEN)
+        _, closed, after = rest.partition(CLOSE)
+        if not opened or not closed:
+            raise InputError(f"{path} lacks the lines {OPEN.strip()} and {CLOSE.strip()}")
+        path.write_text(f"{before}{OPEN}\n{text}\n{CLOSE}{after}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -175,17 +176,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--olive", metavar="PYTHON", help="of an environment with Olive")
     parser.add_argument("--auto", action=argparse.BooleanOptionalAction, default=True, help="search the fastest, too")
     parser.add_argument("--jobs", type=int, nargs="?", const=3, default=0, metavar="ROUNDS", help="time whole jobs")
-    parser.add_argument("--readme", action="store_true", help="write the newest kept result into README.md")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the newest kept results into README.md and docs/peers.md"
+    )
     options = parser.parse_args(arguments)
     if not options.recipes and not options.readme:
         parser.error("name a recipe, or --readme")
     if options.recipes:
         logging.disable(logging.WARNING)  # quantize_static and the exporters warn of what is done on purpose here
         peers = _peers(parser, options)
-        kept = keep({path.stem: compare(path, peers, options) for path in options.recipes}, options)
-        print(f"\n{markdown(kept)}", end="")
+        for path in options.recipes:
+            print(f"\n{markdown(keep(path.stem, compare(path, peers, options), options))}", end="", flush=True)
     if options.readme:
-        write_readme()
+        write()
 
 
 def _peers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Peers:

@@ -87,6 +87,7 @@ def _quantize(
 
     from pipeline.quantization.annotate import SchemeQuantizer  # noqa: PLC0415
     from pipeline.quantization.finetune import Course  # noqa: PLC0415
+    from pipeline.quantization.graph import round_before_pools  # noqa: PLC0415
     from pipeline.quantization.steps import calibrate  # noqa: PLC0415
 
     images, course = torch.from_numpy(calibration.copy()), None
@@ -101,6 +102,7 @@ def _quantize(
         found = calibrate(prepared, images, settings, course)
         if found.equalized is not None:
             torch.export.save(export_program(found.equalized, example), out / "equalized.pt2")
+        round_before_pools(prepared)
         converted = convert_pt2e(prepared)
         torch.export.save(export_program(converted, example), out / "program.pt2")
     used = {"images": found.images, "curve": found.curve}

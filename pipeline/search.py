@@ -107,7 +107,7 @@ class _Searching:
 
     def weigh_efforts(self) -> None:
         """Where int8 is faster and not proved inside the budget, quantize with more effort: the same graph, nearer."""
-        best, int8 = self.best, self._int8(method=self.run.recipe.quantization.method)
+        best, int8 = self.best, self._int8()
         if int8 is None or (best is not None and int8.ms > WORTH * best.ms):
             return
         given = int8.way.settings
@@ -127,7 +127,7 @@ class _Searching:
 
     def weigh_slowed(self) -> None:
         """Leave those layers in float that int8 makes slower here, where together they are worth a candidate."""
-        int8 = self._int8(method=self.run.recipe.quantization.method)
+        int8 = self._int8()
         whole = min((one for one in self.trials if one.way.precision != "int8"), key=lambda one: one.ms, default=None)
         if int8 is None or whole is None or self._over():
             return
@@ -144,7 +144,7 @@ class _Searching:
 
     def weigh_mixes(self) -> None:
         """Between int8 and a slower one that is inside the budget, leave in float what is most to blame."""
-        best, int8 = self.best, self._int8(method=self.run.recipe.quantization.method)
+        best, int8 = self.best, self._int8()
         if best is None or int8 is None or int8.ms > WORTH * best.ms:
             return
         try:
@@ -178,12 +178,11 @@ class _Searching:
             if found:
                 yield found
 
-    def _int8(self, method: str) -> Trial | None:
-        """Give the int8 that is nearest to the float model, of those with as many threads as the fastest has."""
-        whole = [one for one in self.trials if one.way.precision == "int8" and not one.way.keep]
-        fastest = min(whole, key=lambda one: one.ms, default=None)
-        alike = [one for one in whole if fastest and one.way.options == fastest.way.options]
-        return min((one for one in alike if one.way.settings.method == method), key=lambda one: one.noise, default=None)
+    def _int8(self) -> Trial | None:
+        """Give the int8 that is quantized as the recipe says, with as many threads as the fastest of those has."""
+        plain = [one for one in self.trials if one.way.precision == "int8" and not one.way.keep]
+        plain = [one for one in plain if one.way.settings == self.run.recipe.quantization]
+        return min(plain, key=lambda one: one.ms, default=None)
 
     def _built(self, way: Deployment, *, needed: bool = False) -> Trial | None:
         """Compile and answer a few images; None, with a line, for what cannot be, unless nothing else is left.

@@ -34,18 +34,30 @@ def pins(lock: str) -> dict[str, set[str]]:
     return found
 
 
-def test_the_readme_s_table_is_what_was_kept(peers: ModuleType, tmp_path: Path) -> None:
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "README.md").read_text())
-    peers.write_readme(copy)
-    assert copy.read_text() == (ROOT / "README.md").read_text(), "python benchmarks/peers.py --readme writes it anew"
-    assert peers.markdown(peers.newest()) in copy.read_text()
+def test_the_tables_are_what_was_kept(peers: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/peers.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    peers.write(tmp_path)
+    for name in ("README.md", "docs/peers.md"):
+        kept = (ROOT / name).read_text()
+        assert (tmp_path / name).read_text() == kept, "python benchmarks/peers.py --readme writes it anew"
+    assert all(peers.markdown(one) in kept for one in peers.newest())
 
 
 def test_a_readme_without_marks_is_refused(peers: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("nothing\n")
     with pytest.raises(peers.InputError, match=r"lacks the lines <!-- peers --> and <!-- /peers -->"):
-        peers.write_readme(tmp_path / "README.md")
+        peers.write(tmp_path)
+
+
+def test_the_newest_of_each_recipe_is_shown(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    with pytest.raises(peers.InputError, match="no results of this benchmark"):
+        peers.newest()
+    for day, name in (("2026-11-02", "b"), ("2026-11-03", "a"), ("2026-10-30", "b")):
+        (tmp_path / f"{day}-peers-{name}-avx2.json").write_text(json.dumps([name, day]))
+    assert peers.newest() == [["a", "2026-11-03"], ["b", "2026-11-02"]]
 
 
 def test_nncf_s_lock_has_bitferry_s_versions_and_names_no_host() -> None:
@@ -70,11 +82,10 @@ def test_the_peers_that_need_no_environment_of_their_own(
     nobody = str(tmp_path / "python")
     options = ["--seconds", "0.5", "--threads", "1", "--build", str(tmp_path / "build"), "--nncf", nobody]
     peers.main([str(project.recipe), *options])
-    kept = json.loads((tmp_path / "peers.json").read_text())
+    kept = json.loads((tmp_path / "peers-small.json").read_text())
     printed = capsys.readouterr().out
     assert printed.strip() == peers.markdown(kept).strip()
-    (recipe,) = kept["recipes"].values()
-    rows = {(row["peer"], row["runtime"]): row for row in recipe["ways"]}
+    rows = {(row["peer"], row["runtime"]): row for row in kept["recipe"]["ways"]}
     runs = [("bitferry", "openvino"), ("auto", "openvino"), ("float", "openvino"), ("bitferry", "onnxruntime"),
             ("float", "onnxruntime"), ("onnxruntime", "onnxruntime")]  # fmt: skip
     for place in runs:

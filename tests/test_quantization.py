@@ -24,6 +24,7 @@ from pipeline.quantization.graph import (
     layers,
     own_tensors,
     quality,
+    round_before_pools,
     rounded_answers,
     set_mode,
     some,
@@ -439,3 +440,37 @@ def test_a_bias_fits_its_int32_whatever_the_steps_did_to_it(images: Tensor) -> N
     with torch.no_grad():
         teacher = Deployable(Joined(), CONTRACT).eval()(images)
         assert sqnr(teacher, convert_pt2e(model)(images)) > 20
+
+
+class Pooled(nn.Module):
+    """Two convolutions with max pooling after each; what enters the second pooling is taken a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.pool(self.first(x).relu())).relu()
+        found: Tensor = self.third(self.pool(x)).mean((2, 3)) + x.mean((2, 3))
+        return found
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rounding_before_a_max_pooling_as_well_changes_no_value(images: Tensor, scheme: Scheme) -> None:
+    def program(*, before: bool) -> fx.GraphModule:
+        model, _ = ready(images, scheme=scheme, net=Pooled())
+        if before:
+            round_before_pools(model)
+        return cast(fx.GraphModule, convert_pt2e(model))
+
+    def rounded(model: fx.GraphModule) -> list[bool]:
+        pools = [node for node in model.graph.nodes if node.target is torch.ops.aten.max_pool2d.default]
+        return ["dequantize" in str(cast(fx.Node, pool.args[0]).target) for pool in pools]
+
+    plain, pooled = program(before=False), program(before=True)
+    with torch.no_grad():
+        assert torch.equal(plain(images), pooled(images))
+    assert rounded(plain) == [False, False]
+    assert rounded(pooled) == [True, False]
