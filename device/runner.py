@@ -1,7 +1,6 @@
 """The program inside a bundle: check the files, load the model, answer for images. No torch."""
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from device import golden, pixels, rebuilt
+from device import golden, pixels, rebuilt, strict, whole
 from device.arrays import Outputs, Predict
 from device.errors import BitferryError, InputError, first_line
 from device.pixels import IGNORED, Maps
@@ -59,12 +58,12 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     """Read a bundle's manifest; raise InputError when the folder is no bundle of a schema this runner knows."""
     path = bundle / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = strict.read(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise InputError(f"{bundle} is not a bundle: it has no manifest.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not a bitferry manifest")
     if manifest.get("schema") != SCHEMA:
         raise InputError(f"{path} has schema {manifest.get('schema')!r}; this runner reads schema {SCHEMA}")
@@ -88,20 +87,14 @@ def check(bundle: Path, manifest: dict[str, Any]) -> None:
         raise InputError(f"{bundle}/manifest.json lists a file without its sha256; copy the bundle again")
     if manifest["model"]["file"] not in listed:
         raise InputError(f"{bundle}/manifest.json names a model that is not among its files; copy the bundle again")
-    files = (path.relative_to(bundle) for path in bundle.rglob("*") if not path.is_dir())
-    present = {file.as_posix() for file in files if file.parts[0] not in rebuilt.PARTS} - {"manifest.json"}
-    both = present & set(listed)
-    changed = {n for n in both if hashlib.sha256((bundle / n).read_bytes()).hexdigest() != listed[n]["sha256"]}
-    faults = {
-        "missing": set(listed) - present,
-        "changed": changed,
-        "not in the manifest": present - set(listed),
-    }
-    found = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in faults.items() if names)
-    if found:
-        raise InputError(
-            f"{bundle} is not as it was built ({found}); take out what does not belong, or copy the bundle again"
-        )
+    strict.names(listed, f"{bundle}/manifest.json")
+    apart = frozenset({"manifest.json", whole.SIGNATURE, *rebuilt.PARTS})
+    whole.compare(
+        whole.digests(bundle, without=apart),
+        {name: entry["sha256"] for name, entry in listed.items()},
+        f"{bundle} is not as it was built",
+        "take out what does not belong, or copy the bundle again",
+    )
     if Preprocessing.from_json(manifest["preprocessing"]).sha256() != manifest["preprocessing_sha256"]:
         raise InputError(f"{bundle}/manifest.json has another preprocessing contract than the model was verified with")
 

@@ -30,6 +30,14 @@ from targets import {target}
 
 sys.exit(main({target}, Path(__file__).resolve().parents[1]))
 """
+AGENT = """\"\"\"Run the device's own program.\"\"\"
+
+import sys
+
+from device.agent import main
+
+sys.exit(main())
+"""
 
 
 def folder_name(recipe: Recipe, target: str) -> str:
@@ -71,7 +79,17 @@ def bundle(recipe: Recipe, program: Program, compiled: Compiled, verified: Verif
 
 def write_runner(path: Path, target: str) -> None:
     """Pack the runner, the target's own module and what they import into a zipapp, the same bytes every time."""
-    contents = {"__main__.py": MAIN.format(target=target), f"targets/{target}.py": targets.source(target).read_text()}
+    own = {f"targets/{target}.py": targets.source(target).read_text()}
+    _pack({"__main__.py": MAIN.format(target=target)} | own, path)
+
+
+def write_agent(path: Path) -> None:
+    """Pack the program of a device into a zipapp, the same bytes every time."""
+    _pack({"__main__.py": AGENT}, path)
+
+
+def _pack(contents: dict[str, str], path: Path) -> None:
+    """Write a zipapp of these modules and all of ours that they import."""
     waiting = list(contents.values())
     while waiting:
         for name in _ours(waiting.pop()) - set(contents):

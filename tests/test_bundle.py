@@ -122,7 +122,7 @@ def test_an_altered_bundle_is_refused_and_every_file_named(copy: Path, photo: Pa
     (copy / "extra.txt").write_text("x")
     done = checked(copy)
     assert done.returncode == 2
-    for told in ("missing: model.onnx", "changed: model.bin", "not in the manifest: extra.txt"):
+    for told in ("missing: model.onnx", "changed: model.bin", "extra: extra.txt"):
         assert told in done.stderr
     predicted = subprocess.run(
         [sys.executable, copy / "run.pyz", "predict", photo], capture_output=True, text=True, check=False

@@ -1,0 +1,89 @@
+"""The program of a device: what it trusts, what it runs, and how it gets the next. No torch, nothing to install."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from device import install, installed, trust
+from device.errors import BitferryError
+
+
+def do_trust(options: argparse.Namespace) -> int:
+    """Pin the first key, or take over a signed list."""
+    options.root.mkdir(parents=True, exist_ok=True)
+    with install.locked(options.root):
+        found = trust.take(options.root, options.keys)
+    names = ", ".join(key.name[:12] for key in found.keys)
+    print(f"{options.root} trusts list {found.version}: {names}")
+    return 0
+
+
+def do_install(options: argparse.Namespace) -> int:
+    """Install an archive."""
+    found, new = install.install(options.archive, options.root, allow_downgrade=options.allow_downgrade)
+    print(f"{found.title} runs{'' if new else ' already'}: {found.folder}")
+    return 0
+
+
+def do_rollback(options: argparse.Namespace) -> int:
+    """Go back to what ran before."""
+    found = install.rollback(options.root)
+    print(f"{found.title} runs again: {found.folder}")
+    return 0
+
+
+def do_selftest(options: argparse.Namespace) -> int:
+    """Check and try what runs; it goes back by itself where that fails."""
+    found, told = install.prove(options.root)
+    print(json.dumps(told) if options.json else f"{found.title} is as it was signed, and answers as it was verified")
+    return 0
+
+
+def do_status(options: argparse.Namespace) -> int:
+    """Say what runs."""
+    found = installed.status(options.root)
+    print(json.dumps(found, indent=2) if options.json else "\n".join(f"{k}\t{_text(v)}" for k, v in found.items()))
+    return 0
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+
+
+COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {
+    "trust": (do_trust, "pin the key, KEY.pub, that bundles must be signed with, or take a newer signed list of keys"),
+    "install": (do_install, "check, unpack, try and switch to a bundle's archive"),
+    "rollback": (do_rollback, "go back to what ran before"),
+    "selftest": (do_selftest, "check and try what runs, and go back to what ran before if it fails"),
+    "status": (do_status, "say what runs, what ran before, and what was done last"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="bitferry-device.pyz",
+        description="Keep what a device runs: signed, tried, and replaced at once.",
+        epilog="example: python bitferry-device.pyz install model.tar.gz --root /opt/model",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--root", type=Path, required=True, help="the folder that holds what runs")
+        if name == "trust":
+            command.add_argument("keys", type=Path, metavar="KEY.pub|LIST.json")
+        if name == "install":
+            command.add_argument("archive", type=Path, metavar="ARCHIVE")
+            command.add_argument("--allow-downgrade", action="store_true", help="take an older version, too")
+        if name in ("selftest", "status"):
+            command.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    try:
+        return COMMANDS[options.command][0](options)
+    except (BitferryError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,252 @@
+"""Archive → the bundle that a device runs: checked, unpacked beside, tried, and switched to at once.
+
+Every state that a loss of power can leave is one in which ROOT/current points to a whole bundle, the old or the new;
+what else lies around is cleared by the next command.
+"""
+
+import contextlib
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from device import archive, atomic, fit, installed, rebuilt, signature, strict, trust, whole
+from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
+from device.installed import BEFORE, CURRENT, VERSIONS, Installed, current, tell
+from device.signature import Key
+
+INCOMING, LOCK = ".incoming", ".lock"
+SPARE_BYTES = 1 << 20
+"""Left free on the disk, for what is written beside the bundle."""
+UNLIKE, REMEDY = "is not as it was signed", "take it anew from where it was published"
+MINUTES = 10
+"""Of a self-test, which is then taken for one that hangs."""
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Let one process at a time change a root; others wait."""
+    try:
+        import fcntl  # noqa: PLC0415 - POSIX only
+    except ImportError:
+        raise TargetUnavailable("installing needs a POSIX system: symbolic links that are replaced at once") from None
+    if not root.is_dir():
+        raise InputError(f"{root} is no folder; pin a key in it first: `bitferry trust KEY.pub --root {root}`")
+    with (root / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def install(path: Path, root: Path, *, allow_downgrade: bool = False) -> tuple[Installed, bool]:
+    """Install an archive under a root; give what runs then, and whether that is new.
+
+    Signed by a trusted key, fitting this machine and newer than what runs: all that is asked before anything is
+    unpacked. The bytes are compared with the signature as they are written, and the self-test runs on that very copy.
+    Raises InputError, TargetUnavailable or StageFailed with what runs left as it was.
+    """
+    with locked(root):
+        _clear(root)
+        try:
+            keys = trust.read(root).keys
+            with archive.opened(path) as (head, reader):
+                signed = signature.verify(head.signature, keys, f"{signature.FILE} of {path}")
+                listed = _listed(head, signed, path)
+                fit.check(head.manifest["tied"], str(path))
+                here = current(root)
+                same = here is not None and _same(here, head)
+                if here and same and _whole(here, keys):
+                    tell(root, "installed already", here)
+                    return here, False
+                _admit(None if same else here, head, path, allow_downgrade=allow_downgrade)
+                made = _unpack(reader, head, listed, signed.digests, root)
+            found = _switch(root, made, here)
+        except (BitferryError, OSError) as error:
+            with contextlib.suppress(OSError):
+                _clear(root)
+            tell(root, f"refused {path.name}: {first_line(error)}", current(root))
+            raise
+        tell(root, "installed", *found)
+        return found[0], True
+
+
+def rollback(root: Path, why: str = "asked for") -> Installed:
+    """Go back to the bundle that ran before."""
+    with locked(root):
+        here = current(root)
+        before = installed.before(root, here) if here else None
+        if here is None or before is None:
+            raise InputError(f"{root} has nothing to go back to; install another version")
+        check(before.folder, trust.read(root).keys)
+        atomic.point(root / CURRENT, f"{VERSIONS}/{before.folder.name}")
+        tell(root, f"rolled back from {here.manifest['version']}: {why}", before)
+        return before
+
+
+def prove(root: Path) -> tuple[Installed, Mapping[str, Any]]:
+    """Check what runs, signature and all, and try it; go back to what ran before where it fails, and say so."""
+    with locked(root):
+        here = current(root)
+        if here is None:
+            raise InputError(f"nothing is installed in {root}")
+        try:
+            check(here.folder, trust.read(root).keys)
+            found = selftest(here.folder)
+        except BitferryError as error:
+            fault = error
+        else:
+            tell(root, "proved", here, found)
+            return here, found
+    before = rollback(root, first_line(fault))
+    raise StageFailed(f"{here.title} failed, so {before.title} runs again: {fault}") from fault
+
+
+def check(folder: Path, keys: Sequence[Key]) -> signature.Signed:
+    """Compare every file of an unpacked bundle with its signature; raise InputError naming what differs.
+
+    What was rebuilt on the device has a manifest of its own, which `rebuilt.find` compares.
+    """
+    path = folder / signature.FILE
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{folder} is not signed: it has no {signature.FILE}") from None
+    signed = signature.verify(content, keys, str(path))
+    apart = frozenset({signature.FILE, *rebuilt.PARTS})
+    whole.compare(whole.digests(folder, without=apart), signed.digests, f"{folder} {UNLIKE}", REMEDY)
+    return signed
+
+
+def selftest(folder: Path) -> Mapping[str, Any]:
+    """Let a bundle answer for its golden files with its own runner; raise StageFailed where it does not as verified."""
+    command = [sys.executable, "-P", str(folder / "run.pyz"), "selftest", "--json"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60 * MINUTES, check=False, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired as error:
+        raise StageFailed(f"the self-test of {folder.name} did not end within {MINUTES} minutes") from error
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        return strict.read(lines[-1].encode(), "the self-test's answer")
+    told = (done.stderr.strip().splitlines() or lines or [f"it ended with {done.returncode}"])[-1]
+    raise StageFailed(f"the self-test of {folder.name} failed: {told.removeprefix('error: ')}")
+
+
+def _listed(head: archive.Head, signed: signature.Signed, path: Path) -> dict[str, int]:
+    """Give the size of each further file; raise InputError where the manifest is not the signed one."""
+    manifest = head.manifest
+    if signed.digests.get(archive.MANIFEST) != head.digest:
+        raise InputError(f"{path} holds a manifest that was not signed with it; fetch or copy it again")
+    wanted = {"files": dict, "tied": dict, "name": str, "version": str, "target": str}
+    if missing := [name for name, kind in wanted.items() if not isinstance(manifest.get(name), kind)]:
+        raise InputError(f"the manifest of {path} has no usable {', '.join(missing)}; bundle it again")
+    files: Mapping[str, Any] = manifest["files"]
+    strict.names(files, f"the manifest of {path}")
+    digests = {name: one.get("sha256") for name, one in files.items() if isinstance(one, dict)}
+    sizes = {name: one.get("size_bytes") for name, one in files.items() if isinstance(one, dict)}
+    if digests | {archive.MANIFEST: head.digest} != signed.digests:
+        raise InputError(f"{path} was signed with other files than its manifest lists; bundle and sign it again")
+    if any(type(size) is not int or size < 0 for size in sizes.values()):
+        raise InputError(f"the manifest of {path} lists a file without its size; bundle it again")
+    return cast(dict[str, int], sizes)
+
+
+def _same(here: Installed, head: archive.Head) -> bool:
+    return hashlib.sha256((here.folder / archive.MANIFEST).read_bytes()).hexdigest() == head.digest
+
+
+def _whole(here: Installed, keys: Sequence[Key]) -> bool:
+    """Say whether what runs is as it was signed, so that installing it again would change nothing."""
+    try:
+        check(here.folder, keys)
+    except InputError:
+        return False
+    return True
+
+
+def _admit(here: Installed | None, head: archive.Head, path: Path, *, allow_downgrade: bool) -> None:
+    """Raise InputError for another model, and for what is no newer than what runs."""
+    if here is None:
+        return
+    new, old = head.manifest, here.manifest
+    if new["name"] != old["name"]:
+        raise InputError(f"{path} is '{new['name']}', and this root runs '{old['name']}'; give each model its own root")
+    if allow_downgrade or fit.order(new["version"]) > fit.order(old["version"]):
+        return
+    if new["version"] == old["version"]:
+        raise InputError(
+            f"{path} is another build of version {new['version']}, which runs; raise the version in its recipe, or "
+            "pass --allow-downgrade"
+        )
+    raise InputError(f"{path} is version {new['version']}, older than {old['version']}, which runs; --allow-downgrade")
+
+
+def _unpack(
+    reader: archive.Reader, head: archive.Head, sizes: Mapping[str, int], digests: Mapping[str, str], root: Path
+) -> Path:
+    """Write every file into ROOT/.incoming, each compared with its signed digest; give the folder that they end in."""
+    needed, free = sum(sizes.values()) + len(head.content) + len(head.signature), shutil.disk_usage(root).free
+    if needed + SPARE_BYTES > free:
+        raise InputError(f"{root} has {free / 1e6:.1f} MB free, and {needed / 1e6:.1f} MB are needed")
+    incoming = root / INCOMING
+    incoming.mkdir()
+    found = {archive.MANIFEST: head.digest}
+    for name, content in {archive.MANIFEST: head.content, signature.FILE: head.signature}.items():
+        atomic.pour(incoming / name, [content])
+    for member in reader:
+        if member.name in found or member.size != sizes.get(member.name):
+            raise InputError(f"{reader.path} holds {member.name} twice, unlisted or of another size; copy it again")
+        place, hashing = incoming / member.name, hashlib.sha256()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        atomic.pour(place, _hashed(reader.parts(), hashing))
+        found[member.name] = hashing.hexdigest()
+    whole.compare(found, digests, f"{reader.path} {UNLIKE}", REMEDY)
+    for folder in (*(path for path in incoming.rglob("*") if path.is_dir()), incoming):
+        atomic.settle(folder)
+    manifest = head.manifest
+    name = f"{manifest['name']}-{manifest['target']}-{manifest['version']}-{head.digest[:12]}"
+    if not strict.plain(name) or "/" in name:
+        raise InputError(f"{reader.path} names itself {name!r:.120}, which no folder can be called")
+    return incoming.with_name(name)
+
+
+def _hashed(parts: Iterator[bytes], hashing: Any) -> Iterator[bytes]:
+    for part in parts:
+        hashing.update(part)
+        yield part
+
+
+def _switch(root: Path, made: Path, here: Installed | None) -> tuple[Installed, Mapping[str, Any]]:
+    """Give the unpacked folder its place, try it there, and let `current` point to it."""
+    final = root / VERSIONS / made.name
+    final.parent.mkdir(exist_ok=True)
+    if here and final == here.folder:
+        final = final.with_name(final.name + "-again")  # what runs was damaged
+    if final.exists():
+        atomic.remove(final)  # of an install that was interrupted
+    (root / INCOMING).rename(final)
+    atomic.protect(final)
+    if here:
+        atomic.write(final.with_name(final.name + BEFORE), here.folder.name.encode())
+    atomic.settle(final.parent)
+    found = selftest(final)
+    atomic.point(root / CURRENT, f"{VERSIONS}/{final.name}")
+    with contextlib.suppress(OSError):
+        _clear(root)
+    return installed.read(final), found
+
+
+def _clear(root: Path) -> None:
+    """Remove what an interrupted command left, and every version but what runs and what ran before it."""
+    kept, link = set(), root / CURRENT
+    if link.is_symlink():
+        kept.add(link.readlink().name)
+        with contextlib.suppress(OSError, ValueError):
+            kept.add((root / VERSIONS / (link.readlink().name + BEFORE)).read_text())
+    stray = [path for path in (root / VERSIONS).glob("*") if path.name.removesuffix(BEFORE) not in kept]
+    for path in (*stray, root / INCOMING):
+        if path.exists() or path.is_symlink():
+            atomic.remove(path)

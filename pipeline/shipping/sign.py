@@ -1,0 +1,74 @@
+"""A bundle → its signature, and one archive with both: the same bytes for the same bundle and key."""
+
+import gzip
+import io
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from device import rebuilt, runner, signature, whole
+from device.archive import MANIFEST
+from device.errors import InputError
+from pipeline import progress
+from pipeline.shipping import keys
+
+ENDING = ".tar.gz"
+APART = frozenset({signature.FILE, *rebuilt.PARTS})
+LEVEL = 6
+
+
+def sign(bundle: Path, key: Path, password: str | None = None) -> Path:
+    """Write BUNDLE/model.sig, in the OpenSSF model-signing format, over every file that belongs to the bundle."""
+    bundle = bundle.resolve()  # `.` has no name
+    manifest = runner.read_manifest(bundle)
+    (bundle / signature.FILE).unlink(missing_ok=True)
+    runner.check(bundle, manifest)
+    signing = keys.private(key, password)
+    payload = signature.statement(bundle.name, whole.digests(bundle, without=APART))
+    made = keys.sign(signature.encoded(payload), signing)
+    path = bundle / signature.FILE
+    path.write_bytes(signature.enclose(payload, made, keys.name_of(signing, str(key))))
+    return path
+
+
+def archive(bundle: Path, out: Path | None = None) -> Path:
+    """Write a signed bundle into OUT, by default BUNDLE.tar.gz: sorted, owned by nobody, dated by SOURCE_DATE_EPOCH."""
+    bundle = bundle.resolve()
+    out = out or bundle.with_name(bundle.name + ENDING)
+    if not (bundle / signature.FILE).is_file():
+        raise InputError(f"{bundle} is not signed; `bitferry sign {bundle} --key KEY` first")
+    names = sorted(whole.digests(bundle, without=APART - {signature.FILE}))
+    first = [MANIFEST, signature.FILE]
+    date = _date()
+    part = out.with_name(f".{out.name}.part")
+    try:
+        with part.open("wb") as file, gzip.GzipFile("", "wb", LEVEL, file, mtime=date) as packed:
+            _pack(bundle, [*first, *(name for name in names if name not in first)], packed, date)
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    progress.stage("archive", f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
+    return out
+
+
+def _pack(bundle: Path, names: Sequence[str], packed: gzip.GzipFile, date: int) -> None:
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            _add(tar, f"{bundle.name}/{name}", (bundle / name).read_bytes(), date)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes, date: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = len(content), 0o644, date
+    try:
+        tar.addfile(member, io.BytesIO(content))
+    except ValueError as error:
+        raise InputError(f"{name} is too long a name for an archive") from error
+
+
+def _date() -> int:
+    text = os.environ.get("SOURCE_DATE_EPOCH", "0")
+    if not text.isdigit() or int(text) >= 1 << 32:
+        raise InputError(f"SOURCE_DATE_EPOCH is {text!r}; seconds since 1970 are expected")
+    return int(text)
