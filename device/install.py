@@ -6,6 +6,7 @@ what else lies around is cleared by the next command.
 
 import contextlib
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any, cast
 
 from device import archive, atomic, fit, installed, rebuilt, signature, strict, trust, whole
 from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
-from device.installed import BEFORE, CURRENT, VERSIONS, Installed, current, tell
+from device.installed import CURRENT, NOTE, VERSIONS, Installed, current, tell
 from device.signature import Key
 
 INCOMING, LOCK = ".incoming", ".lock"
@@ -57,12 +58,13 @@ def install(path: Path, root: Path, *, allow_downgrade: bool = False) -> tuple[I
                 fit.check(head.manifest["tied"], str(path))
                 here = current(root)
                 same = here is not None and _same(here, head)
-                if here and same and _whole(here, keys):
+                if here and same and _whole(root, here):
                     tell(root, "installed already", here)
                     return here, False
                 _admit(None if same else here, head, path, allow_downgrade=allow_downgrade)
                 made = _unpack(reader, head, listed, signed.digests, root)
-            found = _switch(root, made, here)
+                key = next(key for key in keys if key.name == signed.key)
+            found = _switch(root, made, here, key)
         except (BitferryError, OSError) as error:
             with contextlib.suppress(OSError):
                 _clear(root)
@@ -78,8 +80,8 @@ def rollback(root: Path, why: str = "asked for") -> Installed:
         here = current(root)
         before = installed.before(root, here) if here else None
         if here is None or before is None:
-            raise InputError(f"{root} has nothing to go back to; install another version")
-        check(before.folder, trust.read(root).keys)
+            raise InputError(f"{root} has nothing to go back to")
+        check(before.folder, installed.keys(root, before))
         atomic.point(root / CURRENT, f"{VERSIONS}/{before.folder.name}")
         tell(root, f"rolled back from {here.manifest['version']}: {why}", before)
         return before
@@ -92,14 +94,17 @@ def prove(root: Path) -> tuple[Installed, Mapping[str, Any]]:
         if here is None:
             raise InputError(f"nothing is installed in {root}")
         try:
-            check(here.folder, trust.read(root).keys)
+            check(here.folder, installed.keys(root, here))
             found = selftest(here.folder)
         except BitferryError as error:
             fault = error
         else:
             tell(root, "proved", here, found)
             return here, found
-    before = rollback(root, first_line(fault))
+    try:
+        before = rollback(root, first_line(fault))
+    except InputError as error:
+        raise StageFailed(f"{here.title} failed, and {error}: {fault}") from fault
     raise StageFailed(f"{here.title} failed, so {before.title} runs again: {fault}") from fault
 
 
@@ -158,10 +163,10 @@ def _same(here: Installed, head: archive.Head) -> bool:
     return hashlib.sha256((here.folder / archive.MANIFEST).read_bytes()).hexdigest() == head.digest
 
 
-def _whole(here: Installed, keys: Sequence[Key]) -> bool:
+def _whole(root: Path, here: Installed) -> bool:
     """Say whether what runs is as it was signed, so that installing it again would change nothing."""
     try:
-        check(here.folder, keys)
+        check(here.folder, installed.keys(root, here))
     except InputError:
         return False
     return True
@@ -219,7 +224,7 @@ def _hashed(parts: Iterator[bytes], hashing: Any) -> Iterator[bytes]:
         yield part
 
 
-def _switch(root: Path, made: Path, here: Installed | None) -> tuple[Installed, Mapping[str, Any]]:
+def _switch(root: Path, made: Path, here: Installed | None, key: Key) -> tuple[Installed, Mapping[str, Any]]:
     """Give the unpacked folder its place, try it there, and let `current` point to it."""
     final = root / VERSIONS / made.name
     final.parent.mkdir(exist_ok=True)
@@ -229,8 +234,8 @@ def _switch(root: Path, made: Path, here: Installed | None) -> tuple[Installed, 
         atomic.remove(final)  # of an install that was interrupted
     (root / INCOMING).rename(final)
     atomic.protect(final)
-    if here:
-        atomic.write(final.with_name(final.name + BEFORE), here.folder.name.encode())
+    note = {"before": here.folder.name if here else None, "key": signature.pem(key.public)}
+    atomic.write(final.with_name(final.name + NOTE), json.dumps(note).encode())
     atomic.settle(final.parent)
     found = selftest(final)
     atomic.point(root / CURRENT, f"{VERSIONS}/{final.name}")
@@ -245,8 +250,8 @@ def _clear(root: Path) -> None:
     if link.is_symlink():
         kept.add(link.readlink().name)
         with contextlib.suppress(OSError, ValueError):
-            kept.add((root / VERSIONS / (link.readlink().name + BEFORE)).read_text())
-    stray = [path for path in (root / VERSIONS).glob("*") if path.name.removesuffix(BEFORE) not in kept]
+            kept.add(str(installed.note(root / VERSIONS / link.readlink().name).get("before")))
+    stray = [path for path in (root / VERSIONS).glob("*") if path.name.removesuffix(NOTE) not in kept]
     for path in (*stray, root / INCOMING):
         if path.exists() or path.is_symlink():
             atomic.remove(path)

@@ -1,7 +1,8 @@
 """What a device's root holds: the bundle that runs, the one before it, and a file that tells people.
 
 ROOT/current is a symbolic link to one of ROOT/versions, and the only thing that says what runs. Beside each version
-lies the name of the one that ran before it. ROOT/status.json is for people, and nothing depends on it.
+lies a note: which one ran before it, and which key signed it, for a key may be given up while its bundle still runs.
+ROOT/status.json is for people, and nothing depends on it.
 """
 
 import contextlib
@@ -13,8 +14,9 @@ from typing import Any
 
 from device import archive, atomic, strict, trust
 from device.errors import BitferryError, InputError
+from device.signature import Key, public_key
 
-VERSIONS, CURRENT, BEFORE = "versions", "current", ".before"
+VERSIONS, CURRENT, NOTE = "versions", "current", ".json"
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,25 @@ def read(folder: Path) -> Installed:
 
 def before(root: Path, here: Installed) -> Installed | None:
     """Give what ran before, if it is still there."""
+    name = note(here.folder).get("before")
     try:
-        name = here.folder.with_name(here.folder.name + BEFORE).read_text()
-        return read(root / VERSIONS / name) if strict.plain(name) and "/" not in name else None
-    except (OSError, ValueError, BitferryError):
+        return read(root / VERSIONS / name) if isinstance(name, str) and strict.plain(name) else None
+    except BitferryError:
         return None
+
+
+def note(folder: Path) -> Mapping[str, Any]:
+    """Read what was noted of a version when it was installed; nothing where that is lost."""
+    try:
+        return strict.read(folder.with_name(folder.name + NOTE).read_bytes(), NOTE)
+    except (OSError, BitferryError):
+        return {}
+
+
+def keys(root: Path, here: Installed) -> tuple[Key, ...]:
+    """Give the keys that may have signed what runs: those that are trusted now, and the one that was then."""
+    then = note(here.folder).get("key")
+    return (*trust.read(root).keys, *([public_key(then.encode(), NOTE)] if isinstance(then, str) else []))
 
 
 def status(root: Path) -> Mapping[str, Any]:
