@@ -86,9 +86,9 @@ class Repository:
 
     def write_root(self, root: Root, before: Root | None, signers: Signers) -> None:
         """Write N.root.json, signed for those who trust it and those who trust the one before, and root.json."""
-        judges = {str(self.metadata / "root.json"): before} if before else {}
+        judges = {str(self._place("root", judge.version)): judge for judge in (before, root) if judge}
         metadata = Metadata(root)
-        roles.sign(metadata, "root", {**judges, str(self._place("root", root.version)): root}, signers)
+        roles.sign(metadata, "root", judges, signers)
         self._write("root", root.version, metadata.to_bytes())
 
     def write(self, state: State | None, targets: Targets, roots: list[Root], signers: Signers, days: Days) -> State:
@@ -96,7 +96,7 @@ class Repository:
 
         Versions that a killed run used are skipped: a client may have seen the timestamp that named them.
         """
-        judges = {f"{self._place('root', root.version)}": root for root in roots}
+        judges = {str(self._place("root", root.version)): root for root in roots}
         files: list[tuple[Role, int, bytes]] = []
         snapshot = Snapshot(self._last("snapshot") + 1, expires=days.end("snapshot"), meta={})
         if state is not None:

@@ -33,7 +33,7 @@ def write(path: Path, content: bytes, *, private: bool = False) -> None:
 
 def settle(temporary: Path, path: Path) -> None:
     """Rename a file that is on the disk, and bring its folder's list of names there too."""
-    os.replace(temporary, path)  # noqa: PTH105  the call by which tests kill this process
+    temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
