@@ -117,11 +117,14 @@ class Repository:
         return State(targets, snapshot, timestamp)
 
     def sweep(self) -> None:
-        """Make the folders, and throw away what a killed run left half-written."""
+        """Make the folders, throw away what a killed run left half-written, and finish its root.json."""
         for folder in (self.metadata, self.targets):
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(".*.tmp"):
                 path.unlink()
+        newest, copy = self._place("root", self._last("root")), self.metadata / "root.json"
+        if newest.exists() and (not copy.exists() or copy.read_bytes() != newest.read_bytes()):
+            roles.write(copy, newest.read_bytes())
 
     def _write(self, role: Role, version: int, content: bytes) -> None:
         roles.write(self._place(role, version), content)
