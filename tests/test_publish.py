@@ -126,7 +126,9 @@ def test_refreshing_needs_only_the_two_keys_of_every_day(shop: Shop) -> None:
     assert not (shop.repository / "metadata/2.targets.json").exists()
     shop.pin()
     assert shop.fetch().name == "small-openvino-1.0.0.tar.gz"
-    with pytest.raises(InputError, match="lets other keys sign targets than those given; name the folder with the keys"):
+    with pytest.raises(
+        InputError, match="lets other keys sign targets than those given; name the folder with the keys"
+    ):
         shop.publish("1.1.0")
     assert shop.fetch().name == "small-openvino-1.0.0.tar.gz"
 
@@ -138,7 +140,9 @@ def test_a_version_is_published_once(shop: Shop) -> None:
     fields = {"name": "small", "target": "openvino", "version": "1.0.0"}
     other = write_archive(shop.folder / "other", "1.0.0")
     other.write_bytes(b"others")
-    with pytest.raises(InputError, match="small 1.0.0 for openvino is published already, as small-openvino-1.0.0.tar.gz"):
+    with pytest.raises(
+        InputError, match="small 1.0.0 for openvino is published already, as small-openvino-1.0.0.tar.gz"
+    ):
         publish.add(shop.repository, shop.keys, other, fields)
     renamed = other.rename(other.with_name("same.tar.gz"))
     with pytest.raises(InputError, match="is published already, as small-openvino-1.0.0.tar.gz with other contents"):
