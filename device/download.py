@@ -80,6 +80,8 @@ def _attempt(file: BinaryIO, url: str, limit: int, *, whole: bool) -> None:
             continued = response.status == 206 and _start(response) == have
             if not continued:
                 file.truncate(0)
+            if response.status == 416:
+                raise Broken(f"{url} ended after {have} of {limit} bytes")
             if not continued and response.status != 200:
                 raise Broken(
                     f"{url} cannot be read: the server answers {response.status} to a request from byte {have}"

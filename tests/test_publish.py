@@ -67,7 +67,7 @@ def killed(shop: Shop, work: str) -> list[Path]:
     """Run the work with every kill; list the folders it leaves, the last of them from a run that ended."""
     code = KILLING.replace("        WORK\n", textwrap.indent(work, " " * 8))
     cases = shop.folder.with_name("cases")
-    command = [sys.executable, "-c", code, shop.folder, cases]
+    command: list[str | Path] = [sys.executable, "-c", code, shop.folder, cases]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return sorted(cases.iterdir())
@@ -252,7 +252,7 @@ for path in map(Path, sys.argv[3:]):
 """
     versions = ["1.1.0", "1.2.0", "1.3.0", "1.4.0", "1.5.0", "1.6.0"]
     paths = [write_archive(shop.folder / "made", version) for version in versions]
-    common = [sys.executable, "-c", code, shop.repository, shop.keys]
+    common: list[str | Path] = [sys.executable, "-c", code, shop.repository, shop.keys]
     both = [subprocess.Popen([*common, *part], cwd=ROOT) for part in (paths[::2], paths[1::2])]
     assert [process.wait() for process in both] == [0, 0]
     listed = Metadata[Targets].from_file(str(shop.metadata("targets"))).signed

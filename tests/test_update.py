@@ -378,7 +378,7 @@ AFTER_AN_UPDATE = [old_copy, old_snapshot, old_targets]
 """Going back is an attack on a device that has been further."""
 STOLEN = [old_snapshot, old_targets, targets_of_a_thief]
 """The thief of the snapshot's and the timestamp's keys did these; it takes new keys to be rid of him."""
-LATE = [late_targets, late_root]
+LATE = [late_snapshot, late_targets, late_root]
 """Signed by the publisher, so that there is no way back: it takes the publisher's next."""
 ATTACKS = [
     *AFTER_AN_UPDATE, mixed, mixed_targets, late_timestamp, late_snapshot, late_targets, late_root, unsigned, wrongly_signed,
