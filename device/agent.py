@@ -27,6 +27,16 @@ def do_install(options: argparse.Namespace) -> int:
     return 0
 
 
+def do_update(options: argparse.Namespace) -> int:
+    """Fetch the newest archive of a publisher and install it, unless it runs already."""
+    from device import update  # noqa: PLC0415 - python-tuf, which nothing else here needs
+
+    wanted = {"name": options.name, "target": options.target, "trusted_root": options.trusted_root}
+    options.archive = update.fetch(options.repository, options.root, **wanted)
+    options.allow_downgrade = False
+    return do_install(options)
+
+
 def do_rollback(options: argparse.Namespace) -> int:
     """Go back to what ran before."""
     found = install.rollback(options.root)
@@ -57,6 +67,7 @@ def _text(value: object) -> str:
 COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "trust": (do_trust, "pin the key, KEY.pub, that bundles must be signed with, or take a newer signed list of keys"),
     "install": (do_install, "check, unpack, try and switch to a bundle's archive"),
+    "update": (do_update, "fetch the newest archive from a publisher's repository (TUF), and install it"),
     "rollback": (do_rollback, "go back to what ran before"),
     "selftest": (do_selftest, "check and try what runs, and go back to what ran before if it fails"),
     "status": (do_status, "say what runs, what ran before, and what was done last"),
@@ -65,25 +76,32 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="bitferry-device.pyz",
-        description="Keep what a device runs: signed, tried, and replaced at once.",
-        epilog="example: python bitferry-device.pyz install model.tar.gz --root /opt/model",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        command.add_argument("--root", type=Path, required=True, help="the folder that holds what runs")
-        if name == "trust":
-            command.add_argument("keys", type=Path, metavar="KEY.pub|LIST.json")
-        if name == "install":
-            command.add_argument("archive", type=Path, metavar="ARCHIVE")
-            command.add_argument("--allow-downgrade", action="store_true", help="take an older version, too")
-        if name in ("selftest", "status"):
-            command.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         return COMMANDS[options.command][0](options)
     except (BitferryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bitferry-device.pyz",
+        description="Keep what a device runs: signed, tried, and replaced at once.",
+        epilog="example: python bitferry-device.pyz install model.tar.gz --root /opt/model",
+    )
+    parsers = parser.add_subparsers(dest="command", required=True)
+    commands = {name: parsers.add_parser(name, help=text) for name, (_, text) in COMMANDS.items()}
+    for command in commands.values():
+        command.add_argument("--root", type=Path, required=True, help="the folder that holds what runs")
+    commands["trust"].add_argument("keys", type=Path, metavar="KEY.pub|LIST.json")
+    commands["install"].add_argument("archive", type=Path, metavar="ARCHIVE")
+    commands["install"].add_argument("--allow-downgrade", action="store_true", help="take an older version, too")
+    commands["update"].add_argument("--repository", required=True, metavar="URL", help="where it is served")
+    commands["update"].add_argument("--name", help="of the model, where the repository has several")
+    commands["update"].add_argument("--target", help="of the bundle, where the model has several")
+    once = "the publisher's root.json, come by a way you trust; needed once"
+    commands["update"].add_argument("--trusted-root", type=Path, metavar="FILE", help=once)
+    for name in ("selftest", "status"):
+        commands[name].add_argument("--json", action="store_true", help="print JSON")
+    return parser

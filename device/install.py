@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from device import archive, atomic, fit, installed, rebuilt, signature, strict, trust, whole
+from device import archive, atomic, fit, installed, rebuilt, signature, strict, trust, versions, whole
 from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
 from device.installed import CURRENT, NOTE, VERSIONS, Installed, current, tell
 from device.signature import Key
@@ -179,7 +179,7 @@ def _admit(here: Installed | None, head: archive.Head, path: Path, *, allow_down
     new, old = head.manifest, here.manifest
     if new["name"] != old["name"]:
         raise InputError(f"{path} is '{new['name']}', and this root runs '{old['name']}'; give each model its own root")
-    if allow_downgrade or fit.order(new["version"]) > fit.order(old["version"]):
+    if allow_downgrade or versions.order(new["version"]) > versions.order(old["version"]):
         return
     if new["version"] == old["version"]:
         raise InputError(

@@ -15,7 +15,7 @@ from tuf.api import exceptions
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, Updater
 
-from device import download
+from device import download, versions
 from device.errors import InputError, first_line
 
 try:
@@ -23,13 +23,9 @@ try:
 except ImportError:  # Windows: two updates at once are the user's to avoid
     fcntl = None  # type: ignore[assignment]
 
-VERSION = re.compile(
-    r"(?=.{1,100}\Z)(?P<numbers>[0-9]+(\.[0-9]+)*)(?P<before>[A-Za-z0-9._-]*)(\+(?P<build>[A-Za-z0-9._+-]*))?"
-)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*\.tar\.gz")
 """Of an archive; nothing that leads out of a folder."""
 KEPT = "nothing was taken over"
-Order = tuple[tuple[int, ...], bool, tuple[tuple[bool, int, str], ...], tuple[tuple[bool, int, str], ...]]
 
 
 @dataclass(frozen=True)
@@ -41,17 +37,6 @@ class Offer:
     version: str
     archive: str
     size: int
-
-
-def order(version: str) -> Order:
-    """Give what versions compare by: 1.10.0 comes after 1.9.0, 1.9.0 after 1.9.0-rc1, and 1.9 is 1.9.0."""
-    found = VERSION.fullmatch(version)
-    if found is None:
-        raise InputError(f"{version[:100]!r} is no version; it has the form 1.2.3, 1.2.3-rc1 or 1.2.3+build")
-    numbers = [int(number) for number in found["numbers"].split(".")]
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return tuple(numbers), not found["before"], _parts(found["before"]), _parts(found["build"] or "")
 
 
 def newest(
@@ -175,7 +160,7 @@ def _offer(path: str, entry: TargetFile) -> Offer | None:
     name, target, version = (fields.get(key) for key in ("name", "target", "version"))
     if not isinstance(name, str) or not isinstance(target, str) or not isinstance(version, str):
         return None
-    return Offer(name, target, version, path, entry.length) if VERSION.fullmatch(version) else None
+    return Offer(name, target, version, path, entry.length) if versions.VERSION.fullmatch(version) else None
 
 
 def _choose(offers: list[Offer], url: str, name: str | None, target: str | None) -> Offer:
@@ -193,7 +178,7 @@ def _choose(offers: list[Offer], url: str, name: str | None, target: str | None)
     fitting = [offer for offer in named if target in {None, offer.target}]
     if not fitting:
         raise InputError(f"{url} offers {named[0].name} not for {target}, but for {', '.join(targets)}")
-    return max(fitting, key=lambda offer: (order(offer.version), offer.archive))
+    return max(fitting, key=lambda offer: (versions.order(offer.version), offer.archive))
 
 
 def _download(updater: Updater, fetcher: _Fetcher, info: TargetFile, final: Path) -> None:
@@ -264,8 +249,3 @@ def _explained(url: str, root: Path) -> Iterator[None]:
         raise InputError(f"{first_line(error)}; {KEPT}; try again") from error
     except OSError as error:
         raise InputError(f"{error.filename or root} cannot be read or written: {error.strerror or error}") from error
-
-
-def _parts(text: str) -> tuple[tuple[bool, int, str], ...]:
-    """Split letters from numbers, as rc and 1 of rc1; numbers come before letters."""
-    return tuple((not p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in re.findall("[0-9]+|[A-Za-z]+", text))

@@ -66,6 +66,29 @@ def sign(
 
 
 @commands.command()
+def publish(
+    archive: Annotated[Path | None, typer.Argument(metavar="[ARCHIVE]", help="What `bitferry sign` wrote.")] = None,
+    repository: Annotated[Path, typer.Option("--repository", help="The folder that a web server serves.")] = Path(
+        "repository"
+    ),
+    keys_: Annotated[
+        Path, typer.Option("--keys", help="A folder outside it for the keys of its four roles; made with them.")
+    ] = Path("repository-keys"),
+    rotate: Annotated[str | None, typer.Option(help="Replace the key of root, targets, snapshot or timestamp.")] = None,
+) -> None:
+    """Put an archive into a TUF repository, static files for any web server; without one, sign it anew for longer.
+
+    Example: bitferry publish dist/fashion-resnet18-openvino-1.0.0.tar.gz --repository public --keys repository-keys
+    """
+    from pipeline.shipping import publish as publishing
+
+    done = publishing.run(repository, keys_, archive, rotate)
+    role, date = done.first
+    typer.echo(f"{done.repository} offers {', '.join(done.archives)}")
+    typer.echo(f"its {role} expires first, {date:%Y-%m-%d %H:%M} UTC: `bitferry publish` without an archive renews it")
+
+
+@commands.command()
 def device(
     output: Annotated[Path, typer.Option("--output", "-o", help="The program.")] = Path("bitferry-device.pyz"),
 ) -> None:
@@ -102,6 +125,25 @@ def install(
     Example: bitferry install fashion-resnet18-openvino-1.0.0.tar.gz --root /opt/model
     """
     _agent("install", str(archive), "--root", str(root), *(["--allow-downgrade"] if allow_downgrade else []))
+
+
+@commands.command()
+def update(
+    repository: Annotated[str, typer.Option("--repository", help="The address where a repository is served.")],
+    root: Root,
+    name: Annotated[str | None, typer.Option(help="Of the model, where the repository has several.")] = None,
+    target: Annotated[str | None, typer.Option(help="Of the bundle, where the model has several.")] = None,
+    trusted_root: Annotated[
+        Path | None, typer.Option(help="The publisher's root.json, come by a way you trust; needed once.")
+    ] = None,
+) -> None:
+    """Fetch the newest archive from a publisher's repository, and install it unless it runs already.
+
+    Example: bitferry update --repository https://example.org/models --root /opt/model --trusted-root root.json
+    """
+    options = {"--name": name, "--target": target, "--trusted-root": trusted_root}
+    words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    _agent("update", "--repository", repository, "--root", str(root), *words)
 
 
 @commands.command()

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from device import agent, archive, fit, install, installed, signature, trust
+from device import agent, archive, fit, install, installed, signature, trust, versions
 from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable
 from pipeline.bundle import write_agent
 from pipeline.shipping import keys, sign
 from tests.conftest import Project
+from tests.served import served
 from tests.signed import TIED, Shop, open_shop
 
 
@@ -194,10 +195,10 @@ def test_41_what_does_not_say_what_it_is_tied_to_is_refused() -> None:
 
 def test_versions_are_ordered_as_semver_orders_them() -> None:
     given = ["1.0.0-alpha", "1.0.0-alpha.1", "1.0.0-beta.2", "1.0.0-beta.11", "1.0.0-rc.1", "1.0", "1.2", "1.10.0", "2"]
-    assert all(fit.order(one) < fit.order(other) for one, other in itertools.pairwise(given))
-    assert fit.order("1.0") == fit.order("1.0.0+build")
-    assert fit.within("2026.4.1", ">=2026.4,<2027")
-    assert not fit.within("2027.0", ">=2026.4,<2027")
+    assert all(versions.order(one) < versions.order(other) for one, other in itertools.pairwise(given))
+    assert versions.order("1.0") == versions.order("1.0.0")
+    assert versions.within("2026.4.1", ">=2026.4,<2027")
+    assert not versions.within("2027.0", ">=2026.4,<2027")
 
 
 @pytest.mark.usefixtures("tried")
@@ -598,3 +599,27 @@ def test_the_commands_of_bitferry_do_the_same(made: tuple[Shop, Path, Path], tmp
     assert "is not a bundle: it has no manifest.json" in here.refused("sign", "root", "--key", "a.key")
     (bundle / "model.bin").write_bytes(b"other")
     assert "changed: model.bin" in here.refused("sign", bundle.name, "--key", "a.key")
+
+
+def test_a_device_updates_itself_from_what_was_published(made: tuple[Shop, Path, Path], tmp_path: Path) -> None:
+    here, (shop, old, new) = Project(tmp_path), made
+    with served(tmp_path / "public") as server:
+        publish = ["--repository", "public", "--keys", "roles"]
+        update = ["update", "--repository", server.url, "--root", "root"]
+
+        def done(*words: str) -> str:
+            run = here.bitferry(*words)
+            assert run.returncode == 0, run.stderr
+            return run.stdout
+
+        assert "public offers small-openvino-1.0.0.tar.gz" in done("publish", str(old), *publish)
+        done("trust", str(shop.public), "--root", "root")
+        assert "trusts no publisher yet" in here.refused(*update)
+        first = done(*update, "--trusted-root", "public/metadata/root.json")
+        assert first.startswith("small 1.0.0 for openvino runs: ")
+        assert done(*update).startswith("small 1.0.0 for openvino runs already: ")
+        done("publish", str(new), *publish)
+        done("publish", "--rotate", "timestamp", *publish)
+        assert done(*update).startswith("small 1.10.0 for openvino runs: ")
+        assert "'owner' is no role of a repository" in here.refused("publish", "--rotate", "owner", *publish)
+        assert "expires first" in done("publish", *publish)

@@ -18,8 +18,8 @@ from pipeline.shipping import publish
 from pipeline.shipping.repository import Days
 from pipeline.shipping.roles import ROLES, Role
 from tests.conftest import ROOT
+from tests.publisher import Late, Publisher, write_archive
 from tests.served import served
-from tests.shop import Late, Shop, write_archive
 
 KILLING = """
 import os, shutil, signal, sys
@@ -58,12 +58,12 @@ publish.add(repository, keys, archive, {"name": "small", "target": "openvino", "
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Iterator[Shop]:
+def shop(tmp_path: Path) -> Iterator[Publisher]:
     with served(tmp_path / "shop/repository") as server:
-        yield Shop(tmp_path / "shop", server)
+        yield Publisher(tmp_path / "shop", server)
 
 
-def killed(shop: Shop, work: str) -> list[Path]:
+def killed(shop: Publisher, work: str) -> list[Path]:
     """Run the work with every kill; list the folders it leaves, the last of them from a run that ended."""
     code = KILLING.replace("        WORK\n", textwrap.indent(work, " " * 8))
     cases = shop.folder.with_name("cases")
@@ -73,7 +73,7 @@ def killed(shop: Shop, work: str) -> list[Path]:
     return sorted(cases.iterdir())
 
 
-def test_the_first_archive_makes_the_repository_and_its_keys(shop: Shop) -> None:
+def test_the_first_archive_makes_the_repository_and_its_keys(shop: Publisher) -> None:
     done = shop.publish("1.0.0")
     assert done.created
     assert done.archives == ("small-openvino-1.0.0.tar.gz",)
@@ -91,7 +91,7 @@ def test_the_first_archive_makes_the_repository_and_its_keys(shop: Shop) -> None
     assert not [path for path in shop.repository.rglob("*") if path.name.startswith(".")]
 
 
-def test_a_further_archive_keeps_those_before(shop: Shop) -> None:
+def test_a_further_archive_keeps_those_before(shop: Publisher) -> None:
     shop.publish("1.0.0")
     keys = {path.name: path.read_bytes() for path in shop.keys.iterdir()}
     done = shop.publish("1.1.0")
@@ -101,7 +101,7 @@ def test_a_further_archive_keeps_those_before(shop: Shop) -> None:
     assert [Metadata.from_file(str(shop.metadata(role))).signed.version for role in ROLES] == [1, 2, 2, 2]
 
 
-def test_signatures_hold_as_long_as_asked(shop: Shop) -> None:
+def test_signatures_hold_as_long_as_asked(shop: Publisher) -> None:
     done = shop.publish("1.0.0", days=Days(root=50, targets=40, snapshot=30, timestamp=2))
     left = {role: end - datetime.now(UTC) for role, end in done.expires.items()}
     assert {role: round(time / timedelta(days=1)) for role, time in left.items()} == {
@@ -117,7 +117,7 @@ def test_signatures_hold_as_long_as_asked(shop: Shop) -> None:
         shop.publish("1.1.0", days=Days(targets=99999999))
 
 
-def test_refreshing_needs_only_the_two_keys_of_every_day(shop: Shop) -> None:
+def test_refreshing_needs_only_the_two_keys_of_every_day(shop: Publisher) -> None:
     shop.publish("1.0.0", days=Days(timestamp=1, snapshot=1))
     for role in ("root", "targets"):
         (shop.keys / f"{role}.pem").rename(shop.folder / f"{role}.pem")
@@ -133,7 +133,7 @@ def test_refreshing_needs_only_the_two_keys_of_every_day(shop: Shop) -> None:
     assert shop.fetch().name == "small-openvino-1.0.0.tar.gz"
 
 
-def test_a_version_is_published_once(shop: Shop) -> None:
+def test_a_version_is_published_once(shop: Publisher) -> None:
     shop.publish("1.0.0")
     again = shop.publish("1.0.0")
     assert again.archives == ("small-openvino-1.0.0.tar.gz",)
@@ -159,7 +159,7 @@ def test_a_version_is_published_once(shop: Shop) -> None:
     ],
 )
 def test_an_archive_that_no_device_could_choose_is_refused(
-    shop: Shop, name: str, fields: dict[str, object], message: str
+    shop: Publisher, name: str, fields: dict[str, object], message: str
 ) -> None:
     shop.folder.mkdir()
     path = shop.folder / name
@@ -169,7 +169,7 @@ def test_an_archive_that_no_device_could_choose_is_refused(
     assert not (shop.repository / "metadata/timestamp.json").exists()
 
 
-def test_folders_that_cannot_be_right_are_refused(shop: Shop) -> None:
+def test_folders_that_cannot_be_right_are_refused(shop: Publisher) -> None:
     archive = write_archive(shop.folder, "1.0.0")
     fields = {"name": "small", "target": "openvino", "version": "1.0.0"}
     inside = shop.folder / "link"
@@ -190,10 +190,10 @@ def test_folders_that_cannot_be_right_are_refused(shop: Shop) -> None:
         publish.add(shop.repository, shop.keys, shop.folder / "missing.tar.gz", fields)
 
 
-def test_other_keys_change_nothing(shop: Shop) -> None:
+def test_other_keys_change_nothing(shop: Publisher) -> None:
     shop.publish("1.0.0")
     before = {path: path.read_bytes() for path in shop.repository.rglob("*.json")}
-    theirs = Shop(shop.folder / "theirs", shop.server)
+    theirs = Publisher(shop.folder / "theirs", shop.server)
     theirs.publish("1.0.0")
     shutil.rmtree(shop.keys)
     shutil.copytree(theirs.keys, shop.keys)
@@ -206,7 +206,7 @@ def test_other_keys_change_nothing(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_what_was_changed_on_the_server_is_not_signed_anew(shop: Shop, role: Role) -> None:
+def test_what_was_changed_on_the_server_is_not_signed_anew(shop: Publisher, role: Role) -> None:
     shop.publish("1.0.0")
     path = shop.metadata(role)
     changed = json.loads(path.read_bytes())
@@ -220,7 +220,7 @@ def test_what_was_changed_on_the_server_is_not_signed_anew(shop: Shop, role: Rol
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_new_key_is_followed_and_the_old_one_counts_no_more(shop: Shop, role: Role) -> None:
+def test_a_new_key_is_followed_and_the_old_one_counts_no_more(shop: Publisher, role: Role) -> None:
     shop.publish("1.0.0")
     shop.pin()
     shop.fetch()
@@ -240,7 +240,7 @@ def test_a_new_key_is_followed_and_the_old_one_counts_no_more(shop: Shop, role: 
         publish.rotate(shop.repository, shop.keys, role)
 
 
-def test_two_publishers_take_turns(shop: Shop) -> None:
+def test_two_publishers_take_turns(shop: Publisher) -> None:
     shop.publish("1.0.0")
     code = """
 import sys
@@ -261,7 +261,7 @@ for path in map(Path, sys.argv[3:]):
     assert shop.fetch().name == "small-openvino-1.6.0.tar.gz"
 
 
-def test_a_kill_at_any_write_leaves_a_repository_that_devices_can_use(shop: Shop) -> None:
+def test_a_kill_at_any_write_leaves_a_repository_that_devices_can_use(shop: Publisher) -> None:
     shop.publish("1.0.0")
     shop.pin()
     shop.fetch()
@@ -269,7 +269,7 @@ def test_a_kill_at_any_write_leaves_a_repository_that_devices_can_use(shop: Shop
     cases = killed(shop, ADDING)
     found = []
     for case in cases:
-        there = Shop(case, shop.server)
+        there = Publisher(case, shop.server)
         shop.server.folder = there.repository
         found.append(there.fetch().name)
         there.publish("1.1.0")
@@ -280,12 +280,12 @@ def test_a_kill_at_any_write_leaves_a_repository_that_devices_can_use(shop: Shop
     assert found[-1] == "small-openvino-1.1.0.tar.gz"
 
 
-def test_a_kill_while_a_repository_is_made_is_mended_by_publishing_again(shop: Shop) -> None:
+def test_a_kill_while_a_repository_is_made_is_mended_by_publishing_again(shop: Publisher) -> None:
     write_archive(shop.folder / "made", "1.1.0")
     cases = killed(shop, ADDING)
     assert len(cases) > 20
     for case in cases[::2]:
-        there = Shop(case, shop.server)
+        there = Publisher(case, shop.server)
         shop.server.folder = there.repository
         there.publish("1.1.0")
         there.pin()
@@ -295,13 +295,13 @@ def test_a_kill_while_a_repository_is_made_is_mended_by_publishing_again(shop: S
 
 
 @pytest.mark.parametrize("role", ["root", "timestamp"])
-def test_a_kill_while_a_key_is_replaced_leaves_old_and_new_devices_served(shop: Shop, role: Role) -> None:
+def test_a_kill_while_a_key_is_replaced_leaves_old_and_new_devices_served(shop: Publisher, role: Role) -> None:
     shop.publish("1.0.0")
     shop.pin()
     shop.fetch()
     write_archive(shop.folder / "made", "1.1.0")
     for case in killed(shop, f"publish.rotate(repository, keys, {role!r})\n"):
-        there = Shop(case, shop.server)
+        there = Publisher(case, shop.server)
         shop.server.folder = there.repository
         assert there.fetch().name == "small-openvino-1.0.0.tar.gz"
         there.publish("1.1.0")
@@ -310,7 +310,7 @@ def test_a_kill_while_a_key_is_replaced_leaves_old_and_new_devices_served(shop: 
         assert there.fetch().name == "small-openvino-1.1.0.tar.gz"
 
 
-def test_late_signatures_are_made_good_by_the_next_command(shop: Shop) -> None:
+def test_late_signatures_are_made_good_by_the_next_command(shop: Publisher) -> None:
     shop.publish("1.0.0", days=Late(role="timestamp"))
     shop.pin()
     with pytest.raises(InputError, match="has expired"):

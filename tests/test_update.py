@@ -16,23 +16,23 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, Timestamp
 
-from device import download, update
+from device import download, update, versions
 from device.errors import InputError
 from pipeline.shipping import publish, roles
 from pipeline.shipping.roles import Role
 from tests.conftest import ROOT
+from tests.publisher import SIZE, Late, Publisher
 from tests.served import Handler, served
-from tests.shop import SIZE, Late, Shop
 
 NEWEST = "small-openvino-1.1.0.tar.gz"
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publisher]:
     """A repository with two versions, of which the device has the first."""
     monkeypatch.setattr(download, "PAUSE_S", 0.001)
     with served(tmp_path / "shop/repository") as server:
-        made = Shop(tmp_path / "shop", server)
+        made = Publisher(tmp_path / "shop", server)
         made.publish("1.0.0")
         made.pin()
         made.fetch()
@@ -42,7 +42,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
         yield made
 
 
-def content(shop: Shop, name: str = NEWEST) -> bytes:
+def content(shop: Publisher, name: str = NEWEST) -> bytes:
     return (shop.folder / "made" / name).read_bytes()
 
 
@@ -66,18 +66,18 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 )
 def test_versions_compare_by_their_numbers(ascending: list[str]) -> None:
     shuffled = [*ascending[1::2], *ascending[::2]]
-    assert sorted(shuffled, key=update.order) == ascending
-    assert len({update.order(version) for version in ascending}) == len(ascending)
+    assert sorted(shuffled, key=versions.order) == ascending
+    assert len({versions.order(version) for version in ascending}) == len(ascending)
 
 
 def test_versions_that_are_none() -> None:
-    assert update.order("1.0") == update.order("1") == update.order("1.0.0")
+    assert versions.order("1.0") == versions.order("1") == versions.order("1.0.0")
     for text in ("", "v1", "1.0 ", "1/0", "1" * 101, "1.0+a+b/c"):
         with pytest.raises(InputError, match="is no version; it has the form 1.2.3"):
-            update.order(text)
+            versions.order(text)
 
 
-def test_the_newest_is_brought_and_kept(shop: Shop) -> None:
+def test_the_newest_is_brought_and_kept(shop: Publisher) -> None:
     shop.publish("1.10.0")
     shop.publish("1.9.0")
     path = shop.fetch()
@@ -91,13 +91,13 @@ def test_the_newest_is_brought_and_kept(shop: Shop) -> None:
     assert shop.fetch().read_bytes() == content(shop, path.name)
 
 
-def test_what_is_newest_is_told_without_bringing_it(shop: Shop) -> None:
+def test_what_is_newest_is_told_without_bringing_it(shop: Publisher) -> None:
     offer = update.newest(shop.server.url + "/", shop.device)
     assert offer == update.Offer("small", "openvino", "1.1.0", NEWEST, SIZE)
     assert shop.server.ranges() == []
 
 
-def test_one_of_several_must_be_named(shop: Shop) -> None:
+def test_one_of_several_must_be_named(shop: Publisher) -> None:
     shop.publish("3.0.0", name="large")
     shop.publish("1.2.0", target="onnxruntime")
     with pytest.raises(InputError, match="offers large, small; name the one for this device"):
@@ -115,7 +115,7 @@ def test_one_of_several_must_be_named(shop: Shop) -> None:
     assert all(path.exists() for path in brought)
 
 
-def test_foreign_targets_are_passed_over(shop: Shop) -> None:
+def test_foreign_targets_are_passed_over(shop: Publisher) -> None:
     def add(signed: Signed) -> None:
         entries = signed.targets  # type: ignore[attr-defined]
         mine = entries[NEWEST].to_dict()
@@ -133,7 +133,7 @@ def test_foreign_targets_are_passed_over(shop: Shop) -> None:
     assert shop.fetch().name == NEWEST
 
 
-def test_nothing_on_offer_is_said(shop: Shop) -> None:
+def test_nothing_on_offer_is_said(shop: Publisher) -> None:
     shop.forge("targets", lambda signed: signed.targets.clear())  # type: ignore[attr-defined]
     repoint(shop)
     with pytest.raises(InputError, match="offers no bundles; publish one there first"):
@@ -143,7 +143,7 @@ def test_nothing_on_offer_is_said(shop: Shop) -> None:
 # Who is trusted
 
 
-def test_trust_is_never_taken_from_the_network(shop: Shop) -> None:
+def test_trust_is_never_taken_from_the_network(shop: Publisher) -> None:
     fresh = shop.folder / "fresh"
     with pytest.raises(InputError, match="trusts no publisher yet; copy the repository's metadata/root.json here"):
         update.fetch(shop.server.url, fresh)
@@ -156,8 +156,8 @@ def test_trust_is_never_taken_from_the_network(shop: Shop) -> None:
     assert update.fetch(shop.server.url, fresh, trusted_root=root).name == NEWEST, "the newer one was followed"
 
 
-def test_another_root_is_not_taken_over(shop: Shop) -> None:
-    theirs = Shop(shop.folder / "theirs", shop.server)
+def test_another_root_is_not_taken_over(shop: Publisher) -> None:
+    theirs = Publisher(shop.folder / "theirs", shop.server)
     theirs.publish("9.0.0")
     pinned = (shop.device / "tuf/root.json").read_bytes()
     with pytest.raises(InputError, match="trusts another publisher than .*; remove .*/device/tuf if"):
@@ -178,8 +178,8 @@ def test_another_root_is_not_taken_over(shop: Shop) -> None:
     assert shop.fetch().name == NEWEST
 
 
-def test_a_server_of_others_is_refused(shop: Shop) -> None:
-    theirs = Shop(shop.folder / "theirs", shop.server)
+def test_a_server_of_others_is_refused(shop: Publisher) -> None:
+    theirs = Publisher(shop.folder / "theirs", shop.server)
     theirs.publish("9.0.0")
     shop.server.folder = theirs.repository
     with pytest.raises(
@@ -191,7 +191,7 @@ def test_a_server_of_others_is_refused(shop: Shop) -> None:
 # Attacks. Each changes what is served, and says what must be answered.
 
 
-def repoint(shop: Shop, *, snapshot: int = 1, timestamp: int = 1) -> None:
+def repoint(shop: Publisher, *, snapshot: int = 1, timestamp: int = 1) -> None:
     """Sign a snapshot of the targets there are, and a timestamp of that, as whoever stole both keys could."""
 
     def point(signed: Signed, role: Role) -> None:
@@ -209,12 +209,12 @@ def repoint(shop: Shop, *, snapshot: int = 1, timestamp: int = 1) -> None:
     shop.forge("timestamp", lambda signed: point(signed, "snapshot"))
 
 
-def old_copy(shop: Shop) -> str:
+def old_copy(shop: Publisher) -> str:
     shop.restore(shop.folder / "first")
     return "offers older metadata than there was before (New timestamp version 1 must be >= 2)"
 
 
-def old_snapshot(shop: Shop) -> str:
+def old_snapshot(shop: Publisher) -> str:
     old = MetaFile.from_data(1, (shop.repository / "metadata/1.snapshot.json").read_bytes(), ["sha256"])
 
     def point(signed: Signed) -> None:
@@ -225,13 +225,13 @@ def old_snapshot(shop: Shop) -> str:
     return "offers older metadata than there was before (New snapshot version must be >= 2"
 
 
-def old_targets(shop: Shop) -> str:
+def old_targets(shop: Publisher) -> str:
     shop.metadata("targets").unlink()
     repoint(shop)
     return "offers older metadata than there was before (Expected targets.json version 1, got 2.)"
 
 
-def mixed(shop: Shop) -> str:
+def mixed(shop: Publisher) -> str:
     """The snapshot of another time under the name of the newest."""
     shop.publish("1.2.0")
     shop.copy("good")
@@ -239,7 +239,7 @@ def mixed(shop: Shop) -> str:
     return "sends other bytes than were signed"
 
 
-def mixed_targets(shop: Shop) -> str:
+def mixed_targets(shop: Publisher) -> str:
     """The targets of another time under the name of the newest."""
     shop.publish("1.2.0")
     shop.copy("good")
@@ -247,39 +247,39 @@ def mixed_targets(shop: Shop) -> str:
     return "sends other bytes than were signed"
 
 
-def late_timestamp(shop: Shop) -> str:
+def late_timestamp(shop: Publisher) -> str:
     publish.refresh(shop.repository, shop.keys, days=Late(role="timestamp"))
     return "has expired (timestamp.json is expired) by this device's clock"
 
 
-def late_snapshot(shop: Shop) -> str:
+def late_snapshot(shop: Publisher) -> str:
     publish.refresh(shop.repository, shop.keys, days=Late(role="snapshot"))
     return "has expired (snapshot.json is expired) by this device's clock"
 
 
-def late_targets(shop: Shop) -> str:
+def late_targets(shop: Publisher) -> str:
     shop.publish("1.2.0", days=Late(role="targets"))
     return "has expired (New targets is expired) by this device's clock"
 
 
-def late_root(shop: Shop) -> str:
+def late_root(shop: Publisher) -> str:
     publish.rotate(shop.repository, shop.keys, days=Late(role="root"))
     return "has expired (Final root.json is expired) by this device's clock"
 
 
-def unsigned(shop: Shop) -> str:
+def unsigned(shop: Publisher) -> str:
     shop.publish("1.2.0")
     edit(shop.metadata("timestamp"), lambda whole: whole["signatures"].clear())
     return "is not signed by the keys that .* trusts (timestamp was signed by 0/1 keys)"
 
 
-def wrongly_signed(shop: Shop) -> str:
+def wrongly_signed(shop: Publisher) -> str:
     shop.publish("1.2.0")
     edit(shop.metadata("timestamp"), lambda whole: whole["signed"].update(version=9))
     return "is not signed by the keys that .* trusts (timestamp was signed by 0/1 keys)"
 
 
-def targets_of_a_thief(shop: Shop) -> str:
+def targets_of_a_thief(shop: Publisher) -> str:
     """Targets that the snapshot's thief made up: the snapshot fits, but the targets' key is missing."""
     place = shop.repository / "metadata/3.targets.json"
     shutil.copyfile(shop.metadata("targets"), place)
@@ -288,7 +288,7 @@ def targets_of_a_thief(shop: Shop) -> str:
     return "is not signed by the keys that .* trusts (targets was signed by 0/1 keys)"
 
 
-def root_of_a_thief(shop: Shop) -> str:
+def root_of_a_thief(shop: Publisher) -> str:
     """A root that names the thief's keys, signed by them and not by the root before."""
     thief = CryptoSigner.generate_ed25519()
     root: Metadata[Root] = Metadata.from_file(str(shop.metadata("root")))
@@ -301,52 +301,52 @@ def root_of_a_thief(shop: Shop) -> str:
     return "is not signed by the keys that .* trusts (root was signed by 0/1 keys)"
 
 
-def root_skipped(shop: Shop) -> str:
+def root_skipped(shop: Publisher) -> str:
     """A root whose own number is not the next: the way back to an older one."""
     shutil.copyfile(shop.repository / "metadata/1.root.json", shop.repository / "metadata/2.root.json")
     return "offers older metadata than there was before (Expected root version 2 instead got version 1)"
 
 
-def one_signature_twice(shop: Shop) -> str:
+def one_signature_twice(shop: Publisher) -> str:
     shop.publish("1.2.0")
     edit(shop.metadata("timestamp"), lambda whole: whole["signatures"].append(whole["signatures"][0]))
     return "is no usable repository (Failed to deserialize JSON)"
 
 
-def another_kind(shop: Shop) -> str:
+def another_kind(shop: Publisher) -> str:
     shutil.copyfile(shop.metadata("snapshot"), shop.metadata("timestamp"))
     return "is no usable repository (Expected 'timestamp', got 'snapshot')"
 
 
-def no_json(shop: Shop) -> str:
+def no_json(shop: Publisher) -> str:
     shop.metadata("timestamp").write_text("<html>login</html>")
     return "is no usable repository (Failed to deserialize JSON)"
 
 
-def vast_timestamp(shop: Shop) -> str:
+def vast_timestamp(shop: Publisher) -> str:
     shop.metadata("timestamp").write_bytes(b" " * 20_000)
     return "timestamp.json is longer than the 16384 bytes it can have"
 
 
-def other_contents(shop: Shop) -> str:
+def other_contents(shop: Publisher) -> str:
     (path,) = shop.repository.glob(f"targets/*.{NEWEST}")
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     return "sends other bytes than were signed"
 
 
-def longer(shop: Shop) -> str:
+def longer(shop: Publisher) -> str:
     (path,) = shop.repository.glob(f"targets/*.{NEWEST}")
     path.write_bytes(path.read_bytes() + b"!")
     return f"is longer than the {SIZE} bytes it can have"
 
 
-def shorter(shop: Shop) -> str:
+def shorter(shop: Publisher) -> str:
     (path,) = shop.repository.glob(f"targets/*.{NEWEST}")
     path.write_bytes(path.read_bytes()[:-1])
     return f"ended after {SIZE - 1} of {SIZE} bytes; nothing was taken over; try again"
 
 
-def endless(shop: Shop) -> str:
+def endless(shop: Publisher) -> str:
     def send(handler: Handler, content: bytes) -> None:
         handler.send_response(200)
         handler.end_headers()
@@ -357,19 +357,19 @@ def endless(shop: Shop) -> str:
     return f"is longer than the {SIZE} bytes it can have"
 
 
-def endless_timestamp(shop: Shop) -> str:
+def endless_timestamp(shop: Publisher) -> str:
     shop.server.faulty = "timestamp.json"
     endless(shop)
     return "timestamp.json is longer than the 16384 bytes it can have"
 
 
-def gone(shop: Shop) -> str:
+def gone(shop: Publisher) -> str:
     (path,) = shop.repository.glob(f"targets/*.{NEWEST}")
     path.unlink()
     return f"{NEWEST} is refused: the server answers 404; nothing was taken over"
 
 
-def gone_snapshot(shop: Shop) -> str:
+def gone_snapshot(shop: Publisher) -> str:
     shop.metadata("snapshot").unlink()
     return "2.snapshot.json is refused: the server answers 404; nothing was taken over"
 
@@ -388,7 +388,9 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
-def test_attacks_are_refused_and_leave_a_device_that_goes_on(shop: Shop, attack: Callable[[Shop], str]) -> None:
+def test_attacks_are_refused_and_leave_a_device_that_goes_on(
+    shop: Publisher, attack: Callable[[Publisher], str]
+) -> None:
     before = shop.device / "download/small-openvino-1.0.0.tar.gz"
     if attack in AFTER_AN_UPDATE:
         before = shop.fetch()
@@ -407,7 +409,7 @@ def test_attacks_are_refused_and_leave_a_device_that_goes_on(shop: Shop, attack:
     assert shop.fetch().name == "small-openvino-2.0.0.tar.gz"
 
 
-def mend(shop: Shop, attack: Callable[[Shop], str], before: Path) -> None:
+def mend(shop: Publisher, attack: Callable[[Publisher], str], before: Path) -> None:
     """Do what a publisher does after an attack."""
     shop.server.fault = None
     if attack in LATE:
@@ -421,7 +423,7 @@ def mend(shop: Shop, attack: Callable[[Shop], str], before: Path) -> None:
         publish.rotate(shop.repository, shop.keys, "timestamp")
 
 
-def test_a_fast_forward_is_undone_by_new_keys(shop: Shop) -> None:
+def test_a_fast_forward_is_undone_by_new_keys(shop: Publisher) -> None:
     """A thief's timestamp of a high number must not shut the publisher's own out for ever."""
     good = shop.copy("good")
     repoint(shop, snapshot=1_000_000, timestamp=1_000_000)
@@ -437,7 +439,7 @@ def test_a_fast_forward_is_undone_by_new_keys(shop: Shop) -> None:
     assert shop.fetch().name == "small-openvino-1.2.0.tar.gz"
 
 
-def test_two_keys_are_two_keys(shop: Shop) -> None:
+def test_two_keys_are_two_keys(shop: Publisher) -> None:
     """Where a role needs two signatures, one key gives no two, under whatever names."""
     second = roles.make(shop.keys, "timestamp-second")
     root: Metadata[Root] = Metadata.from_file(str(shop.metadata("root")))
@@ -470,7 +472,7 @@ def test_two_keys_are_two_keys(shop: Shop) -> None:
     assert shop.fetch().name == "small-openvino-1.3.0.tar.gz"
 
 
-def test_a_clock_that_is_wrong_is_named(shop: Shop) -> None:
+def test_a_clock_that_is_wrong_is_named(shop: Publisher) -> None:
     late_timestamp(shop)
     with pytest.raises(InputError) as refused:
         shop.fetch()
@@ -483,13 +485,13 @@ def test_a_clock_that_is_wrong_is_named(shop: Shop) -> None:
 # Connections
 
 
-def test_a_broken_download_goes_on_in_the_same_run(shop: Shop) -> None:
+def test_a_broken_download_goes_on_in_the_same_run(shop: Publisher) -> None:
     shop.server.fault = lambda handler, content: handler.send(content, only=100_000)
     assert shop.fetch().read_bytes() == content(shop)
     assert shop.server.ranges() == [None, "bytes=100000-", "bytes=200000-"]
 
 
-def test_a_broken_download_goes_on_in_the_next_run(shop: Shop) -> None:
+def test_a_broken_download_goes_on_in_the_next_run(shop: Publisher) -> None:
     shop.server.fault = lambda handler, content: handler.send(content, only=10_000)
     with pytest.raises(InputError, match=f"{NEWEST} cannot be read: the connection broke; nothing was taken over"):
         shop.fetch()
@@ -503,14 +505,14 @@ def test_a_broken_download_goes_on_in_the_next_run(shop: Shop) -> None:
     assert [path.name for path in part.parent.iterdir()] == [NEWEST]
 
 
-def test_attempts_that_bring_much_are_not_counted(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempts_that_bring_much_are_not_counted(shop: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "RENEWED", 20_000)
     shop.server.fault = lambda handler, content: handler.send(content, only=20_000)
     assert shop.fetch().read_bytes() == content(shop)
     assert len(shop.server.ranges()) == SIZE // 20_000
 
 
-def test_a_killed_update_goes_on_where_it_was(shop: Shop) -> None:
+def test_a_killed_update_goes_on_where_it_was(shop: Publisher) -> None:
     """The server stands still in the middle; the process is killed there, and the next one asks for the rest only."""
 
     def stand_still(handler: Handler, content: bytes) -> None:
@@ -534,7 +536,7 @@ def test_a_killed_update_goes_on_where_it_was(shop: Shop) -> None:
     assert 100_000 < int(asked[6:-1]) <= 200_000
 
 
-def test_a_server_without_ranges_is_asked_from_the_beginning(shop: Shop) -> None:
+def test_a_server_without_ranges_is_asked_from_the_beginning(shop: Publisher) -> None:
     broken: list[int] = []
 
     def send(handler: Handler, content: bytes) -> None:
@@ -546,7 +548,7 @@ def test_a_server_without_ranges_is_asked_from_the_beginning(shop: Shop) -> None
     assert shop.server.ranges() == [None, "bytes=199000-", "bytes=198000-"]
 
 
-def test_another_part_than_was_asked_for_is_not_put_together(shop: Shop) -> None:
+def test_another_part_than_was_asked_for_is_not_put_together(shop: Publisher) -> None:
     broken: list[int] = []
 
     def send(handler: Handler, content: bytes) -> None:
@@ -567,7 +569,7 @@ def test_another_part_than_was_asked_for_is_not_put_together(shop: Shop) -> None
 
 
 @pytest.mark.parametrize("begun", [b"wrong" * 100, b"w" * SIZE, b"w" * (SIZE + 5)], ids=["part", "whole", "more"])
-def test_a_wrong_beginning_is_thrown_away(shop: Shop, begun: bytes) -> None:
+def test_a_wrong_beginning_is_thrown_away(shop: Publisher, begun: bytes) -> None:
     (path,) = shop.repository.glob(f"targets/*.{NEWEST}")
     part = shop.device / "download" / f"{path.name.partition('.')[0]}.part"
     part.write_bytes(begun)
@@ -575,7 +577,7 @@ def test_a_wrong_beginning_is_thrown_away(shop: Shop, begun: bytes) -> None:
     assert shop.server.ranges()[-1] is None
 
 
-def test_metadata_survives_a_broken_connection(shop: Shop) -> None:
+def test_metadata_survives_a_broken_connection(shop: Publisher) -> None:
     broken: list[int] = []
 
     def send(handler: Handler, content: bytes) -> None:
@@ -592,14 +594,14 @@ def test_metadata_survives_a_broken_connection(shop: Shop) -> None:
     assert [path for path, _ in shop.server.asked].count("/metadata/timestamp.json") >= download.ATTEMPTS
 
 
-def test_a_download_that_trickles_is_given_up(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_trickles_is_given_up(shop: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "PATIENCE_S", 0.0)
     monkeypatch.setattr(download, "SLOWEST", 1 << 60)
     with pytest.raises(InputError, match="came too slowly: [0-9]+ bytes in 0 s; nothing was taken over"):
         shop.fetch()
 
 
-def test_redirects_are_followed_within_a_scheme(shop: Shop) -> None:
+def test_redirects_are_followed_within_a_scheme(shop: Publisher) -> None:
     with served(shop.folder / "elsewhere") as elsewhere:
         (path,) = shop.repository.glob(f"targets/*.{NEWEST}")
         elsewhere.folder.mkdir()
@@ -637,12 +639,12 @@ def test_redirects_are_followed_within_a_scheme(shop: Shop) -> None:
         ("http://nowhere.invalid", "cannot be read: its server has no address; check its name"),
     ],
 )
-def test_addresses_where_nothing_is(shop: Shop, url: str, message: str) -> None:
+def test_addresses_where_nothing_is(shop: Publisher, url: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         update.fetch(url, shop.device)
 
 
-def test_one_update_at_a_time(shop: Shop) -> None:
+def test_one_update_at_a_time(shop: Publisher) -> None:
     with (shop.device / "tuf/lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="device is being updated by another process; try again when it has ended"):
@@ -650,14 +652,14 @@ def test_one_update_at_a_time(shop: Shop) -> None:
     assert shop.fetch().name == NEWEST
 
 
-def test_a_device_that_cannot_write_says_so(shop: Shop) -> None:
+def test_a_device_that_cannot_write_says_so(shop: Publisher) -> None:
     shutil.rmtree(shop.device / "download")
     (shop.device / "download").write_text("a file")
     with pytest.raises(InputError, match="download cannot be read or written: File exists"):
         shop.fetch()
 
 
-def test_metadata_that_a_power_cut_spoiled_is_brought_anew(shop: Shop) -> None:
+def test_metadata_that_a_power_cut_spoiled_is_brought_anew(shop: Publisher) -> None:
     shop.fetch()
     for path in (shop.device / "tuf/metadata").rglob("*.json"):
         os.truncate(path, 0)

@@ -12,7 +12,8 @@ from typing import Any
 
 from tuf.api.metadata import Root, TargetFile, Targets
 
-from device import update
+from device import update, versions
+from device.archive import read_head
 from device.errors import InputError
 from pipeline import cache
 from pipeline.shipping import roles
@@ -38,6 +39,20 @@ class Published:
     def first(self) -> tuple[Role, datetime]:
         """Say which role's signature expires first, and when: from then on devices refuse the repository."""
         return min(self.expires.items(), key=lambda item: item[1])
+
+
+def run(repository: Path, keys: Path, archive: Path | None, role: str | None) -> Published:
+    """Add an archive, replace a role's key, or without either sign anew."""
+    if archive is not None and role is not None:
+        raise InputError("an archive is published or a key replaced, one at a time")
+    if archive is not None:
+        return add(repository, keys, archive, read_head(archive).manifest)
+    if role is None:
+        return refresh(repository, keys)
+    found = next((one for one in ROLES if one == role), None)
+    if found is None:
+        raise InputError(f"'{role}' is no role of a repository; there are {', '.join(ROLES)}")
+    return rotate(repository, keys, found)
 
 
 def add(repository: Path, keys: Path, archive: Path, manifest: Mapping[str, Any], *, days: Days = DAYS) -> Published:
@@ -137,7 +152,7 @@ def _fields(archive: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     if not update.NAME.fullmatch(archive.name):
         raise InputError(f"{archive} cannot be published under its name; rename it as NAME-TARGET-VERSION.tar.gz")
     given = {name: str(value) for name, value in fields.items()}
-    update.order(given["version"])  # devices compare by it
+    versions.order(given["version"])  # devices compare by it
     return given
 
 

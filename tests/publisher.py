@@ -38,7 +38,7 @@ def write_archive(folder: Path, version: str, *, name: str = "small", target: st
 
 
 @dataclass
-class Shop:
+class Publisher:
     """A publisher's folders, the server before them, and one device."""
 
     folder: Path
