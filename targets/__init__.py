@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, cast, get_args
 
 from device.arrays import Predict
 from device.errors import InputError, TargetUnavailable
+from device.machine import usable_cpus as usable_cpus
 
 Kind = Literal["convolution", "matrix product"]
 """Of the layers whose precision a target tells."""
@@ -226,11 +227,6 @@ def fast_on_cpu(precisions: Iterable[Precision]) -> tuple[Precision, ...]:
 def has_bfloat16() -> bool:
     """Say whether this CPU computes in bfloat16, so that float32 layers may silently run in it."""
     return "bfloat16" in fast_on_cpu(("bfloat16",))
-
-
-def usable_cpus() -> int:
-    """Count the CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def system() -> str:

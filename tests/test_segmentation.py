@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from device import pixels
+from device import kept, pixels
 from device.arrays import Outputs
 from device.errors import InputError, StageFailed
+from device.kept import Kept
 from device.preprocess import Preprocessing
 from pipeline import dataset, load
 from pipeline.artifacts import Split
 from pipeline.cache import Cache
-from pipeline.measure import kept, segmentation
-from pipeline.measure.kept import Kept
+from pipeline.measure import segmentation
 from pipeline.recipe import Recipe
 from pipeline.report import record
 from pipeline.statistics import paired_bootstrap
@@ -280,7 +280,7 @@ def test_answers_come_in_batches_bounded_by_their_bytes(monkeypatch: pytest.Monk
         return np.random.default_rng(0).random((len(images), 4, 32, 32), np.float32)
 
     monkeypatch.setattr(kept, "BATCH_BYTES", 3 * 4 * 32 * 32 * 4)
-    found = kept.answer(predict, np.zeros((8, 32, 32, 3), np.uint8), "t")
+    found = kept.answer(predict, np.zeros((8, 32, 32, 3), np.uint8))
     assert sizes == [1, 3, 3, 2]
     assert found.scores.shape == (8, 4, 1024)
     assert found.maps is not None
