@@ -175,13 +175,18 @@ def get(name: str) -> Target[Any]:
 
 def install_command(name: str, package: str) -> str:
     """Give the command that would install what the target called `name` lacks, at the versions tried with bitferry."""
+    return f"pip install {shlex.join(pins(name, package))}"
+
+
+def pins(name: str, package: str) -> list[str]:
+    """List what installs a package of the target called `name`, at the versions tried with bitferry."""
     try:
         wanted = [line.partition(";") for line in metadata.requires("bitferry") or ()]
     except metadata.PackageNotFoundError:  # on a device
         wanted = []
-    pins = [pin.strip() for pin, _, marker in wanted if f"extra == '{name}'" in marker.replace('"', "'")]
-    pins = pins or [pin.strip() for pin, _, marker in wanted if not marker and re.split(r"[<=>!~]", pin)[0] == package]
-    return f"pip install {shlex.join(pins or [package])}"
+    extra = [pin.strip() for pin, _, marker in wanted if f"extra == '{name}'" in marker.replace('"', "'")]
+    plain = [pin.strip() for pin, _, marker in wanted if not marker and re.split(r"[<=>!~]", pin)[0] == package]
+    return extra or plain or [package]
 
 
 def source(name: str) -> Path:
