@@ -153,8 +153,8 @@ class _Visit:
         if why.startswith("ModuleNotFoundError: No module named "):
             missing = why.split("'")[1].partition(".")[0]
             raise TargetUnavailable(
-                f"'{self.device.python}' on {host} lacks the package '{PACKAGES.get(missing, missing)}'; install what this bundle needs "
-                f"there: `{self.device.python} -m {_install(self.manifest)}`, or name a Python that has it by --python"
+                f"'{self.device.python}' on {host} lacks the package '{PACKAGES.get(missing, missing)}'; install what this "
+                f"bundle needs there: `{self.device.python} -m {_install(self.manifest)}`, or name a Python that has it by --python"
             )
         if why.startswith("error: "):
             told = why.removeprefix("error: ").replace(f"{self.folder}/bundle", str(self.bundle))

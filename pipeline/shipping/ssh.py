@@ -1,4 +1,4 @@
-"""Commands and files on another machine, over this system's OpenSSH: no password asked, nothing waited for endlessly."""
+"""Commands and files on another machine, over this system's OpenSSH: no password asked, no endless wait."""
 
 import re
 import shlex
@@ -97,7 +97,7 @@ class Login:
             )
         except subprocess.TimeoutExpired:
             raise StageFailed(
-                f"{self.host} was not done within {seconds:.0f} s; it, or the way to it, is stuck"
+                f"{self.host} was not done within {seconds:.0f} s; it or the way to it is stuck"
             ) from None
         except OSError as error:
             raise TargetUnavailable(
@@ -120,8 +120,8 @@ class Login:
             return f"the host key of {host} is not known here; run `ssh {host}` once, compare the key, and accept it"
         if "permission denied" in lower or "too many authentication failures" in lower:
             return (
-                f"{host} lets nobody in with the keys at hand ({said}); put your key there with `ssh-copy-id {host}`, or "
-                "name one by --ssh 'ssh -i KEY' (a password is never asked for)"
+                f"{host} lets nobody in with the keys at hand ({said}); put your key there with `ssh-copy-id {host}`, "
+                "or name one by --ssh 'ssh -i KEY' (a password is never asked for)"
             )
         if any(words in lower for words in NOWHERE):
             return f"{host} cannot be reached ({said}); is it on, is the name right, does `ssh {host}` work?"
