@@ -151,11 +151,7 @@ class _Visit:
         host, why = self.device.login.host, done.why
         self.device.refuse_full(done, str(self.folder))
         if why.startswith("ModuleNotFoundError: No module named "):
-            missing = why.split("'")[1].partition(".")[0]
-            raise TargetUnavailable(
-                f"'{self.device.python}' on {host} lacks the package '{PACKAGES.get(missing, missing)}'; install what this "
-                f"bundle needs there: `{self.device.python} -m {_install(self.manifest)}`, or name a Python that has it by --python"
-            )
+            raise TargetUnavailable(self._lacks(why.split("'")[1].partition(".")[0]))
         if why.startswith("error: "):
             told = why.removeprefix("error: ").replace(f"{self.folder}/bundle", str(self.bundle))
             raise InputError(f"on {host}, {told}")
@@ -163,18 +159,22 @@ class _Visit:
             why = f"it was ended by signal {done.code - 128}" + (", maybe for lack of memory" * (done.code == 137))
         raise StageFailed(f"`run.pyz {arguments[0]}` failed on {host}: {why}")
 
+    def _lacks(self, module: str) -> str:
+        """Name a missing package, and the command that installs everything a bundle runs on, as tried with bitferry."""
+        python, name = self.device.python, self.manifest["target"]
+        runtime = (self.manifest.get("environment") or {}).get("runtime", name)
+        pins = [*targets.pins("", "numpy"), *targets.pins("", "pillow"), *targets.pins(name, runtime)]
+        return (
+            f"'{python}' on {self.device.login.host} lacks the package '{PACKAGES.get(module, module)}'; install what "
+            f"this bundle needs there: `{python} -m pip install {shlex.join(pins)}`, or name a Python that has it by "
+            "--python"
+        )
+
 
 def _files(bundle: Path) -> dict[str, Path]:
     """List a bundle's files by name; what was rebuilt here fits here, and stays."""
     paths = {path.relative_to(bundle): path for path in sorted(bundle.rglob("*")) if path.is_file()}
     return {name.as_posix(): path for name, path in paths.items() if name.parts[0] not in rebuilt.PARTS}
-
-
-def _install(manifest: dict[str, Any]) -> str:
-    """Give the command that installs what a bundle runs on, at the versions tried with bitferry."""
-    runtime = (manifest.get("environment") or {}).get("runtime", manifest["target"])
-    pins = [*targets.pins("", "numpy"), *targets.pins("", "pillow"), *targets.pins(manifest["target"], runtime)]
-    return f"pip install {shlex.join(dict.fromkeys(pins))}"
 
 
 def _json(done: Done, device: Device) -> dict[str, Any]:

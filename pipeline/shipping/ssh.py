@@ -186,10 +186,13 @@ class Device:
             raise StageFailed(f"{path.name} could not be copied from {self.login.host}: {done.why}")
 
     def call(self, folder: PurePosixPath, arguments: Sequence[str], *, seconds: float) -> Done:
-        """Run Python in a folder there; its process is written down for `folder` to end should we be stopped."""
-        words = " ".join(map(shlex.quote, arguments))
+        """Run Python in a folder there; its process is written down for `folder` to end should we be stopped.
+
+        What a runtime writes into the folder of temporary files (ONNX Runtime does) goes away with this one.
+        """
+        words = shlex.join(arguments)
         return self.login.run(
-            f"cd {shlex.quote(str(folder))} || exit 1\n"
+            f'cd {shlex.quote(str(folder))} || exit 1\nexport TMPDIR="$PWD"\n'
             f"{self.interpreter} {words} & echo $! > pid; wait $!; code=$?; rm -f pid; exit $code",
             seconds=seconds,
         )
