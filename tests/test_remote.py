@@ -17,12 +17,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 
+import targets
+from device import commands
 from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable
 from device.preprocess import Preprocessing
 from pipeline import recheck
 from pipeline.report import record
 from pipeline.shipping import remote
-from pipeline.shipping.ssh import Device, Login
+from pipeline.shipping.ssh import Device, Login, command
 from tests.conftest import ROOT, Project, plain_environment, subset
 from tests.test_compare import expect, rewrite
 
@@ -272,6 +274,13 @@ class TestMachines:
         with pytest.raises(InputError, match="is no machine"):
             remote.verify(bundle, host)
 
+    def test_an_ssh_command_is_split_as_a_shell_would(self) -> None:
+        assert command("ssh -p 2222 -i 'a key'") == ("ssh", "-p", "2222", "-i", "a key")
+        with pytest.raises(InputError, match="is no command: no closing quotation"):
+            command("ssh -i 'a key")
+        with pytest.raises(InputError, match="the ssh command is empty"):
+            Login("board", command(" "))
+
     def test_no_python(self, bundle: Path, board: Board) -> None:
         told = board.refused(TargetUnavailable, bundle, "/usr/bin/no python")
         assert "board has no '/usr/bin/no python' that can be run" in told
@@ -324,9 +333,9 @@ def test_ctrl_c_ends_what_runs_there_and_takes_its_folder_away(bundle: Path, boa
     python = board.program("holds", f'{hold}\nexec {shlex.quote(board.python)} "$@"')
     code = "import sys; from pathlib import Path; from pipeline.shipping import remote; "
     code += "remote.verify(Path(sys.argv[1]), 'board', python=sys.argv[2], ssh=sys.argv[3:])"
-    command = [sys.executable, "-c", code, str(bundle), python, *board.ssh]
+    words = [sys.executable, "-c", code, str(bundle), python, *board.ssh]
     started = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=plain_environment(), start_new_session=True
+        words, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=plain_environment(), start_new_session=True
     )
     while not (held.exists() and held.read_text().strip()):
         assert started.poll() is None, started.communicate()[1]
@@ -347,8 +356,8 @@ class TestMeasure:
     def measure(
         self, bundle: Path, python: Path | str, *options: str, code: int = 0
     ) -> "subprocess.CompletedProcess[str]":
-        command = [str(python), str(bundle / "run.pyz"), "measure", "--seconds", "0.2", *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=bundle.parent)
+        words = [str(python), str(bundle / "run.pyz"), "measure", "--seconds", "0.2", *options]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=bundle.parent)
         assert done.returncode == code, done.stderr
         return done
 
@@ -367,12 +376,12 @@ class TestMeasure:
         assert (scores.argmax(axis=1) == recorded[:90]).all()
         assert self.measure(bundle, bare).stdout.split(" ms, the median of ")[1].endswith(f"{socket.gethostname()}\n")
 
-    def test_what_are_no_images(self, bundle: Path) -> None:
-        (bundle.parent / "text.npz").write_text("text")
-        np.savez(bundle.parent / "none.npz", pictures=np.zeros(1))
-        np.save(bundle.parent / "float.npy", np.zeros((2, 16, 16, 3)))
-        np.save(bundle.parent / "large.npy", np.zeros((2, 32, 32, 3), np.uint8))
-        np.save(bundle.parent / "object.npy", np.array([{}]))
+    def test_what_are_no_images(self, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "text.npz").write_text("text")
+        np.savez(tmp_path / "none.npz", pictures=np.zeros(1))
+        np.save(tmp_path / "float.npy", np.zeros((2, 16, 16, 3)))
+        np.save(tmp_path / "large.npy", np.zeros((2, 32, 32, 3), np.uint8))
+        np.save(tmp_path / "object.npy", np.array([{}]))
         for name, told in (
             ("text.npz", "holds no images"),
             ("none.npz", "has no array `images`"),
@@ -381,7 +390,11 @@ class TestMeasure:
             ("large.npy", "holds uint8 of shape (2, 32, 32, 3)"),
             ("object.npy", "holds no images"),
         ):
-            done = self.measure(bundle, sys.executable, "--images", name, code=2)
-            assert told in done.stderr
-            assert done.stderr.count("\n") == 1
-        assert "must be above 0" in self.measure(bundle, sys.executable, "--seconds", "0", code=2).stderr
+            asked = ["measure", "--seconds", "0.1", "--images", str(tmp_path / name)]
+            assert commands.main(targets.get("openvino"), bundle, asked) == 2
+            error = capsys.readouterr().err
+            assert told in error
+            assert error.count("\n") == 1
+        with pytest.raises(SystemExit):
+            commands.main(targets.get("openvino"), bundle, ["measure", "--seconds", "0"])
+        assert "must be above 0" in capsys.readouterr().err

@@ -144,6 +144,15 @@ def test_the_bundle_writes_masks_as_large_as_the_images(shipped: tuple[Project, 
     assert np.array(expected).shape == (4, 256)
     run = [sys.executable, str(bundle / "run.pyz")]
     subprocess.run([*run, "selftest"], capture_output=True, check=True)
+    given = project.folder / "given"
+    given.mkdir()
+    np.savez(given / "images.npz", images=np.zeros((3, 16, 16, 3), np.uint8))
+    measured = [*run, "measure", "--json", "--seconds", "0.1", "--images", str(given / "images.npz")]
+    subprocess.run(measured, capture_output=True, check=True)
+    answered = kept.read(given)
+    assert answered.scores.shape == (3, 4, 256)
+    assert answered.maps is not None
+    assert answered.maps.shape == (3, 16, 16)
     out = project.folder / "found"
     asked = [*run, "predict", "0.png", "1.png", "--out", str(out), "--json", "--top", "4"]
     done = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=project.folder)

@@ -152,9 +152,8 @@ class _Visit:
         self.device.refuse_full(done, str(self.folder))
         if why.startswith("ModuleNotFoundError: No module named "):
             raise TargetUnavailable(self._lacks(why.split("'")[1].partition(".")[0]))
-        if why.startswith("error: "):
-            told = why.removeprefix("error: ").replace(f"{self.folder}/bundle", str(self.bundle))
-            raise InputError(f"on {host}, {told}")
+        if done.error:
+            raise InputError(f"on {host}, {done.error.replace(f'{self.folder}/bundle', str(self.bundle))}")
         if done.code > 128:
             why = f"it was ended by signal {done.code - 128}" + (", maybe for lack of memory" * (done.code == 137))
         raise StageFailed(f"`run.pyz {arguments[0]}` failed on {host}: {why}")

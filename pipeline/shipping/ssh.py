@@ -56,6 +56,12 @@ class Done:
         return _printable(lines[-1]) if lines else ""
 
     @property
+    def error(self) -> str | None:
+        """Give what a bundle's program says is wrong; a runtime may print more as it ends."""
+        found = (line.removeprefix("error: ") for line in self.told.splitlines() if line.startswith("error: "))
+        return next(map(_printable, found), None)
+
+    @property
     def why(self) -> str:
         """Give the last line of stderr, which is where Python and ssh say what is wrong."""
         lines = [line.strip() for line in self.told.splitlines() if line.strip()]
@@ -85,10 +91,10 @@ class Login:
         into: IO[bytes] | None = None,
     ) -> Done:
         """Run a shell script there; raise TargetUnavailable where the machine cannot be reached or lets nobody in."""
-        command = [*self.ssh, *OPTIONS, "--", self.host, f"exec sh -c {shlex.quote(script)}"]
+        words = [*self.ssh, *OPTIONS, "--", self.host, f"exec sh -c {shlex.quote(script)}"]
         try:
             done = subprocess.run(
-                command,
+                words,
                 stdin=given or subprocess.DEVNULL,
                 stdout=into or subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -216,6 +222,14 @@ class Device:
             fault = first_line(error)
         if fault:
             progress.stage("verify", f"{folder} stays on {self.login.host}: {fault}")
+
+
+def command(text: str) -> tuple[str, ...]:
+    """Split an ssh command as a shell would, as in `ssh -p 2222 -i key`."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise InputError(f"--ssh {text!r} is no command: {first_line(error).lower()}") from error
 
 
 def _printable(line: str) -> str:
