@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from pipeline import cli
+from tests.board import board as board
+from tests.board import sshd as sshd
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "calibration_data/fashion_mnist"

@@ -17,13 +17,14 @@ from device.arrays import Outputs
 from device.errors import InputError, StageFailed
 from device.kept import Kept
 from device.preprocess import Preprocessing
-from pipeline import dataset, load
+from pipeline import dataset, load, recheck
 from pipeline.artifacts import Split
 from pipeline.cache import Cache
 from pipeline.measure import segmentation
 from pipeline.recipe import Recipe
 from pipeline.report import record
 from pipeline.statistics import paired_bootstrap
+from tests.board import Board
 from tests.conftest import Project, subset
 
 CLASSES = ("background", "T-shirt", "Trouser", "Pullover")
@@ -135,6 +136,14 @@ def test_what_is_left_behind_is_small_and_its_figures_come_back(shipped: tuple[P
     assert "intersection over union" in page
     assert "Confusions" not in page
     assert page.count("data:image/png") == len(verdict["accuracy"]["worst"]) == 12
+
+
+def test_another_machine_s_maps_make_the_verdict(shipped: tuple[Project, dict[str, Any]], board: Board) -> None:
+    bundle, data = shipped[0].folder / "dist/masks-openvino-1.0.0", shipped[0].folder / "evaluation.npz"
+    there, here = board.verify(bundle, data), recheck.verify(bundle, data, effort="quick")
+    assert (there.outcome, there.images) == ("pass", 240)
+    assert there.accuracy == here.accuracy
+    assert there.golden == here.golden
 
 
 def test_the_bundle_writes_masks_as_large_as_the_images(shipped: tuple[Project, dict[str, Any]]) -> None:
