@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from pipeline import cli
-from tests.board import board as board
-from tests.board import sshd as sshd
+from tests.board import board, sshd  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "calibration_data/fashion_mnist"
