@@ -23,6 +23,7 @@ from common import batch_of_one, every_static, result_path, static
 
 import targets
 from device.arrays import Predict
+from device.timing import Call, Series
 from pipeline import recipe
 from pipeline.cache import Cache
 from pipeline.measure import latency
@@ -68,11 +69,11 @@ def measure(path: Path, build: Path, seconds: float, threads: int) -> dict[str, 
     return {"sqnr_db": quality, "seconds": {label: one.seconds.tolist() for label, one in series.items()}}
 
 
-def best_of_five(call: latency.Call) -> float:
+def best_of_five(call: Call) -> float:
     return min(timeit.repeat(call, number=1, repeat=5))
 
 
-def show(title: str, series: dict[str, latency.Series], quality: dict[str, float]) -> None:
+def show(title: str, series: dict[str, Series], quality: dict[str, float]) -> None:
     print(f"\n{title:44}{'p50 ms':>8}{'SQNR dB':>9}")
     for label, samples in sorted(series.items(), key=lambda item: float(np.median(item[1].seconds))):
         print(f"{label:44}{np.median(samples.seconds) * 1e3:8.2f}{quality[label]:9.1f}")

@@ -24,6 +24,7 @@ import torchvision
 
 import targets
 from device.arrays import Images
+from device.machine import other_load
 from device.preprocess import Preprocessing
 from pipeline import dataset
 from pipeline.artifacts import Compiled, FloatModel
@@ -32,7 +33,6 @@ from pipeline.compile import compile
 from pipeline.export import export, simplify
 from pipeline.load import Deployable
 from pipeline.measure import latency
-from pipeline.measure.suspicion import other_load
 from pipeline.progress import console
 from pipeline.quantize import quantize
 from pipeline.recipe import Quantization

@@ -1,8 +1,5 @@
-"""The program inside a bundle: check the files, load the model, answer for images. No torch."""
+"""A bundle, opened: its manifest read, its files checked, its model loaded, answers for images. No torch."""
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from device import golden, pixels, rebuilt, strict, whole
+from device import pixels, rebuilt, strict, whole
 from device.arrays import Outputs, Predict
 from device.errors import BitferryError, InputError, first_line
 from device.pixels import IGNORED, Maps
@@ -121,6 +118,11 @@ def options_of(runtime: Runtime, given: dict[str, Any]) -> Any:
         raise InputError(f"the options {given} are not this target's: {first_line(error)}") from error
 
 
+def task_of(manifest: dict[str, Any]) -> Task:
+    """Give what kind of answer a bundle's model gives."""
+    return manifest["task"] if manifest.get("task") in get_args(Task) else "classification"
+
+
 class Runner:
     """A checked bundle with its model loaded."""
 
@@ -130,15 +132,18 @@ class Runner:
         model = manifest["model"]
         self.manifest = manifest
         self.classes: list[str] = manifest["classes"]
-        self.task: Task = manifest["task"] if manifest.get("task") in get_args(Task) else "classification"
+        self.task = task_of(manifest)
         self.preprocessing = Preprocessing.from_json(manifest["preprocessing"])
         found = rebuilt.find(bundle, manifest)
         path, self.rebuilt = found or bundle / model["file"], found is not None
-        options = options_of(runtime, model["options"] | ({"threads": threads} if threads else {}))
+        self.options = options_of(runtime, model["options"] | ({"threads": threads} if threads else {}))
         blank = np.zeros((1, *self.preprocessing.shape), np.uint8)
         try:
-            self.predict = runtime.load(path, precision=model["precision"], options=options)
+            start = time.perf_counter()
+            self.predict = runtime.load(path, precision=model["precision"], options=self.options)
+            loaded = time.perf_counter()
             scores = self.predict(blank)
+            self.load_ms, self.first_ms = (loaded - start) * 1e3, (time.perf_counter() - loaded) * 1e3
         except BitferryError:
             raise
         except Exception as error:  # the vendor's runtime may raise anything
@@ -205,72 +210,3 @@ def text(answer: Answer) -> str:
     """One line for a person: the file, then each class with its probability."""
     ranked = zip(answer.classes, answer.probabilities, strict=True)
     return f"{' '.join(answer.images)}\t" + "  ".join(f"{name} {p:.1%}" for name, p in ranked)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def main(runtime: Runtime, bundle: Path, arguments: Sequence[str] | None = None) -> int:
-    """Run the command line of a bundle's `run.pyz`; return the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        if options.command == "check":
-            return _check(bundle)
-        if options.command == "rebuild":
-            return _rebuild(bundle, runtime)
-        if options.command == "selftest":
-            runner = Runner(bundle, runtime)
-            if runner.rebuilt:
-                print("the model runs as rebuilt here", file=sys.stderr)
-            found = golden.compare(bundle, runner.manifest, runner.preprocessing, runner.predict)
-            return golden.show(*found, as_json=options.json)
-        runner = Runner(bundle, runtime, threads=options.threads)
-        for answer in runner.answers(options.images, top=options.top, out=options.out):
-            print(json.dumps(fields(answer)) if options.json else text(answer))
-    except (BitferryError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _check(bundle: Path) -> int:
-    manifest = read_manifest(bundle)
-    check(bundle, manifest)
-    found = rebuilt.find(bundle, manifest)
-    print(f"every file is as the manifest says{', and as rebuilt here' if found else ''}")
-    return 0
-
-
-def _rebuild(bundle: Path, runtime: Runtime) -> int:
-    manifest = read_manifest(bundle)
-    check(bundle, manifest)
-    made = rebuilt.rebuild(bundle, manifest, runtime, options_of(runtime, manifest["model"]["options"]))
-    print(f"{made} was built here and is what runs from now on; try it with `python run.pyz selftest`")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="run.pyz",
-        description="Run the model in this bundle.",
-        epilog="example: python run.pyz predict photo.png",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    predict = commands.add_parser("predict", help="answer for image files")
-    several = "a model of several views takes so many files for each answer, in order"
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help=several)
-    predict.add_argument("--top", type=_positive, default=3, help="how many classes to print (default: 3)")
-    predict.add_argument("--out", type=Path, metavar="FOLDER", help="segmentation: write a mask for each answer here")
-    predict.add_argument("--threads", type=_positive, help="CPU threads (default: as verified)")
-    predict.add_argument("--json", action="store_true", help="print one JSON object per image")
-    commands.add_parser("check", help="compare every file with the manifest")
-    selftest = commands.add_parser(
-        "selftest", help="answer for the golden image files and compare with what is expected"
-    )
-    selftest.add_argument("--json", action="store_true", help="print one JSON object")
-    commands.add_parser("rebuild", help="compile the model again, for the hardware and the runtime of this machine")
-    return parser

@@ -25,7 +25,7 @@ MAIN = """\"\"\"Wire the runner to this bundle's target.\"\"\"
 import sys
 from pathlib import Path
 
-from device.runner import main
+from device.commands import main
 from targets import {target}
 
 sys.exit(main({target}, Path(__file__).resolve().parents[1]))

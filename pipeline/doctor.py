@@ -271,12 +271,13 @@ def _variables() -> Iterator[Check]:
 
 def _quiet() -> Iterator[Check]:
     """Repeat what verification would suspect a timing of, measured now."""
-    from pipeline.measure.suspicion import other_load, suspicions  # noqa: PLC0415
+    from device import machine  # noqa: PLC0415
+    from pipeline.measure.suspicion import suspicions  # noqa: PLC0415
     from targets import usable_cpus  # noqa: PLC0415
 
-    with other_load() as others:
+    with machine.other_load() as others:
         time.sleep(0.3)
-    told = suspicions({}, threads=usable_cpus(), others=others())
+    told = suspicions({}, threads=usable_cpus(), conditions=machine.conditions(others()))
     for one in told:
         yield Check(one.kind, "note", f"a timing now would be disturbed: {one.finding}", one.remedy)
     if not told:

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
@@ -46,6 +46,11 @@ def track(items: Iterable[T], text: str, *, total: int) -> Iterator[T]:
                 raise Stopped
             yield item
             bar.advance(task)
+
+
+def counted(text: str) -> Callable[[Sequence[T]], Iterator[T]]:
+    """Give what tracks a sequence."""
+    return lambda items: track(items, text, total=len(items))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A bundle alone, on any machine that has its runtime → is it whole, does it answer as verified, how fast here."""
+"""A bundle alone, on any machine that has its runtime → is it whole, does it answer as verified, how fast there."""
 
 import json
 import tempfile
@@ -7,28 +7,58 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
 import targets
-from device import golden, runner
-from device.errors import InputError
+from device import golden, kept, measure, runner
+from device.arrays import Images
+from device.errors import InputError, StageFailed
+from device.kept import Kept
+from device.machine import Machine
+from device.measure import Measurement
+from device.preprocess import Preprocessing
+from device.timing import BLOCKS
 from pipeline import cache, dataset, progress
-from pipeline.artifacts import Split
+from pipeline.artifacts import Labels, Split
 from pipeline.figures import Change, Suspicion, Timing
-from pipeline.measure import kept, latency, segmentation
+from pipeline.measure import latency, segmentation
 from pipeline.measure.accuracy import paired_change
 from pipeline.measure.latency import Effort
-from pipeline.measure.suspicion import other_load, suspicions
+from pipeline.measure.suspicion import suspicions
 from pipeline.report import record
 from pipeline.report.terminal import STYLES
 from pipeline.verdict import Built, Outcome, Verdict
 from targets import Environment
 
+ENVIRONMENTS = TypeAdapter(Environment)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Those of some images that a bundle was verified on."""
+
+    images: Images
+    labels: Labels
+    float_answers: Labels
+    """The float model's, as recorded in the bundle."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a machine did with a bundle, not yet judged."""
+
+    score_limit: float
+    golden: dict[str, float]
+    measurement: Measurement
+    answered: Kept | None
+    """For the images shown to it; None where none were."""
+
 
 @dataclass(frozen=True)
 class Recheck:
-    """What a bundle did on this machine."""
+    """What a bundle did on one machine."""
 
     bundle: str
     outcome: Outcome
@@ -44,6 +74,10 @@ class Recheck:
     """Against the float model's recorded answers; None without `--data`."""
     images: int | None
     """How many were answered for it."""
+    host: str | None
+    """How another machine was reached; None where it was this one."""
+    machine: Machine
+    load_ms: float
     environment: Environment
     suspicions: tuple[Suspicion, ...]
 
@@ -57,34 +91,71 @@ def verify(bundle: Path, data: Path | None = None, *, effort: Effort = "default"
     """
     manifest = runner.read_manifest(bundle)
     target = targets.get(manifest["target"])
-    options = runner.options_of(target, manifest["model"]["options"])
     loaded = runner.Runner(bundle, target)
     verified = record.read_built(bundle / record.VERDICT)
+    shown = show_again(bundle, manifest, data) if data else None
     with progress.timed("verify", str(bundle)):
         limit, differences = golden.compare(bundle, manifest, loaded.preprocessing, loaded.predict)
-        timing, found = _time(loaded, options, effort)
-        change, images = _accuracy(loaded, bundle, data, verified) if data else (None, None)
-    faults = _faults(differences, limit)
-    environment = target.environment(options=options)
+        blocks = progress.track(range(BLOCKS), "time", total=BLOCKS)
+        measured = measure.measure(loaded, target, seconds=seconds(effort), blocks=blocks)
+        answered = kept.answer(loaded.predict, shown.images, progress.counted("evaluate")) if shown else None
+    return conclude(bundle, manifest, verified, Found(limit, differences, measured, answered), shown)
+
+
+def seconds(effort: Effort) -> float:
+    """Say how long a bundle's timed calls take, there being one candidate and not two."""
+    return latency.SECONDS[effort] / 2
+
+
+def conclude(
+    bundle: Path,
+    manifest: dict[str, Any],
+    verified: Built,
+    found: Found,
+    shown: Shown | None = None,
+    *,
+    host: str | None = None,
+) -> Recheck:
+    """Judge what a machine did; where the bundle was built unmeasured, put the verdict into its manifest."""
+    faults, told = _faults(found.golden, found.score_limit), found.measurement
+    change = _change(found.answered, shown, verified, manifest) if shown and found.answered else None
+    timing, environment = latency.timing(told.series), _environment(told)
     there = verified.latency.artifact.timing.median_ms if isinstance(verified, Verdict) else None
-    compared = f"{there:.2f} there" if there else "not measured where it was built"
     rechecked = Recheck(
         bundle=str(bundle),
         outcome="fail" if faults else _outcome(change, verified),
         headline=_headline(not faults, change, environment, verified),
-        reasons=(*faults, *_told(change, verified), f"{timing.median_ms:.2f} ms here, {compared}"),
-        golden=differences,
-        score_limit=limit,
+        reasons=(*faults, *_told(change, verified), _speed(timing, there, told, host)),
+        golden=found.golden,
+        score_limit=found.score_limit,
         timing=timing,
         verified_median_ms=there,
         accuracy=change,
-        images=images,
+        images=len(shown.images) if shown else None,
+        host=host,
+        machine=told.machine,
+        load_ms=told.load_ms,
         environment=environment,
-        suspicions=found,
+        suspicions=suspicions({"artifact": told.series}, threads=told.threads, conditions=told.conditions),
     )
     if change and not isinstance(verified, Verdict):
         _complete(bundle, manifest, rechecked)
     return rechecked
+
+
+def _environment(told: Measurement) -> Environment:
+    try:
+        return ENVIRONMENTS.validate_python(told.environment)
+    except ValidationError as error:
+        raise StageFailed(f"{told.machine.hostname} does not say what ran the bundle: {told.environment}") from error
+
+
+def _speed(timing: Timing, there: float | None, told: Measurement, host: str | None) -> str:
+    """Tell the median beside the verified one."""
+    place, other = ("on that machine", "where it was verified") if host else ("here", "there")
+    compared = f"{there:.2f} {other}" if there else "not measured where it was built"
+    rebuilt = ", as rebuilt on it" if host and told.rebuilt else ""
+    return f"{timing.median_ms:.2f} ms {place}{rebuilt}, {compared}"
 
 
 def _faults(differences: dict[str, float], limit: float) -> list[str]:
@@ -97,8 +168,13 @@ def _faults(differences: dict[str, float], limit: float) -> list[str]:
 
 
 def _complete(bundle: Path, manifest: dict[str, Any], found: Recheck) -> None:
-    """Put the verdict that was missing into the manifest; each later measurement takes the place of the one before."""
-    measured = {"outcome": found.outcome, "headline": found.headline, "measured": _fields(found)}
+    """Put the verdict that was missing into the manifest; each later measurement takes the place of the one before.
+
+    A machine's name stays out of what is shipped.
+    """
+    fields = {name: value for name, value in _fields(found).items() if name != "host"}
+    fields["machine"] = {name: value for name, value in asdict(found.machine).items() if name != "hostname"}
+    measured = {"outcome": found.outcome, "headline": found.headline, "measured": fields}
     bundle = bundle.resolve()  # `.` has no name
     part = bundle.with_name(f".{bundle.name}.manifest")
     part.write_text(json.dumps(manifest | {"verdict": manifest["verdict"] | measured}, indent=2) + "\n")
@@ -117,9 +193,17 @@ def show(found: Recheck, *, as_json: bool) -> int:
         return 0 if found.outcome == "pass" else 1
     console = Console()
     console.print(f"[{STYLES[found.outcome]}]{found.outcome}[/] {escape(found.headline)}", soft_wrap=True)
-    for line in (*found.reasons, *(f"suspicious: {one.finding}; {one.remedy}" for one in found.suspicions)):
+    place = (_place(found.host, found.machine, found.environment),) if found.host else ()
+    for line in (*found.reasons, *place, *(f"suspicious: {one.finding}; {one.remedy}" for one in found.suspicions)):
         console.print(f"     {escape(line)}", soft_wrap=True)
     return 0 if found.outcome == "pass" else 1
+
+
+def _place(host: str, machine: Machine, environment: Environment) -> str:
+    return (
+        f"measured on {machine.hostname} ({host}): {machine.cpu}, {machine.cpus} usable CPUs, {environment.runtime} "
+        f"{environment.version}, {machine.system}, Python {machine.python}, NumPy {machine.numpy}"
+    )
 
 
 def _outcome(change: Change | None, verified: Built) -> Outcome:
@@ -169,19 +253,10 @@ def _told(change: Change | None, verified: Built) -> tuple[str, ...]:
     return (f"{right}; at most {change.drop_upper_pp:.2f} pp worse, {budget}",)
 
 
-def _time(loaded: runner.Runner, options: targets.Options, effort: Effort) -> tuple[Timing, tuple[Suspicion, ...]]:
-    threads = options.threads or targets.usable_cpus()
-    batch = 1 if options.batch == "dynamic" else options.batch
-    image = np.full((batch, *loaded.preprocessing.shape), 127, np.uint8)
-    with other_load() as others:
-        series = latency.interleave({"artifact": lambda: loaded.predict(image)}, seconds=latency.SECONDS[effort] / 2)
-    return latency.timing(series["artifact"]), suspicions(series, threads=threads, others=others())
-
-
-def _accuracy(loaded: runner.Runner, bundle: Path, data: Path, verified: Built) -> tuple[Change, int]:
-    """Answer `data` and pair each image, by its pixels, with the float model's recorded answer; give how many."""
+def show_again(bundle: Path, manifest: dict[str, Any], data: Path) -> Shown:
+    """Find in `data` the images that the bundle was verified on, by their pixels; raise InputError where none is."""
     recorded = record.read_answers(bundle / record.ANSWERS)
-    images = _split(loaded, data)
+    images = _split(manifest, data)
     rows = {digest.tobytes(): i for i, digest in enumerate(recorded.digests)}
     pairs = [(i, rows[digest]) for i, digest in enumerate(images.digests) if digest in rows]
     if not pairs:
@@ -189,21 +264,26 @@ def _accuracy(loaded: runner.Runner, bundle: Path, data: Path, verified: Built) 
     if len(pairs) < len(images):
         progress.stage("verify", f"{len(images) - len(pairs)} images left out: the bundle was not verified on them")
     ours, theirs = (np.array(column) for column in zip(*pairs, strict=True))
-    found = kept.answer(loaded.predict, images.images[ours], "evaluate")
-    labels, before, confidence = images.labels[ours], recorded.float_answers[theirs], verified.budget_confidence
-    if found.maps is not None:
-        after = segmentation.counts(found.maps, labels, len(loaded.classes))
+    return Shown(images.images[ours], images.labels[ours], recorded.float_answers[theirs])
+
+
+def _change(answered: Kept, shown: Shown, verified: Built, manifest: dict[str, Any]) -> Change:
+    """Pair each answer with the float model's recorded one."""
+    labels, before, confidence = shown.labels, shown.float_answers, verified.budget_confidence
+    if answered.maps is not None:
+        after = segmentation.counts(answered.maps, labels, len(manifest["classes"]))
         exact = segmentation.unpacked(segmentation.perfect(after), before)
-        return segmentation.change(verified.budget_metric, exact, after, confidence), len(pairs)
-    right = record.right(record.chosen(found.scores, labels), labels)
+        return segmentation.change(verified.budget_metric, exact, after, confidence)
+    right = record.right(record.chosen(answered.scores, labels), labels)
     name = "top-1" if labels.ndim == 1 else "whole answers"
-    return paired_change(name, record.right(before, labels), right, confidence), len(pairs)
+    return paired_change(name, record.right(before, labels), right, confidence)
 
 
-def _split(loaded: runner.Runner, data: Path) -> Split:
+def _split(manifest: dict[str, Any], data: Path) -> Split:
+    contract, task = Preprocessing.from_json(manifest["preprocessing"]), runner.task_of(manifest)
     with tempfile.TemporaryDirectory() as folder:
         build = cache.Cache(Path(folder) / "build")
-        found = dataset.split("evaluation", data, loaded.classes, loaded.preprocessing, build, task=loaded.task)
+        found = dataset.split("evaluation", data, manifest["classes"], contract, build, task=task)
         return Split(
             found.name, np.array(found.images), np.array(found.labels), found.sources, found.digests, found.key
         )

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from device.timing import Series
 from pipeline.figures import Change, Ratio
 from pipeline.measure.execution import executed
-from pipeline.measure.latency import Series
 from pipeline.measure.speed import size
 from pipeline.run import Deployment
 from pipeline.statistics import decibels, ratio_interval

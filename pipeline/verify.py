@@ -14,15 +14,15 @@ from pydantic import TypeAdapter
 from torch import nn
 
 import targets
-from device import pixels
+from device import kept, pixels
 from device.arrays import Images, Outputs, Predict
 from device.errors import BitferryError, StageFailed, first_line
+from device.kept import Kept
 from pipeline import cache, export, progress, statistics, trace, unsupported
 from pipeline.artifacts import Compiled, FloatModel, Program, Split, Unmeasured, Verified
 from pipeline.figures import Accuracy, Latency
 from pipeline.judge import Measured, judge
-from pipeline.measure import accuracy, execution, golden, kept, ladder, layers, segmentation, speed
-from pipeline.measure.kept import Kept
+from pipeline.measure import accuracy, execution, golden, ladder, layers, segmentation, speed
 from pipeline.measure.latency import Effort
 from pipeline.recipe import Recipe
 from pipeline.verdict import SCHEMA, Built, Execution, Ladder, LayerError, Verdict
@@ -289,6 +289,6 @@ def _with_accuracy(
 def _answers(build: cache.Cache, stage: str, key: str, load: "partial[Predict]", images: Images, of: str) -> Kept:
     def make(out: Path) -> None:
         torch.set_num_threads(targets.usable_cpus())
-        kept.write(kept.answer(load(), images, f"evaluate {of}"), out)
+        kept.write(kept.answer(load(), images, progress.counted(f"evaluate {of}")), out)
 
     return kept.read(build.folder(stage, key, make, of=of))

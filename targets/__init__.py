@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, cast, get_args
 
 from device.arrays import Predict
 from device.errors import InputError, TargetUnavailable
+from device.machine import usable_cpus as usable_cpus
 
 Kind = Literal["convolution", "matrix product"]
 """Of the layers whose precision a target tells."""
@@ -174,13 +175,18 @@ def get(name: str) -> Target[Any]:
 
 def install_command(name: str, package: str) -> str:
     """Give the command that would install what the target called `name` lacks, at the versions tried with bitferry."""
+    return f"pip install {shlex.join(pins(name, package))}"
+
+
+def pins(name: str, package: str) -> list[str]:
+    """List what installs a package of the target called `name`, at the versions tried with bitferry."""
     try:
         wanted = [line.partition(";") for line in metadata.requires("bitferry") or ()]
     except metadata.PackageNotFoundError:  # on a device
         wanted = []
-    pins = [pin.strip() for pin, _, marker in wanted if f"extra == '{name}'" in marker.replace('"', "'")]
-    pins = pins or [pin.strip() for pin, _, marker in wanted if not marker and re.split(r"[<=>!~]", pin)[0] == package]
-    return f"pip install {shlex.join(pins or [package])}"
+    extra = [pin.strip() for pin, _, marker in wanted if f"extra == '{name}'" in marker.replace('"', "'")]
+    plain = [pin.strip() for pin, _, marker in wanted if not marker and re.split(r"[<=>!~]", pin)[0] == package]
+    return extra or plain or [package]
 
 
 def source(name: str) -> Path:
@@ -226,11 +232,6 @@ def fast_on_cpu(precisions: Iterable[Precision]) -> tuple[Precision, ...]:
 def has_bfloat16() -> bool:
     """Say whether this CPU computes in bfloat16, so that float32 layers may silently run in it."""
     return "bfloat16" in fast_on_cpu(("bfloat16",))
-
-
-def usable_cpus() -> int:
-    """Count the CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def system() -> str:

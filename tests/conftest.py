@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline import cli
+from tests.board import board, sshd  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "calibration_data/fashion_mnist"
@@ -155,6 +157,18 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Project:
     (made.folder / "verdicts.json").write_text(done.stdout)
     (made.folder / "stderr.txt").write_text(done.stderr)
     return made
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the two runtimes and Pillow, and nothing else of ours."""
+    folder = tmp_path_factory.mktemp("bare") / "venv"
+    uv = Path(sys.executable).with_name("uv")
+    packages = [f"{name}=={version(name)}" for name in ("openvino", "onnxruntime", "numpy", "pillow")]
+    environment = plain_environment(VIRTUAL_ENV=str(folder))
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True, env=environment)
+    subprocess.run([uv, "pip", "install", "--quiet", *packages], check=True, env=environment)
+    return folder / "bin/python"
 
 
 def verdicts(project: Project) -> dict[str, dict[str, object]]:

@@ -32,18 +32,6 @@ def manifest_of(bundle: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the two runtimes and Pillow, and nothing else of ours."""
-    folder = tmp_path_factory.mktemp("bare") / "venv"
-    uv = Path(sys.executable).with_name("uv")
-    packages = [f"{name}=={version(name)}" for name in ("openvino", "onnxruntime", "numpy", "pillow")]
-    environment = plain_environment(VIRTUAL_ENV=str(folder))
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True, env=environment)
-    subprocess.run([uv, "pip", "install", "--quiet", *packages], check=True, env=environment)
-    return folder / "bin/python"
-
-
-@pytest.fixture(scope="session")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("photo") / "photo.png"
     with np.load(EMBEDDED / "evaluation.npz") as arrays:

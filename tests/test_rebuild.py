@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import targets
-from device import rebuilt, runner
+from device import commands, rebuilt, runner
 from device.errors import InputError, StageFailed, TargetUnavailable
 from pipeline.bundle import write_runner
 from tests.conftest import Project
@@ -30,7 +30,7 @@ def openvino(deployed: Project, tmp_path: Path) -> Path:
 
 
 def run(bundle: Path, *command: str) -> int:
-    return runner.main(targets.get(json.loads((bundle / "manifest.json").read_text())["target"]), bundle, command)
+    return commands.main(targets.get(json.loads((bundle / "manifest.json").read_text())["target"]), bundle, command)
 
 
 def test_what_is_rebuilt_is_what_runs(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from device import pixels
 from device.arrays import Predict
+from device.timing import Series
 from pipeline import progress, recipe, search
 from pipeline.artifacts import Compiled
 from pipeline.cache import Cache
 from pipeline.measure import sensitivity
-from pipeline.measure.latency import Series
 from pipeline.run import Deployment, Run
 from pipeline.search import _Searching
 from pipeline.statistics import noise_share

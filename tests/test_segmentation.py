@@ -12,18 +12,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from device import pixels
+from device import kept, pixels
 from device.arrays import Outputs
 from device.errors import InputError, StageFailed
+from device.kept import Kept
 from device.preprocess import Preprocessing
-from pipeline import dataset, load
+from pipeline import dataset, load, recheck
 from pipeline.artifacts import Split
 from pipeline.cache import Cache
-from pipeline.measure import kept, segmentation
-from pipeline.measure.kept import Kept
+from pipeline.measure import segmentation
 from pipeline.recipe import Recipe
 from pipeline.report import record
 from pipeline.statistics import paired_bootstrap
+from tests.board import Board
 from tests.conftest import Project, subset
 
 CLASSES = ("background", "T-shirt", "Trouser", "Pullover")
@@ -137,6 +138,14 @@ def test_what_is_left_behind_is_small_and_its_figures_come_back(shipped: tuple[P
     assert page.count("data:image/png") == len(verdict["accuracy"]["worst"]) == 12
 
 
+def test_another_machine_s_maps_make_the_verdict(shipped: tuple[Project, dict[str, Any]], board: Board) -> None:
+    bundle, data = shipped[0].folder / "dist/masks-openvino-1.0.0", shipped[0].folder / "evaluation.npz"
+    there, here = board.verify(bundle, data), recheck.verify(bundle, data, effort="quick")
+    assert (there.outcome, there.images) == ("pass", 240)
+    assert there.accuracy == here.accuracy
+    assert there.golden == here.golden
+
+
 def test_the_bundle_writes_masks_as_large_as_the_images(shipped: tuple[Project, dict[str, Any]]) -> None:
     project = shipped[0]
     bundle = project.folder / "dist/masks-openvino-1.0.0"
@@ -144,6 +153,15 @@ def test_the_bundle_writes_masks_as_large_as_the_images(shipped: tuple[Project, 
     assert np.array(expected).shape == (4, 256)
     run = [sys.executable, str(bundle / "run.pyz")]
     subprocess.run([*run, "selftest"], capture_output=True, check=True)
+    given = project.folder / "given"
+    given.mkdir()
+    np.savez(given / "images.npz", images=np.zeros((3, 16, 16, 3), np.uint8))
+    measured = [*run, "measure", "--json", "--seconds", "0.1", "--images", str(given / "images.npz")]
+    subprocess.run(measured, capture_output=True, check=True)
+    answered = kept.read(given)
+    assert answered.scores.shape == (3, 4, 256)
+    assert answered.maps is not None
+    assert answered.maps.shape == (3, 16, 16)
     out = project.folder / "found"
     asked = [*run, "predict", "0.png", "1.png", "--out", str(out), "--json", "--top", "4"]
     done = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=project.folder)
@@ -280,7 +298,7 @@ def test_answers_come_in_batches_bounded_by_their_bytes(monkeypatch: pytest.Monk
         return np.random.default_rng(0).random((len(images), 4, 32, 32), np.float32)
 
     monkeypatch.setattr(kept, "BATCH_BYTES", 3 * 4 * 32 * 32 * 4)
-    found = kept.answer(predict, np.zeros((8, 32, 32, 3), np.uint8), "t")
+    found = kept.answer(predict, np.zeros((8, 32, 32, 3), np.uint8))
     assert sizes == [1, 3, 3, 2]
     assert found.scores.shape == (8, 4, 1024)
     assert found.maps is not None

@@ -236,11 +236,11 @@ def test_an_unmeasured_bundle_says_so_and_cannot_be_built_again_here(
     assert "not measured: no NVIDIA GPU" in found["headline"]
     bundle = again.folder / "dist/small-tensorrt-1.0.0"
     assert {path.name for path in bundle.glob("model.*")} == {"model.engine", "model.json", "model.onnx"}
-    from device import runner  # noqa: PLC0415
+    from device import commands  # noqa: PLC0415
 
-    assert runner.main(rtx, bundle, ["check"]) == 0
-    assert runner.main(rtx, bundle, ["rebuild"]) == 2
-    assert runner.main(rtx, bundle, ["selftest"]) == 2
+    assert commands.main(rtx, bundle, ["check"]) == 0
+    assert commands.main(rtx, bundle, ["rebuild"]) == 2
+    assert commands.main(rtx, bundle, ["selftest"]) == 2
 
 
 @pytest.mark.parametrize("capability", ["ampere", "", "86"])

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from device import machine
+from device.timing import Series
 from pipeline.figures import Accuracy, Flips, Footprint, Latency, Ratio, Reliability, Suspicion
 from pipeline.judge import Measured, judge
 from pipeline.measure import execution, latency, suspicion
 from pipeline.measure.accuracy import paired_change
-from pipeline.measure.latency import Series
 from pipeline.measure.speed import EAGER
 from pipeline.recipe import Budget
 from pipeline.statistics import order_statistic_bound, ratio_interval
@@ -206,7 +207,7 @@ def test_timing_keeps_the_tail_and_leaves_out_what_it_cannot_support() -> None:
 
 
 def test_the_load_of_other_processes_is_seen() -> None:
-    with suspicion.other_load() as others:
+    with machine.other_load() as others:
         neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         time.sleep(1.5)
         neighbour.kill()
@@ -222,7 +223,7 @@ def steady(blocks: int = 40) -> Series:
 
 
 def test_a_quiet_measurement_raises_no_suspicion_of_its_own() -> None:
-    found = suspicion.suspicions({EAGER: steady()}, threads=1, others=0.0)
+    found = suspicion.suspicions({EAGER: steady()}, threads=1, conditions=machine.conditions(0.0))
     assert not {one.kind for one in found} - {"clock"}
 
 
@@ -233,7 +234,7 @@ def test_each_disturbance_is_told_with_a_remedy() -> None:
         "cold": dataclasses.replace(steady(), first_seconds=0.1),
         "never": dataclasses.replace(steady(), settled=False),
     }
-    found = suspicion.suspicions(series, threads=10_000, others=0.6)
+    found = suspicion.suspicions(series, threads=10_000, conditions=machine.conditions(0.6))
     assert {one.kind for one in found} - {"clock"} == {"other load", "noise", "drift", "first run", "threads"}
     assert all(one.remedy for one in found)
     told = " ".join(one.finding for one in found)
@@ -251,9 +252,11 @@ def test_a_clock_that_moves_is_suspicious(tmp_path: Path, monkeypatch: pytest.Mo
         ("cpuinfo_max_freq", "3600000"),
     ):
         (cpu / name).write_text(f"{text}\n")
-    monkeypatch.setattr(suspicion, "CPUS", tmp_path)
+    monkeypatch.setattr(machine, "CPUS", tmp_path)
     found = [
-        one.finding for one in suspicion.suspicions({EAGER: steady()}, threads=1, others=0.0) if one.kind == "clock"
+        one.finding
+        for one in suspicion.suspicions({EAGER: steady()}, threads=1, conditions=machine.conditions(0.0))
+        if one.kind == "clock"
     ]
     assert found[0] == "the CPU clock is governed by 'powersave' and changes with load"
     assert found[1] == "right after timing the CPUs ran at 33% of their highest clock"

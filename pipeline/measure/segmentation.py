@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from device import kept
 from device.errors import StageFailed
+from device.kept import Kept
 from device.pixels import IGNORED, Maps, thin_masks
 from pipeline.artifacts import Labels, Split
 from pipeline.figures import Accuracy, Change, ClassChange, Flips, WorstImage
-from pipeline.measure import kept, metrics
+from pipeline.measure import metrics
 from pipeline.measure.accuracy import judge_accuracy, refuse_strange, resampled
 from pipeline.measure.answers import of_pixels, reliability
-from pipeline.measure.kept import Kept
 from pipeline.measure.metrics import COUNTED, Values
 from pipeline.recipe import Recipe
 from pipeline.statistics import Indices, mcnemar_mid_p, sqnr_db

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 
 import targets
+from device import machine
 from device.arrays import Images, Outputs, Predict
 from device.errors import StageFailed
 from device.preprocess import Preprocessing
+from device.timing import Call, Series
 from pipeline.artifacts import Compiled
 from pipeline.figures import Candidate, Footprint, Latency, Ratio, Throughput
 from pipeline.measure import execution, latency
-from pipeline.measure.latency import Effort, Series
-from pipeline.measure.suspicion import contradiction, other_load, suspicions
+from pipeline.measure.latency import Effort
+from pipeline.measure.suspicion import contradiction, suspicions
 from pipeline.statistics import ratio_interval
 
 EAGER = "eager PyTorch"
@@ -59,7 +61,7 @@ def measure(
     torch.set_num_threads(artifact.threads)
     seconds = latency.SECONDS[effort]
     start = time.perf_counter()
-    with other_load() as others:
+    with machine.other_load() as others:
         series = latency.interleave({name: _call(p, images) for name, p in predicts.items()}, seconds=seconds)
     spent = time.perf_counter() - start
     candidates = [_eager(series[EAGER])] + [_candidate(one, series[_name(one)]) for one in compiled]
@@ -68,7 +70,7 @@ def measure(
     candidates[-1] = replace(candidates[-1], footprint=footprint)
     medians = [s.block_medians for s in series.values()]
     speedup = Ratio(*ratio_interval(medians[0], medians[-1]))
-    told = suspicions(series, threads=artifact.threads, others=others())
+    told = suspicions(series, threads=artifact.threads, conditions=machine.conditions(others()))
     return Latency(
         threads=artifact.threads,
         batch=artifact.batch,
@@ -158,7 +160,7 @@ def _load(compiled: Compiled, threads: int) -> Predict:
     return targets.get(compiled.target).load(compiled.path, precision=compiled.precision, options=options)
 
 
-def _call(predict: Predict, image: Images) -> latency.Call:
+def _call(predict: Predict, image: Images) -> Call:
     return lambda: predict(image)
 
 

@@ -1,16 +1,12 @@
 """What may have disturbed a timing, as data with a remedy: other load, noise, drift, first calls, clock, threads."""
 
-import os
-import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from device.machine import Conditions
+from device.timing import Series
 from pipeline.figures import Candidate, Ratio, Suspicion
-from pipeline.measure.latency import Series
-from targets import usable_cpus
 
 MOST_OTHER_LOAD = 0.1
 """Of all CPUs. PyTorch's threads spin while they wait for each other, so one busy neighbour slows it manyfold."""
@@ -19,15 +15,14 @@ MOST_COV = 0.025
 MOST_DRIFT = 0.05
 SLOW_FIRST = 3.0
 LEAST_CLOCK = 0.8
-CPUS = Path("/sys/devices/system/cpu")
 FAR = 3.5
 """Modified z-score of an outlier (Iglewicz & Hoaglin 1993), the deviation floored at 1 % of the median."""
 MOST_OUTLIERS = 0.02
 
 
-def suspicions(series: Mapping[str, Series], *, threads: int, others: float | None) -> tuple[Suspicion, ...]:
+def suspicions(series: Mapping[str, Series], *, threads: int, conditions: Conditions) -> tuple[Suspicion, ...]:
     """List everything about this measurement that a reader should know before believing it."""
-    about_machine = (*_load(others), *_threads(threads), *_clock())
+    about_machine = (*_load(conditions.others), *_threads(threads, conditions), *_clock(conditions))
     return (*about_machine, *_noise(series), *_drift(series), *_first(series))
 
 
@@ -46,22 +41,6 @@ def contradiction(eager: Candidate, artifact: Candidate, ratio: Ratio) -> tuple[
     )
 
 
-@contextmanager
-def other_load() -> Iterator[Callable[[], float | None]]:
-    """Give a function that says, once the block is over, which share of all CPUs others used (Linux; else None).
-
-    Others are the other processes, and the host where this is a virtual machine.
-    """
-    before = _cpu_seconds()
-    shares: list[float | None] = []
-    yield lambda: shares[0]
-    after = _cpu_seconds()
-    if before is None or after is None or after[1] <= before[1]:
-        shares.append(None)
-    else:
-        shares.append(max(0.0, (after[0] - before[0]) / (after[1] - before[1])))
-
-
 def _load(others: float | None) -> Iterator[Suspicion]:
     if others is not None and others > MOST_OTHER_LOAD:
         yield Suspicion(
@@ -72,8 +51,8 @@ def _load(others: float | None) -> Iterator[Suspicion]:
         )
 
 
-def _threads(threads: int) -> Iterator[Suspicion]:
-    usable, quota = usable_cpus(), _quota()
+def _threads(threads: int, conditions: Conditions) -> Iterator[Suspicion]:
+    usable, quota = conditions.cpus, conditions.quota
     if threads > usable:
         yield Suspicion(
             "threads",
@@ -88,32 +67,20 @@ def _threads(threads: int) -> Iterator[Suspicion]:
         )
 
 
-def _clock() -> Iterator[Suspicion]:
-    governors = {_text(path) for path in CPUS.glob("cpu[0-9]*/cpufreq/scaling_governor")}
-    slow = sorted(governors - {"performance", None}, key=str)
+def _clock(conditions: Conditions) -> Iterator[Suspicion]:
+    slow = sorted(set(conditions.governors) - {"performance"})
     if slow:
         yield Suspicion(
             "clock",
-            f"the CPU clock is governed by '{', '.join(map(str, slow))}' and changes with load",
+            f"the CPU clock is governed by '{', '.join(slow)}' and changes with load",
             "set the governor to performance (cpupower frequency-set -g performance)",
         )
-    shares = [
-        now / most
-        for cpu in CPUS.glob("cpu[0-9]*/cpufreq")
-        if (now := _clock_of(cpu, "scaling_cur")) and (most := _clock_of(cpu, "cpuinfo_max"))
-    ]
-    if shares and float(np.median(shares)) < LEAST_CLOCK:
+    if conditions.clock is not None and conditions.clock < LEAST_CLOCK:
         yield Suspicion(
             "clock",
-            f"right after timing the CPUs ran at {np.median(shares):.0%} of their highest clock",
+            f"right after timing the CPUs ran at {conditions.clock:.0%} of their highest clock",
             "let the machine cool, plug it in, and look for a power limit",
         )
-
-
-def _clock_of(cpu: Path, which: str) -> float:
-    """Give a frequency in kHz; 0 where this machine does not tell (virtual machines rarely do)."""
-    text = _text(cpu / f"{which}_freq")
-    return float(text) if text and text.isdecimal() else 0.0
 
 
 def _noise(series: Mapping[str, Series]) -> Iterator[Suspicion]:
@@ -177,28 +144,3 @@ def _first(series: Mapping[str, Series]) -> Iterator[Suspicion]:
                 f"the very first call of {name} took {one.first_seconds * 1e3:.1f} ms, {times:.1f} times the median",
                 "warm the model up on the device before it has to answer in time",
             )
-
-
-def _cpu_seconds() -> tuple[float, float] | None:
-    """Give the CPU seconds that others have used, and all that there were, since the machine started."""
-    try:
-        counts = [int(count) for count in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    except OSError:
-        return None
-    ticks = os.sysconf("SC_CLK_TCK")
-    idle = counts[3] + counts[4]
-    times = os.times()
-    return (sum(counts) - idle) / ticks - times.user - times.system, sum(counts) / ticks
-
-
-def _quota() -> float | None:
-    """Give the CPUs that this container may use (Linux control groups, version 2); None when not limited."""
-    quota, _, period = (_text(Path("/sys/fs/cgroup/cpu.max")) or "max").partition(" ")
-    return float(quota) / float(period) if quota != "max" and platform.system() == "Linux" else None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None

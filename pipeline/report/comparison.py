@@ -12,12 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 import targets
-from device import runner
+from device import machine, runner
 from device.errors import InputError, TargetUnavailable
+from device.timing import Call
 from pipeline.figures import Change, Ratio
 from pipeline.measure import latency, segmentation
 from pipeline.measure.accuracy import paired_change
-from pipeline.measure.suspicion import other_load, suspicions
+from pipeline.measure.suspicion import suspicions
 from pipeline.report import record
 from pipeline.report.record import Recorded
 from pipeline.statistics import ratio_interval
@@ -160,16 +161,17 @@ def _interleaved(a: Side, b: Side, seconds: float) -> Live | None:
         loaded = [runner.Runner(side.path, targets.get(runner.read_manifest(side.path)["target"])) for side in (a, b)]
     except TargetUnavailable:
         return None
-    with other_load() as others:
+    with machine.other_load() as others:
         series = latency.interleave(dict(zip("ab", map(_call, loaded), strict=True)), seconds=seconds)
-    told = suspicions(series, threads=max(side.verdict.latency.threads for side in (a, b)), others=others())
+    threads = max(side.verdict.latency.threads for side in (a, b))
+    told = suspicions(series, threads=threads, conditions=machine.conditions(others()))
     first, second = (float(np.median(series[name].seconds)) * 1e3 for name in "ab")
     ratio = Ratio(*ratio_interval(series["a"].block_medians, series["b"].block_medians))
     doubts = tuple(f"{one.finding}; {one.remedy}" for one in told if one.kind == "other load")
     return Live(ratio, (first, second), doubts)
 
 
-def _call(loaded: runner.Runner) -> latency.Call:
+def _call(loaded: runner.Runner) -> Call:
     image = np.full((1, *loaded.preprocessing.shape), 127, np.uint8)
     return lambda: loaded.predict(image)
 

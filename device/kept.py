@@ -1,5 +1,6 @@
 """What is kept of a model's answers to every evaluation image, and the batches they are answered in."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import numpy as np
 from device import pixels
 from device.arrays import Images, Outputs, Predict
 from device.pixels import Maps
-from pipeline import progress
+
+Track = Callable[[Sequence[int]], Iterable[int]]
+"""What goes through the batches, maybe with a bar that counts them."""
 
 BATCH = 64
 BATCH_BYTES = 200_000_000
@@ -25,13 +28,12 @@ class Kept:
     """N×H×W, the class of every pixel; segmentation only."""
 
 
-def answer(predict: Predict, images: Images, text: str) -> Kept:
-    """Answer every image, a batch at a time; `text` is for the progress bar."""
+def answer(predict: Predict, images: Images, track: Track = iter) -> Kept:
+    """Answer every image, a batch at a time."""
     first = predict(images[:1].copy())
     batch = int(np.clip(BATCH_BYTES // max(1, first.nbytes), 1, BATCH))
-    starts = range(0, len(images), batch)
     parts: list[Kept] = []
-    for start in progress.track(starts, text, total=len(starts)):
+    for start in track(range(0, len(images), batch)):
         scores = predict(images[start : start + batch].copy())
         parts.append(Kept(pixels.thin(scores), pixels.maps(scores) if scores.ndim == 4 else None))
     found = maps(*parts)
