@@ -28,7 +28,7 @@ REASONS = {
     urllib3.exceptions.TimeoutError: "the server does not answer in time",
     urllib3.exceptions.SSLError: "the server's certificate is not one that this device accepts",
     urllib3.exceptions.ProxyError: "the proxy does not answer",
-    urllib3.exceptions.LocationValueError: "this is no address of a file",
+    ValueError: "this is no address of a file",
 }
 """The first that fits: some are kinds of others."""
 
@@ -93,7 +93,7 @@ def _attempt(file: BinaryIO, url: str, limit: int, *, whole: bool) -> None:
                 file.write(chunk)
             if whole and file.tell() < limit:
                 raise Broken(f"{url} ended after {file.tell()} of {limit} bytes")
-    except urllib3.exceptions.HTTPError as error:
+    except (urllib3.exceptions.HTTPError, ValueError) as error:  # ValueError: an address that cannot be taken apart
         raise Broken(f"{url} cannot be read: {_reason(error)}") from error
 
 
@@ -148,7 +148,7 @@ def _start(response: urllib3.BaseHTTPResponse) -> int | None:
     return int(first) if unit == "bytes" and first.isdecimal() else None
 
 
-def _reason(error: urllib3.exceptions.HTTPError) -> str:
+def _reason(error: Exception) -> str:
     """Say what broke without the library's own names of objects."""
     for kind, reason in REASONS.items():
         if isinstance(error, kind):

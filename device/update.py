@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
-from urllib.parse import urlsplit
 
 from tuf.api import exceptions
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, Updater
 
-from device import download, versions
+from device import atomic, download, versions
 from device.errors import InputError, first_line
 
 try:
@@ -96,7 +95,7 @@ class _Fetcher(FetcherInterface):
 @contextmanager
 def _opened(url: str, root: Path, trusted_root: Path | None) -> Iterator[tuple[Updater, _Fetcher]]:
     """Bring the repository's metadata up to date and verified; one update of a root at a time."""
-    if urlsplit(url).scheme not in {"http", "https"}:
+    if not re.match("https?://", url):
         raise InputError(f"{url} is no address of a repository; it begins with https:// or http://")
     base = url.rstrip("/")
     with _explained(url, root), _locked(root):
@@ -121,9 +120,7 @@ def _anchor(root: Path, trusted_root: Path | None) -> bytes:
         return _root(pinned)
     given = _root(trusted_root)
     if not pinned.exists():
-        temporary = pinned.with_name(".root.json.tmp")
-        temporary.write_bytes(given)
-        _settle(temporary, pinned)
+        atomic.write(pinned, given)
     followed = [path.read_bytes() for path in (root / "tuf/metadata/root_history").glob("*.root.json")]
     if given not in (_root(pinned), *followed):
         raise InputError(
@@ -184,18 +181,21 @@ def _choose(offers: list[Offer], url: str, name: str | None, target: str | None)
 def _download(updater: Updater, fetcher: _Fetcher, info: TargetFile, final: Path) -> None:
     """Download into SHA256.part, verify, name it; what grew from a wrong beginning is brought anew once."""
     part = final.with_name(f"{info.hashes['sha256']}.part")
-    temporary = final.with_name(f".{final.name}.tmp")
+    verified = final.with_name(f".{final.name}.part")
     begun = part.exists()
     fetcher.part = part
     try:
-        updater.download_target(info, str(temporary))
+        updater.download_target(info, str(verified))
     except (exceptions.LengthOrHashMismatchError, exceptions.DownloadLengthMismatchError):
         part.unlink(missing_ok=True)
         if not begun:
             raise
         _download(updater, fetcher, info, final)
         return
-    _settle(temporary, final)
+    with verified.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    verified.replace(final)
+    atomic.settle(final.parent)
     part.unlink()
 
 
@@ -203,15 +203,8 @@ def _prune(folder: Path, chosen: Offer, offers: list[Offer]) -> None:
     """Remove what earlier updates left: all but this archive and those of other bundles that are offered."""
     others = {offer.archive for offer in offers if (offer.name, offer.target) != (chosen.name, chosen.target)}
     for path in folder.iterdir():
-        if path.name not in {chosen.archive, *others} and path.suffix in {".gz", ".part", ".tmp"}:
+        if path.name not in {chosen.archive, *others} and path.suffix in {".gz", ".part"}:
             path.unlink()
-
-
-def _settle(temporary: Path, final: Path) -> None:
-    """Rename a file into place, its bytes on the disk first."""
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(final)
 
 
 @contextmanager

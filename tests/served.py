@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 Fault = Callable[["Handler", bytes], None]
 
@@ -15,7 +16,7 @@ class Handler(BaseHTTPRequestHandler):
     server: "Server"
 
     def do_GET(self) -> None:
-        path = self.server.folder / self.path.lstrip("/")
+        path = self.server.folder / urlsplit(self.path).path.lstrip("/")  # a proxy is asked for whole addresses
         self.server.asked.append((self.path, self.headers.get("Range")))
         fault = self.server.fault if self.path.endswith(self.server.faulty) else None
         with contextlib.suppress(ConnectionError):  # the client may hang up

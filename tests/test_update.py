@@ -31,6 +31,7 @@ NEWEST = "small-openvino-1.1.0.tar.gz"
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publisher]:
     """A repository with two versions, of which the device has the first."""
     monkeypatch.setattr(download, "PAUSE_S", 0.001)
+    monkeypatch.setenv("no_proxy", "*")
     with served(tmp_path / "shop/repository") as server:
         made = Publisher(tmp_path / "shop", server)
         made.publish("1.0.0")
@@ -621,11 +622,19 @@ def test_redirects_are_followed_within_a_scheme(shop: Publisher) -> None:
         for place, message in (
             ("file:///etc/passwd", "leads to file:///etc/passwd, which is not http"),
             ("https://127.0.0.1/stored", "leads to https://127.0.0.1/stored, which is not http"),
+            ("http://[::1/stored", "cannot be read: this is no address of a file"),
             ("", "leads from one address to the next without an end"),
         ):
             lead(place)
             with pytest.raises(InputError, match=message):
                 shop.fetch()
+
+
+def test_the_proxy_of_the_environment_is_used(shop: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", shop.server.url)
+    assert update.fetch("http://bundles.invalid", shop.device).name == NEWEST
+    assert "http://bundles.invalid/metadata/timestamp.json" in [path for path, _ in shop.server.asked]
 
 
 @pytest.mark.parametrize(
@@ -635,6 +644,7 @@ def test_redirects_are_followed_within_a_scheme(shop: Publisher) -> None:
         ("file:///srv/repository", "is no address of a repository"),
         ("repository", "is no address of a repository"),
         ("http://", "cannot be read: this is no address of a file|cannot be read: its server has no address"),
+        ("http://[::1", "cannot be read: this is no address of a file"),
         ("http://127.0.0.1:1", "cannot be read: no server answers there; nothing was taken over; try again"),
         ("http://nowhere.invalid", "cannot be read: its server has no address; check its name"),
     ],

@@ -1,7 +1,5 @@
 """Archives of bundles → a TUF repository, from which devices take updates and nothing forged, old or mixed."""
 
-import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -12,7 +10,7 @@ from typing import Any
 
 from tuf.api.metadata import Root, TargetFile, Targets
 
-from device import update, versions
+from device import atomic, update, versions
 from device.archive import read_head
 from device.errors import InputError
 from pipeline import cache
@@ -176,17 +174,14 @@ def _digest(archive: Path) -> str:
 
 def _copy(archive: Path, place: Path, digest: str) -> None:
     """Bring the archive's bytes to where they are served; raise InputError when they changed meanwhile."""
-    temporary, copied = place.with_name(f".{place.name}.tmp"), hashlib.sha256()
-    with archive.open("rb") as source, temporary.open("wb") as target:
-        while chunk := source.read(CHUNK):
-            copied.update(chunk)
-            target.write(chunk)
-        target.flush()
-        os.fsync(target.fileno())
-    if copied.hexdigest() != digest:
-        temporary.unlink()
+    part = place.with_name(f".{place.name}.part")
+    with archive.open("rb") as source:
+        atomic.pour(part, iter(lambda: source.read(CHUNK), b""))
+    if cache.file_hash(part) != digest:
+        part.unlink()
         raise InputError(f"{archive} changed while it was published; publish it again")
-    roles.settle(temporary, place)
+    part.replace(place)
+    atomic.settle(place.parent)
 
 
 def _published(place: Repository, root: Root, state: State, *, created: bool = False) -> Published:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
+from device import atomic
 from device.errors import InputError, first_line
 from pipeline.shipping import roles
 from pipeline.shipping.roles import ROLES, Role, Signers
@@ -113,22 +114,22 @@ class Repository:
         last = _signed(timestamp, "timestamp", judges, signers)
         for file in files:
             self._write(*file)
-        roles.write(self.metadata / "timestamp.json", last)
+        atomic.write(self.metadata / "timestamp.json", last)
         return State(targets, snapshot, timestamp)
 
     def sweep(self) -> None:
         """Make the folders, throw away what a killed run left half-written, and finish its root.json."""
         for folder in (self.metadata, self.targets):
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob(".*.tmp"):
+            for path in folder.glob(".*.part"):
                 path.unlink()
         newest, copy = self._place("root", self._last("root")), self.metadata / "root.json"
         if newest.exists() and (not copy.exists() or copy.read_bytes() != newest.read_bytes()):
-            roles.write(copy, newest.read_bytes())
+            atomic.write(copy, newest.read_bytes())
 
     def _write(self, role: Role, version: int, content: bytes) -> None:
-        roles.write(self._place(role, version), content)
-        roles.write(self.metadata / f"{role}.json", content)
+        atomic.write(self._place(role, version), content)
+        atomic.write(self.metadata / f"{role}.json", content)
 
     def _place(self, role: Role, version: int) -> Path:
         return self.metadata / f"{version}.{role}.json"

@@ -1,6 +1,5 @@
 """The private keys of a repository's roles: PEM files in a folder of their own, found by their public halves."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,35 +9,13 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, Root, T
 
+from device import atomic
 from device.errors import InputError, first_line
 
 Role = Literal["root", "targets", "snapshot", "timestamp"]
 ROLES: tuple[Role, ...] = get_args(Role)
 Signers = Mapping[str, CryptoSigner]
 """By the identifier of the public key, which is what a root names."""
-
-
-def write(path: Path, content: bytes, *, private: bool = False) -> None:
-    """Write a file whole or not at all: under another name, to the disk, and renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # a killed run's, whose rights may be others
-    with os.fdopen(
-        os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644), "wb"
-    ) as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    settle(temporary, path)
-
-
-def settle(temporary: Path, path: Path) -> None:
-    """Rename a file that is on the disk, and bring its folder's list of names there too."""
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def make(keys: Path, name: str) -> CryptoSigner:
@@ -48,7 +25,11 @@ def make(keys: Path, name: str) -> CryptoSigner:
         return _load(path)
     keys.mkdir(mode=0o700, parents=True, exist_ok=True)
     signer = CryptoSigner.generate_ed25519()
-    write(path, signer.private_bytes, private=True)
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)  # a killed run's; whatever its rights are, they are not kept
+    atomic.pour(part, [signer.private_bytes], mode=0o600)
+    part.replace(path)
+    atomic.settle(keys)
     return signer
 
 
