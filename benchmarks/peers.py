@@ -41,6 +41,7 @@ from peer_ways import ONNXRUNTIME, OPENVINO, Peers, Way, every_way
 import targets
 from device.arrays import Outputs, Predict
 from device.errors import InputError, first_line
+from device.timing import Call
 from pipeline import recipe
 from pipeline.cache import Cache
 from pipeline.measure import accuracy, latency
@@ -93,7 +94,7 @@ def measure(run: Run, ways: Sequence[Way], baseline: Outputs, seconds: float) ->
     torch.set_num_threads(1)  # nothing of PyTorch's runs, and its threads shall not wait beside
     image = run.evaluation.images[:1].copy()
     rows: list[dict[str, Any]] = []
-    calls: dict[str, latency.Call] = {}
+    calls: dict[str, Call] = {}
     for index, way in enumerate(ways):
         rows.append({"peer": way.peer, "name": way.name, "runtime": way.runtime, "why": way.why})
         if way.path:

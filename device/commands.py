@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from device import golden, measure, rebuilt
+from device import fit, golden, measure, rebuilt
 from device.errors import BitferryError
 from device.runner import Runner, Runtime, check, fields, options_of, read_manifest, text
 
@@ -16,7 +16,7 @@ def main(runtime: Runtime, bundle: Path, arguments: Sequence[str] | None = None)
     options = _parser().parse_args(arguments)
     try:
         if options.command == "check":
-            return _check(bundle)
+            return _check(bundle, options.key)
         if options.command == "rebuild":
             return _rebuild(bundle, runtime)
         if options.command == "selftest":
@@ -32,12 +32,23 @@ def main(runtime: Runtime, bundle: Path, arguments: Sequence[str] | None = None)
     return 0
 
 
-def _check(bundle: Path) -> int:
+def _check(bundle: Path, key: Path | None) -> int:
     manifest = read_manifest(bundle)
     check(bundle, manifest)
+    if key:
+        _check_signature(bundle, key)
+    fit.check(manifest["tied"], str(bundle))
     found = rebuilt.find(bundle, manifest)
-    print(f"every file is as the manifest says{', and as rebuilt here' if found else ''}")
+    signed = "signed" if key else "as the manifest says"
+    print(f"every file is {signed}{', and as rebuilt here' if found else ''}; it fits this machine")
     return 0
+
+
+def _check_signature(bundle: Path, key: Path) -> None:
+    """Raise InputError unless this key signed every file."""
+    from device import install, signature  # noqa: PLC0415 - cryptography, which predicting does without
+
+    install.check(bundle, [signature.public_key(key.read_bytes(), str(key))])
 
 
 def _rebuild(bundle: Path, runtime: Runtime) -> int:
@@ -50,8 +61,8 @@ def _rebuild(bundle: Path, runtime: Runtime) -> int:
 
 def _selftest(bundle: Path, runtime: Runtime, *, as_json: bool) -> int:
     runner = _loaded(bundle, runtime)
-    found = golden.compare(bundle, runner.manifest, runner.preprocessing, runner.predict)
-    return golden.show(*found, as_json=as_json)
+    limit, differences = golden.compare(bundle, runner.manifest, runner.preprocessing, runner.predict)
+    return golden.show(limit, differences, measure.quick(runner), as_json=as_json)
 
 
 def _measure(bundle: Path, runtime: Runtime, options: argparse.Namespace) -> int:
@@ -98,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", type=Path, metavar="FOLDER", help="segmentation: write a mask for each answer here")
     predict.add_argument("--threads", type=_positive, help="CPU threads (default: as verified)")
     predict.add_argument("--json", action="store_true", help="print one JSON object per image")
-    commands.add_parser("check", help="compare every file with the manifest")
+    check_ = commands.add_parser(
+        "check", help="compare every file with the manifest, and the manifest with this machine"
+    )
+    check_.add_argument("--key", type=Path, metavar="KEY.pub", help="ask for its signature, too (needs cryptography)")
     selftest = commands.add_parser(
         "selftest", help="answer for the golden image files and compare with what is expected"
     )

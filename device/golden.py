@@ -52,14 +52,16 @@ def finite(differences: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in differences.items()}
 
 
-def show(limit: float, differences: Mapping[str, float], *, as_json: bool) -> int:
-    """Print how far each file's answer is from the expected one; give the exit code."""
+def show(limit: float, differences: Mapping[str, float], milliseconds: float, *, as_json: bool) -> int:
+    """Print how far each file's answer is from the expected one, and how long one takes; give the exit code."""
     passed = all(difference <= limit for difference in differences.values())
     if as_json:
-        print(json.dumps({"passed": passed, "score_limit": limit, "differences": finite(differences)}))
+        found = {"passed": passed, "score_limit": limit, "differences": finite(differences)}
+        print(json.dumps(found | {"milliseconds": round(milliseconds, 3)}))
         return 0 if passed else 1
     for name, difference in differences.items():
         print(f"{name}\t{difference:.2g} of the largest score, {limit:.2g} allowed")
+    print(f"{milliseconds:.3f} ms, the median of a few calls")
     print("every golden file is answered as it was verified" if passed else "this machine answers otherwise")
     return 0 if passed else 1
 

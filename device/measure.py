@@ -17,6 +17,7 @@ from device.machine import Conditions, Machine
 from device.runner import Runner, Runtime
 from device.timing import BLOCKS, Series, interleave
 
+QUICK_SECONDS = 0.2
 SECONDS = 1.5
 """Spent on the timed calls, where the model allows it."""
 
@@ -69,6 +70,14 @@ def measure(
         settled=series.settled,
         conditions=machine.conditions(others()),
     )
+
+
+def quick(runner: Runner) -> float:
+    """Give the median of a few calls of the model's own batch in milliseconds: enough to see that it is not slow."""
+    batch = 1 if runner.options.batch == "dynamic" else runner.options.batch
+    image = np.full((batch, *runner.preprocessing.shape), 127, np.uint8)
+    series = interleave({"artifact": lambda: runner.predict(image)}, seconds=QUICK_SECONDS)["artifact"]
+    return 1e3 * float(np.median(series.seconds))
 
 
 def answer(runner: Runner, images: Path) -> None:

@@ -226,6 +226,11 @@ def verify(
     data: Annotated[
         Path | None, typer.Option(help="For a bundle: labelled images, as in a recipe, to measure its accuracy on.")
     ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="For a bundle: verify it there, over ssh, as user@device; needs Python 3.11.")
+    ] = None,
+    ssh: Annotated[str, typer.Option(help="With --host: how to call ssh, as 'ssh -p 2222 -i key'.")] = "ssh",
+    python: Annotated[str, typer.Option(help="With --host: the Python there that has the runtime.")] = "python3",
     allow_unmeasured: AllowUnmeasured = False,
     json_: Json = False,
 ) -> None:
@@ -239,9 +244,15 @@ def verify(
             raise InputError(f"{subject} is a bundle; leave out --target, --precision and --allow-unmeasured")
         from pipeline import recheck
 
-        raise typer.Exit(recheck.show(recheck.verify(subject, data, effort=effort), as_json=json_))
-    if data is not None:
-        raise InputError("--data is for a bundle; a recipe names its own data")
+        if host is None:
+            raise typer.Exit(recheck.show(recheck.verify(subject, data, effort=effort), as_json=json_))
+        from pipeline.shipping import remote
+        from pipeline.shipping.ssh import command
+
+        found = remote.verify(subject, host, data, python=python, effort=effort, ssh=command(ssh))
+        raise typer.Exit(recheck.show(found, as_json=json_))
+    if data is not None or host is not None:
+        raise InputError("--data and --host are for a bundle; a recipe names its own data and runs here")
 
     from pipeline.asked import asked
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import targets
-from device import golden, kept, measure, runner
+from device import golden, kept, measure, runner, whole
 from device.arrays import Images
 from device.errors import InputError, StageFailed
 from device.kept import Kept
@@ -178,8 +178,9 @@ def _complete(bundle: Path, manifest: dict[str, Any], found: Recheck) -> None:
     bundle = bundle.resolve()  # `.` has no name
     part = bundle.with_name(f".{bundle.name}.manifest")
     part.write_text(json.dumps(manifest | {"verdict": manifest["verdict"] | measured}, indent=2) + "\n")
+    (bundle / whole.SIGNATURE).unlink(missing_ok=True)  # it would no longer fit
     part.replace(bundle / "manifest.json")
-    progress.stage("verify", f"{bundle}/manifest.json now holds the verdict")
+    progress.stage("verify", f"{bundle}/manifest.json now holds the verdict; sign the bundle anew")
 
 
 def _fields(found: Recheck) -> dict[str, object]:
