@@ -60,7 +60,8 @@ def test_the_manifest_lists_every_file_and_says_what_was_measured(deployed: Proj
     assert {"model.onnx", "run.pyz", "verdict.json", "answers.npz", "golden/expected.json"} <= present
     for name, entry in manifest["files"].items():
         content = (bundle / name).read_bytes()
-        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+        kind = "measured" if name in ("verdict.json", "answers.npz", "golden/expected.json") else "built"
+        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content), "kind": kind}
     assert manifest["verdict"]["outcome"] == "pass"
     shipped, printed = json.loads((bundle / "verdict.json").read_text()), verdicts(deployed)[target]
     assert {name: shipped[name] for name in ("latency", "execution", "ladder", "golden")} == {
@@ -69,7 +70,7 @@ def test_the_manifest_lists_every_file_and_says_what_was_measured(deployed: Proj
     assert str(deployed.folder) not in (bundle / "verdict.json").read_text()
     assert manifest["classes"] == ["T-shirt", "Trouser", "Pullover"]
     assert Preprocessing.from_json(manifest["preprocessing"]).height == 16
-    assert manifest["versions"]["torch"] == version("torch")
+    assert manifest["provenance"]["tools"]["torch"] == version("torch")
 
 
 @pytest.mark.parametrize("target", TARGETS)
