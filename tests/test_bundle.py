@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 from device import runner
 from device.preprocess import Preprocessing
 from pipeline.bundle import write_runner
-from tests.conftest import EMBEDDED, Project, plain_environment, subset, verdicts
+from tests.conftest import EMBEDDED, ROOT, Project, plain_environment, subset, verdicts
 
 TARGETS = ("openvino", "onnxruntime")
 
@@ -71,6 +72,20 @@ def test_the_manifest_lists_every_file_and_says_what_was_measured(deployed: Proj
     assert manifest["classes"] == ["T-shirt", "Trouser", "Pullover"]
     assert Preprocessing.from_json(manifest["preprocessing"]).height == 16
     assert manifest["provenance"]["tools"]["torch"] == version("torch")
+
+
+def test_every_field_of_the_manifest_is_documented(deployed: Project) -> None:
+    document = (ROOT / "docs/manifest.md").read_text()
+    manifest = manifest_of(bundle_of(deployed, "openvino"))
+    for title, fields in (
+        ("manifest.json", manifest),
+        ("tied", manifest["tied"]),
+        ("provenance", manifest["provenance"]),
+    ):
+        table = document.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+        named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE)))
+        assert named == list(fields), title
+    assert f"`schema` is {runner.SCHEMA}" in document
 
 
 @pytest.mark.parametrize("target", TARGETS)

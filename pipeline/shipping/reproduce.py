@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, PositiveInt, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
 import targets
 from device import runner
-from device.errors import InputError, first_line
+from device.errors import InputError
 from pipeline import bundle as bundling
 from pipeline import cache, progress
 from pipeline.measure import golden
@@ -58,6 +58,35 @@ class Reproduction:
         return all(file.state == "same" for file in self.files)
 
 
+class _Search(BaseModel):
+    minutes: float
+
+
+class _Chosen(BaseModel):
+    precision: str
+    search: _Search
+
+
+class _Machine(BaseModel):
+    cpus: PositiveInt
+
+
+class _Varies(BaseModel):
+    reason: str
+    made_of: str
+    made_of_sha256: str
+
+
+class _Stated(BaseModel):
+    """The part of a manifest's provenance that building again goes by."""
+
+    recipe: _Chosen
+    quantization: Quantization | None
+    varies: dict[str, _Varies]
+    source_date_epoch: int | None
+    machine: _Machine
+
+
 def reproduce(bundle: Path, recipe: Path, build: Path | None = None, *, trust: bool = False) -> Reproduction:
     """Build a bundle again from its recipe in an empty folder, and compare every file.
 
@@ -74,44 +103,46 @@ def reproduce(bundle: Path, recipe: Path, build: Path | None = None, *, trust: b
 
 
 def _again(bundle: Path, manifest: dict[str, Any], recipe: Path, build: Path, trust: bool) -> Reproduction:
-    try:
-        way, epoch = _way(manifest, recipe, build, trust), manifest["provenance"]["source_date_epoch"]
-        before, cpus = manifest["provenance"], int(manifest["provenance"]["machine"]["cpus"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, ValidationError):
-            error = ValueError(error.errors()[0]["msg"])
-        told = f"{bundle}/{MANIFEST} does not say how it was built ({first_line(error)})"
-        raise InputError(f"{told}; only bundles of this bitferry's can be built again") from error
-    folder = build / "bundle"
-    with _cpus(cpus), progress.timed("reproduce", str(bundle)):
+    stated = _stated(bundle, manifest)
+    way, folder = _way(manifest, stated, recipe, build, trust), build / "bundle"
+    with _cpus(stated.machine.cpus), progress.timed("reproduce", str(bundle)):
         program, compiled = way.program, way.compiled
         files = golden.make(way.run.evaluation, program.baseline.preprocessing, way.run.build)
-        origin = replace(way.origin, epoch=epoch)
+        origin = replace(way.origin, epoch=stated.source_date_epoch)
         made = bundling.assemble(folder, origin, program, compiled, files, partial(_take, bundle))
-    here: Any = made["provenance"]
+    before, here = manifest["provenance"], _plain(made["provenance"])
     # The machine is an input of what was measured; what it changed in a built file shows there.
-    made |= {"verdict": manifest["verdict"], "provenance": here | {"machine": before["machine"]}}
+    made |= {"verdict": manifest.get("verdict"), "provenance": here | {"machine": before["machine"]}}
     bundling.write_manifest(folder, made)
-    found = tuple(_compared(bundle, folder, manifest, made))
-    machine = here["machine"] | {"cpus": targets.usable_cpus()}
-    changed = tuple(_differences(before, here | {"machine": machine}))
-    return Reproduction(str(bundle), str(recipe), found, changed)
+    found = tuple(_compared(bundle, folder, manifest, stated))
+    here["machine"]["cpus"] = targets.usable_cpus()
+    return Reproduction(str(bundle), str(recipe), found, tuple(_differences(before, here)))
 
 
-def _way(manifest: Mapping[str, Any], path: Path, build: Path, trust: bool) -> Deployment:
+def _stated(bundle: Path, manifest: Mapping[str, Any]) -> _Stated:
+    """Read how the bundle was built; raise InputError where that, or a measured file, is not there."""
+    if absent := [name for name in bundling.MEASURED if not (bundle / name).is_file()]:
+        raise InputError(f"{bundle} has no {', '.join(absent)}, which was measured: copy the bundle again")
+    try:
+        return _Stated.model_validate(manifest.get("provenance"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        told = ".".join(map(str, ("provenance", *first["loc"]))) + f": {first['msg']}"
+        raise InputError(f"{bundle}/{MANIFEST} does not say how the bundle was built ({told}); deploy again") from error
+
+
+def _way(manifest: Mapping[str, Any], stated: _Stated, path: Path, build: Path, trust: bool) -> Deployment:
     """Give the way that the bundle was built: the recipe's, with what a search or the command line chose."""
-    origin, model, name = manifest["provenance"], manifest["model"], manifest["target"]
-    given = origin["recipe"]
-    recipe = read(path, precision=given["precision"], minutes=given["search"]["minutes"])
-    if recipe.name != manifest["name"]:
-        raise InputError(f"recipe {path} is '{recipe.name}', but the bundle was built from '{manifest['name']}'")
+    model, name = manifest["model"], manifest["target"]
+    recipe = read(path, precision=stated.recipe.precision, minutes=stated.recipe.search.minutes)
+    if recipe.name != manifest.get("name"):
+        raise InputError(f"recipe {path} is '{recipe.name}', but the bundle is of '{manifest.get('name')}'")
     target = targets.get(name)
     if model["precision"] not in target.SCHEMES:
         raise InputError(f"target '{name}' cannot run {model['precision']}; it runs {', '.join(target.SCHEMES)}")
     options = runner.options_of(target, model["options"])
-    settings = Quantization.model_validate(origin["quantization"]) if origin["quantization"] else None
     run = Run(recipe, path, cache.Cache(build / recipe.name), trust)
-    return Deployment(run, name, model["precision"], options=options, quantization=settings)
+    return Deployment(run, name, model["precision"], options=options, quantization=stated.quantization)
 
 
 @contextmanager
@@ -131,41 +162,48 @@ def _cpus(count: int) -> Iterator[None]:
 def _take(bundle: Path, folder: Path) -> None:
     """Copy what was measured."""
     for name in bundling.MEASURED:
-        if not (bundle / name).is_file():
-            raise InputError(f"{bundle} has no {name}, which cannot be measured again; copy the bundle again")
         shutil.copyfile(bundle / name, folder / name)
 
 
-def _compared(bundle: Path, folder: Path, manifest: Mapping[str, Any], made: Mapping[str, object]) -> Iterator[File]:
+def _compared(bundle: Path, folder: Path, manifest: Mapping[str, Any], stated: _Stated) -> Iterator[File]:
     there, here = ({*bundling.contents(one), MANIFEST} for one in (bundle, folder))
     for name in sorted(there | here):
-        listed = manifest["files"].get(name, {})
         if name not in there or name not in here:
             yield File(name, "built", "extra" if name in there else "missing")
-        elif name in bundling.MEASURED:
-            whole = cache.file_hash(bundle / name) == listed.get("sha256")
+            continue
+        digests = [cache.file_hash(one / name) for one in (bundle, folder)]
+        whole = name == MANIFEST or digests[0] == _listed(manifest, name)
+        if name in bundling.MEASURED:
             yield File(name, "measured", "same" if whole else "different", TAKEN if whole else DAMAGED)
-        elif cache.file_hash(bundle / name) == cache.file_hash(folder / name):
+        elif digests[0] == digests[1]:
             yield File(name, "built", "same")
-        elif name == MANIFEST:
-            keys = [key for key in {**manifest, **made} if manifest.get(key) != _plain(made.get(key))]
-            yield File(name, "built", "different", f"in {', '.join(keys)}" if keys else None)
         else:
-            whole = cache.file_hash(bundle / name) == listed.get("sha256")
-            yield File(name, "built", "different", _varies(name, manifest, folder) if whole else DAMAGED)
+            why = _keys(bundle, folder) if name == MANIFEST else _varies(stated.varies.get(name), folder)
+            yield File(name, "built", "different", why if whole else DAMAGED)
 
 
-def _varies(name: str, manifest: Mapping[str, Any], folder: Path) -> str | None:
+def _listed(manifest: Mapping[str, Any], name: str) -> str | None:
+    entry = manifest["files"].get(name)
+    return entry.get("sha256") if isinstance(entry, dict) else None
+
+
+def _keys(bundle: Path, folder: Path) -> str:
+    """Name the parts of two manifests that differ."""
+    there, here = (json.loads((one / MANIFEST).read_bytes()) for one in (bundle, folder))
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return f"in {', '.join(keys)}" if keys else "written in another way"
+
+
+def _varies(note: _Varies | None, folder: Path) -> str | None:
     """Say why a compiler may give other bytes for the same input, and whether the input is the same here."""
-    note = manifest["provenance"]["varies"].get(name)
     if note is None:
         return None
-    source = folder / note["made_of"]
-    same = source.is_file() and cache.file_hash(source) == note["made_of_sha256"]
-    return f"{note['reason']}; {note['made_of']}, of which it is made, is {'the same' if same else 'another'} here"
+    source = folder / note.made_of
+    same = source.is_file() and cache.file_hash(source) == note.made_of_sha256
+    return f"{note.reason}; {note.made_of}, of which it is made, is {'the same' if same else 'another'} here"
 
 
-def _plain(value: object) -> object:
+def _plain(value: object) -> Any:
     """Turn a value into what JSON gives back for it."""
     return json.loads(json.dumps(value))
 
@@ -175,7 +213,7 @@ def _differences(before: object, here: object, where: str = "") -> Iterator[str]
     if isinstance(before, dict) and isinstance(here, dict):
         for key in {**before, **here}:
             yield from _differences(before.get(key), here.get(key), f"{where}.{key}".removeprefix("."))
-    elif before != _plain(here):
+    elif before != here:
         yield f"{where} was {json.dumps(before)} and is {json.dumps(here)} here"
 
 
