@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import socket
+from importlib import metadata
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -169,4 +170,7 @@ def test_bitferry_s_own_licence_travels_along(
     own = (ROOT / "LICENSE").read_text()
     assert (bundle_of(deployed, "openvino") / materials.LICENSE).read_text() == own
     monkeypatch.setattr(materials, "SOURCES", tmp_path)  # installed, there is no checkout
+    assert materials.license_text() == own
+    monkeypatch.setattr(materials, "SOURCES", ROOT)
+    monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda *_: None)  # or it is not with what is installed
     assert materials.license_text() == own

@@ -41,12 +41,8 @@ Part = dict[str, Any]
 
 
 def license_text() -> str:
-    """Give bitferry's own licence, which covers run.pyz: from the checkout, or as it is installed."""
-    own = SOURCES / "LICENSE"
-    text = own.read_text() if own.is_file() else metadata.distribution("bitferry").read_text("licenses/LICENSE")
-    if not text:
-        raise FileNotFoundError(f"bitferry's LICENSE is neither at {own} nor installed with it")
-    return text
+    """Give bitferry's own licence, which covers run.pyz: as it is installed, or else from the checkout."""
+    return metadata.distribution("bitferry").read_text("licenses/LICENSE") or (SOURCES / "LICENSE").read_text()
 
 
 def write(folder: Path, manifest: Mapping[str, Any], found: Built) -> None:
