@@ -15,7 +15,7 @@ from device.pixels import IGNORED, Maps
 from device.preprocess import Preprocessing, decode
 
 FORMAT = "bitferry-bundle"
-SCHEMA = 2
+SCHEMA = 3
 Task = Literal["classification", "multilabel", "segmentation"]
 FIELDS = {
     "target": str,

@@ -4,22 +4,30 @@ import ast
 import json
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import targets
 from device import rebuilt, runner
 from device.errors import InputError
+from device.preprocess import Preprocessing
 from pipeline import cache, progress
 from pipeline.artifacts import Bundle, Compiled, Program, Quantized, Unmeasured, Verified
 from pipeline.measure import golden
 from pipeline.recipe import Recipe
 from pipeline.report import record
+from pipeline.shipping import materials
+from pipeline.shipping.provenance import Origin, provenance, tied
+from pipeline.verdict import Built
 
 SOURCES = Path(__file__).parents[1]
 SHIPPED = ("device", "targets")
 """Packages whose modules a bundle carries, where it needs them."""
+EXPECTED = "golden/expected.json"
+MEASURED = (record.VERDICT, record.ANSWERS, EXPECTED)
+"""The files that hold what was measured; of all others the same inputs give the same bytes."""
 MAIN = """\"\"\"Wire the runner to this bundle's target.\"\"\"
 
 import sys
@@ -54,27 +62,68 @@ def check_output(recipe: Recipe, names: list[str], out: Path) -> None:
             raise InputError(f"{place} exists and is no bundle of bitferry's; move it away or name another OUT")
 
 
-def bundle(recipe: Recipe, program: Program, compiled: Compiled, verified: Verified | Unmeasured, out: Path) -> Bundle:
+def bundle(origin: Origin, program: Program, compiled: Compiled, verified: Verified | Unmeasured, out: Path) -> Bundle:
     """Write OUT/<recipe>-<target>-<version>/, replacing an older build of the same version."""
-    check_output(recipe, [compiled.target], out)
-    final = out / folder_name(recipe, compiled.target)
+    check_output(origin.recipe, [compiled.target], out)
+    final = out / folder_name(origin.recipe, compiled.target)
     temporary = out / f".{final.name}"
     with cache.locked(out / ".lock", "bundle"), progress.timed("bundle", compiled.target):
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(compiled.path.parent, temporary)
-        if targets.get(compiled.target).CONSUMES == "onnx" and not (temporary / rebuilt.SOURCE).exists():
-            shutil.copyfile(compiled.source.path, temporary / rebuilt.SOURCE)
-        write_runner(temporary / "run.pyz", compiled.target)
-        record.write_figures(verified, temporary, private=False)
-        shutil.copytree(verified.golden, temporary / "golden")
-        expected = golden.expected(verified.verdict.golden, verified.golden_scores, program.baseline.preprocessing)
-        (temporary / "golden/expected.json").write_text(expected)
-        manifest = _manifest(recipe, program, compiled, verified, temporary)
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        measured = partial(_measured, verified, program.baseline.preprocessing)
+        manifest = assemble(temporary, origin, program, compiled, verified.golden, measured)
+        write_manifest(temporary, manifest)
         cache.publish(temporary, final)
     size = sum(path.stat().st_size for path in final.rglob("*"))
     progress.stage("bundle", f"{final} ({size / 1e6:.1f} MB)")
     return Bundle(final, verified, size)
+
+
+def assemble(
+    folder: Path,
+    origin: Origin,
+    program: Program,
+    compiled: Compiled,
+    files: Path,
+    measured: Callable[[Path], None],
+) -> dict[str, object]:
+    """Make a bundle's folder of built files and measured ones, and give its manifest.
+
+    `files` is the folder of golden files; `measured` puts in what was measured. All else is the same bytes for the
+    same inputs.
+    """
+    shutil.copytree(compiled.path.parent, folder)
+    if targets.get(compiled.target).CONSUMES == "onnx" and not (folder / rebuilt.SOURCE).exists():
+        shutil.copyfile(compiled.source.path, folder / rebuilt.SOURCE)
+    write_runner(folder / "run.pyz", compiled.target)
+    (folder / materials.LICENSE).write_text(materials.license_text())
+    shutil.copytree(files, folder / "golden")
+    measured(folder)
+    found = record.read_built(folder / record.VERDICT)
+    manifest = _manifest(origin, program, compiled, found)
+    materials.write(folder, manifest, found)
+    return manifest | {"files": {name: _entry(folder, name) for name in contents(folder)}}
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
+    """Write `manifest.json`."""
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def contents(folder: Path) -> list[str]:
+    """List a bundle's files without its manifest, and without what was compiled again on the device."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(file.as_posix() for file in files if file.parts[0] not in {*rebuilt.PARTS, "manifest.json"})
+
+
+def _entry(folder: Path, name: str) -> dict[str, object]:
+    path, kind = folder / name, "measured" if name in MEASURED else "built"
+    return {"sha256": cache.file_hash(path), "size_bytes": path.stat().st_size, "kind": kind}
+
+
+def _measured(verified: Verified | Unmeasured, contract: Preprocessing, folder: Path) -> None:
+    record.write_figures(verified, folder, private=False)
+    expected = golden.expected(verified.verdict.golden, verified.golden_scores, contract)
+    (folder / EXPECTED).write_text(expected)
 
 
 def write_runner(path: Path, target: str) -> None:
@@ -112,10 +161,9 @@ def _ours(source: str) -> set[str]:
     return packages | {f"{place}.py" for place in places if (SOURCES / f"{place}.py").is_file()}
 
 
-def _manifest(
-    recipe: Recipe, program: Program, compiled: Compiled, verified: Verified | Unmeasured, folder: Path
-) -> Mapping[str, object]:
-    verdict, model = verified.verdict, program.baseline
+def _manifest(origin: Origin, program: Program, compiled: Compiled, found: Built) -> dict[str, object]:
+    """Give all of a manifest but its files."""
+    recipe, model = origin.recipe, program.baseline
     return {
         "format": runner.FORMAT,
         "schema": runner.SCHEMA,
@@ -128,27 +176,11 @@ def _manifest(
         "calibration": asdict(program.calibration) if isinstance(program, Quantized) else None,
         "task": recipe.task,
         "classes": model.classes,
-        "verdict": {"file": record.VERDICT, "outcome": verdict.outcome, "headline": verdict.headline},
-        "environment": asdict(verdict.environment),
-        "recipe": _recipe(recipe),
-        "versions": verdict.versions,
-        "files": {
-            path.relative_to(folder).as_posix(): {"sha256": cache.file_hash(path), "size_bytes": path.stat().st_size}
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        },
+        "verdict": {"file": record.VERDICT, "outcome": found.outcome, "headline": found.headline},
+        "environment": asdict(found.environment),
+        "tied": tied(compiled, found),
+        "provenance": provenance(origin, compiled),
     }
-
-
-def _recipe(recipe: Recipe) -> dict[str, object]:
-    """Give the recipe without the paths of this machine; the data is pinned by content elsewhere."""
-    fields = recipe.model_dump(mode="json", exclude={"classes"})
-    fields["data"] = {name: Path(path).name for name, path in fields["data"].items() if path}
-    kind, _, name = fields["model"]["source"].partition(":")
-    fields["model"]["source"] = f"{kind}:{Path(name).name}" if kind == "pt2" else fields["model"]["source"]
-    if fields["model"]["weights"]:
-        fields["model"]["weights"] = Path(fields["model"]["weights"]).name
-    return fields
 
 
 def _is_bundle(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from pipeline.artifacts import Bundle, Unmeasured, Verified
 from pipeline.bundle import check_output
 from pipeline.run import Deployment, Run
 from pipeline.search import choose
+from pipeline.shipping.provenance import epoch
 
 
 def deploy(run: Run, names: Sequence[str], out: Path) -> list[Bundle | Verified | Unmeasured]:
@@ -15,6 +16,7 @@ def deploy(run: Run, names: Sequence[str], out: Path) -> list[Bundle | Verified 
     What this machine cannot run is bundled unmeasured, to be verified where it can.
     """
     check_output(run.recipe, list(names), out)
+    epoch()  # a fault in it is told before anything is built
     return [way(run, name).ship(out) for name in names]
 
 

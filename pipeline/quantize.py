@@ -13,7 +13,7 @@ from pipeline import cache
 from pipeline.artifacts import Calibration, FloatModel, Quantized, Split
 from pipeline.capture import captured, export_program, quiet_imports
 from pipeline.recipe import Quantization, Training
-from targets import Scheme
+from targets import Scheme, usable_cpus
 
 STEPS = [
     *sorted(Path(__file__).with_name("quantization").glob("*.py")),
@@ -90,6 +90,7 @@ def _quantize(
     from pipeline.quantization.graph import round_before_pools  # noqa: PLC0415
     from pipeline.quantization.steps import calibrate  # noqa: PLC0415
 
+    torch.set_num_threads(usable_cpus())  # else it is what ran before in this process, and sums depend on it
     images, course = torch.from_numpy(calibration.copy()), None
     if len(images) > 1 and bool((images == images[:1]).all()):
         raise InputError(f"all {len(images)} calibration images are the same picture; the ranges would mean nothing")

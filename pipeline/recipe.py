@@ -143,6 +143,8 @@ class Search(Section):
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9._+-]*$")] = "0.1.0"
+    license: Annotated[str, Field(pattern=r"^[A-Za-z0-9.+() -]+$")] | None = None
+    """Of the model, as an SPDX expression; for the bill of materials."""
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2), BeforeValidator(_class_names)]
     task: Task = "classification"
     precision: Precision | Literal["auto"] = "auto"

@@ -36,6 +36,7 @@ from pipeline.measure.latency import Effort
 from pipeline.quantize import Lessons, quantize
 from pipeline.recipe import Quantization, Recipe
 from pipeline.report import record
+from pipeline.shipping.provenance import Origin, epoch
 from pipeline.trace import torchscript, trace
 from pipeline.train import train
 from pipeline.verdict import Search
@@ -80,9 +81,21 @@ class Run:
     @cached_property
     def model(self) -> FloatModel:
         self.check_data()
-        given = self.recipe.model.weights
-        trains = given is None and not self.recipe.model.source.startswith("pt2:")
-        return load(self.recipe, self.weights.path if trains else given, folder=self.path.parent, trust=self.trust)
+        given = self.weights.path if self.trains else self.recipe.model.weights
+        return load(self.recipe, given, folder=self.path.parent, trust=self.trust)
+
+    @property
+    def trains(self) -> bool:
+        """Say whether the model's weights are trained here."""
+        return self.recipe.model.weights is None and not self.recipe.model.source.startswith("pt2:")
+
+    @property
+    def weights_file(self) -> Path | None:
+        """Give the file that the model's weights are in: trained here, given, or the whole exported program."""
+        kind, _, name = self.recipe.model.source.partition(":")
+        if kind == "pt2":
+            return self.path.parent / name
+        return self.weights.path if self.trains else self.recipe.model.weights
 
     def check_data(self) -> None:
         """Read every split the recipe names and refuse images that are in two of them."""
@@ -138,10 +151,14 @@ class Deployment:
         scheme = targets.get(self.name).SCHEMES[self.precision]
         if scheme is None:
             return replace(run.model, precision=self.precision)
-        settings = self.settings.model_copy(update={"keep": (*self.settings.keep, *self.keep)})
+        settings = self._settings()
         lessons = Lessons(run.training, run.recipe.training) if settings.method == "qat" else None
         made = quantize(run.model, run.calibration, scheme, settings, run.build, lessons)
         return replace(made, precision=self.precision)
+
+    def _settings(self) -> Quantization:
+        """Give how int8 is made, with every layer that stays float."""
+        return self.settings.model_copy(update={"keep": (*self.settings.keep, *self.keep)})
 
     @cached_property
     def traced(self) -> Traced:
@@ -201,7 +218,15 @@ class Deployment:
         if verdict.outcome not in ("pass", "unmeasured"):
             progress.stage("bundle", f"none for {self.name}: {verdict.outcome}")
             return self.verified
-        return bundle(self.run.recipe, self.program, self.compiled, self.verified, out)
+        return bundle(self.origin, self.program, self.compiled, self.verified, out)
+
+    @property
+    def origin(self) -> Origin:
+        """Say what the artifact was made from, besides its program."""
+        run = self.run
+        splits = (run.calibration, run.evaluation, *([run.training] if run.recipe.data.train else []))
+        settings = self._settings() if self.program.quantized else None
+        return Origin(run.recipe, run.path, settings, splits, run.weights_file, run.trains, epoch())
 
     def _command(self) -> str:
         """Give the command line that repeats the verification."""

@@ -6,8 +6,8 @@ import pkgutil
 import platform
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib import metadata
 from importlib.util import find_spec
@@ -104,6 +104,20 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a device must have to run an artifact."""
+
+    packages: Mapping[str, str]
+    """Each Python package, as pip knows it, with its range of versions, as in ">=2026.4,<2027"."""
+    gpus: tuple[str, ...] = ()
+    """Compute capabilities that it was built for, as "8.6"; empty where it needs no GPU of NVIDIA's."""
+    system: str | None = None
+    """The operating system, as Python names it, where that is not the one of the machine that built it."""
+    varies: Mapping[str, str] = field(default_factory=dict)
+    """Files that another compilation from the same input may give other bytes, each with the reason."""
+
+
+@dataclass(frozen=True)
 class Layer:
     """One convolution or matrix product as the runtime ran it."""
 
@@ -119,7 +133,10 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 class Target(Protocol[AnyOptions]):
-    """What a module in this folder provides. Its file name is its name everywhere."""
+    """What a module in this folder provides. Its file name is its name everywhere.
+
+    It may provide `needs(path, *, options) -> Needs` besides: what a device must have to run the compiled file `path`.
+    """
 
     CONSUMES: Form
     SUFFIX: str
@@ -187,6 +204,22 @@ def pins(name: str, package: str) -> list[str]:
     extra = [pin.strip() for pin, _, marker in wanted if f"extra == '{name}'" in marker.replace('"', "'")]
     plain = [pin.strip() for pin, _, marker in wanted if not marker and re.split(r"[<=>!~]", pin)[0] == package]
     return extra or plain or [package]
+
+
+def needs(name: str, path: Path, *, options: Options) -> Needs:
+    """Say what a device must have to run an artifact: what its target states, else the very version found here."""
+    target = get(name)
+    stated: Callable[..., Needs] | None = getattr(target, "needs", None)
+    if stated:
+        return stated(path, options=options)
+    found = target.environment(options=options)
+    return Needs({found.runtime: f"=={found.version}"})
+
+
+def since(version: str) -> str:
+    """Give the range of versions from a minor release until the next major one: ">=2026.4,<2027" of 2026.4.1."""
+    major, minor = (*version.split("."), "0")[:2]
+    return f">={major}.{minor},<{int(major) + 1}"
 
 
 def source(name: str) -> Path:

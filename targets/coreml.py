@@ -20,7 +20,7 @@ import numpy as np
 import targets
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import InputError, StageFailed, TargetUnavailable, first_line
-from targets import MOST_BATCH, Environment, Form, Kind, Layer, Precision, Scheme, system
+from targets import MOST_BATCH, Environment, Form, Kind, Layer, Needs, Precision, Scheme, since, system
 
 if find_spec("coremltools") is None:  # found, but not imported: it takes seconds, and PyTorch along where that is
     raise ModuleNotFoundError("No module named 'coremltools'", name="coremltools")
@@ -78,6 +78,10 @@ def environment(*, options: Options) -> Environment:
         fast=("float32", "float16", "int8") if here else (),
         unmeasured=None if here else MACOS_ONLY,
     )
+
+
+def needs(path: Path, *, options: Options) -> Needs:
+    return Needs({"coremltools": since(metadata.version("coremltools"))}, system="Darwin")
 
 
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:

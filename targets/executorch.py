@@ -26,10 +26,12 @@ from targets import (
     Form,
     Kind,
     Layer,
+    Needs,
     Precision,
     Scheme,
     cpu_isa,
     fast_on_cpu,
+    since,
     system,
     usable_cpus,
 )
@@ -64,6 +66,10 @@ class Options(targets.Options):
 
 def environment(*, options: Options) -> Environment:
     return Environment("executorch", VERSION, "CPU", cpu_isa(), system(), fast=fast_on_cpu(SCHEMES))
+
+
+def needs(path: Path, *, options: Options) -> Needs:
+    return Needs({"executorch": since(VERSION)})
 
 
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import targets
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
-from targets import Environment, Form, Kind, Layer, Precision, Scheme, cpu_isa, fast_on_cpu, system
+from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
@@ -53,6 +53,10 @@ def environment(*, options: Options) -> Environment:
     return Environment("onnxruntime", ort.__version__, options.provider, cpu_isa(), system(), _found(), fast, missing)
 
 
+def needs(path: Path, *, options: Options) -> Needs:
+    return Needs({PACKAGES[options.provider]: since(ort.__version__)})
+
+
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:
     import onnx  # noqa: PLC0415 - only the engineer's machine has it
 
@@ -79,8 +83,7 @@ def load(path: Path, *, precision: Precision, options: Options) -> Predict:
     name = session.get_inputs()[0].name
 
     def predict(images: Images) -> Outputs:
-        scores: Outputs = session.run(None, {name: images})[0]
-        return scores
+        return cast(Outputs, session.run(None, {name: images})[0])
 
     return predict if options.batch == "dynamic" else in_batches(predict, options.batch)
 
@@ -138,10 +141,8 @@ def _missing(options: Options) -> str | None:
     """Say why the provider cannot be used here; None where it can."""
     if options.provider in _found():
         return None
-    return (
-        f"the ONNX Runtime installed here has no {options.provider} provider (it has {', '.join(_found())}); install "
-        f"the package {PACKAGES[options.provider]} in place of onnxruntime, or choose another provider"
-    )
+    way = f"install the package {PACKAGES[options.provider]} in place of onnxruntime, or choose another provider"
+    return f"the ONNX Runtime installed here has no {options.provider} provider (it has {', '.join(_found())}); {way}"
 
 
 class _Graph:
@@ -277,7 +278,7 @@ def _quantize_gates(graph: _Graph) -> None:
 
 
 def _attribute(node: "NodeProto", name: str, default: float) -> float:
-    found = next((attribute for attribute in node.attribute if attribute.name == name), None)
+    found = next((one for one in node.attribute if one.name == name), None)
     return default if found is None else found.f if found.type == found.FLOAT else found.i
 
 
@@ -289,8 +290,7 @@ def _drop_idle_pair(graph: _Graph) -> bool:
             continue
         source = graph.source(node.input[0], CARRIERS)
         given = source is not None and source.op_type not in FLOAT_GIVERS and graph.runs_on_int8(source)
-        taken = any(graph.runs_on_int8(user) for pair in pairs for user in graph.users(pair.output[0]))
-        if not given and not taken:
+        if not given and not any(graph.runs_on_int8(user) for pair in pairs for user in graph.users(pair.output[0])):
             for pair in pairs:
                 graph.replace(pair.output[0], node.input[0])
                 graph.graph.node.remove(pair)

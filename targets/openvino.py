@@ -16,7 +16,7 @@ from openvino import opset13 as opset
 import targets
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
-from targets import Environment, Form, Kind, Layer, Precision, Scheme, cpu_isa, fast_on_cpu, system
+from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
@@ -88,6 +88,10 @@ def environment(*, options: Options) -> Environment:
         fast=() if missing else tuple(p for p in SCHEMES if all(p in _fast(device) for device in chosen)),
         unmeasured=missing,
     )
+
+
+def needs(path: Path, *, options: Options) -> Needs:
+    return Needs({"openvino": since(ov.get_version())})
 
 
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:

@@ -14,7 +14,7 @@ from device import engine, gpu
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.engine import NAME, RTX, sm, sms, trt
 from device.errors import InputError, TargetUnavailable
-from targets import Environment, Form, Kind, Layer, Precision, Scheme, system
+from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".engine"
@@ -32,6 +32,7 @@ DEFAULT = ("8.6", "8.9")
 """Compute capabilities that TensorRT for RTX builds for where none are named."""
 MOST_WORKSPACE_MB = 1 << 20
 """A terabyte: more is a slip of the hand, and does not fit the number that TensorRT takes."""
+TIMED = "TensorRT chooses kernels by how fast they are when it builds"
 REST: Mapping[Precision, str] = {"int8": "FLOAT16", "float8": "FLOAT16", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 """What a precision computes in where nothing is quantized, as ONNX names it; FLOAT for float32."""
 SINCE: Mapping[Precision, str] = {
@@ -94,6 +95,12 @@ def environment(*, options: Options) -> Environment:
         fast=tuple(precision for precision in SCHEMES if meant and _able(meant, precision) == meant),
         unmeasured=unmeasured,
     )
+
+
+def needs(path: Path, *, options: Options) -> Needs:
+    packages = {trt.__name__.replace("_", "-"): f"=={trt.__version__}", "cuda-bindings": ">=13"}
+    varies = {} if RTX else {path.name: TIMED}  # without a GPU nothing is timed
+    return Needs(packages, tuple(engine.tied_to(path)["capabilities"]), varies=varies)
 
 
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:

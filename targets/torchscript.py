@@ -18,11 +18,13 @@ from targets import (
     Form,
     Kind,
     Layer,
+    Needs,
     Options,
     Precision,
     Scheme,
     cpu_isa,
     fast_on_cpu,
+    since,
     system,
     usable_cpus,
 )
@@ -72,6 +74,10 @@ graph(%x, %scale, %zero, %low, %high, %type, %none):
 def environment(*, options: Options) -> Environment:
     version = metadata.version("torch").partition("+")[0]
     return Environment("torch", version, "CPU", cpu_isa(), system(), fast=fast_on_cpu(("float32",)))
+
+
+def needs(path: Path, *, options: Options) -> Needs:
+    return Needs({"torch": since(metadata.version("torch"))})
 
 
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 from device import runner
 from device.preprocess import Preprocessing
 from pipeline.bundle import write_runner
-from tests.conftest import EMBEDDED, Project, plain_environment, subset, verdicts
+from tests.conftest import EMBEDDED, ROOT, Project, plain_environment, subset, verdicts
 
 TARGETS = ("openvino", "onnxruntime")
 
@@ -48,7 +49,8 @@ def test_the_manifest_lists_every_file_and_says_what_was_measured(deployed: Proj
     assert {"model.onnx", "run.pyz", "verdict.json", "answers.npz", "golden/expected.json"} <= present
     for name, entry in manifest["files"].items():
         content = (bundle / name).read_bytes()
-        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+        kind = "measured" if name in ("verdict.json", "answers.npz", "golden/expected.json") else "built"
+        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content), "kind": kind}
     assert manifest["verdict"]["outcome"] == "pass"
     shipped, printed = json.loads((bundle / "verdict.json").read_text()), verdicts(deployed)[target]
     assert {name: shipped[name] for name in ("latency", "execution", "ladder", "golden")} == {
@@ -57,7 +59,21 @@ def test_the_manifest_lists_every_file_and_says_what_was_measured(deployed: Proj
     assert str(deployed.folder) not in (bundle / "verdict.json").read_text()
     assert manifest["classes"] == ["T-shirt", "Trouser", "Pullover"]
     assert Preprocessing.from_json(manifest["preprocessing"]).height == 16
-    assert manifest["versions"]["torch"] == version("torch")
+    assert manifest["provenance"]["tools"]["torch"] == version("torch")
+
+
+def test_every_field_of_the_manifest_is_documented(deployed: Project) -> None:
+    document = (ROOT / "docs/manifest.md").read_text()
+    manifest = manifest_of(bundle_of(deployed, "openvino"))
+    for title, fields in (
+        ("manifest.json", manifest),
+        ("tied", manifest["tied"]),
+        ("provenance", manifest["provenance"]),
+    ):
+        table = document.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+        named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE)))
+        assert named == list(fields), title
+    assert f"`schema` is {runner.SCHEMA}" in document
 
 
 @pytest.mark.parametrize("target", TARGETS)

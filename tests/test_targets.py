@@ -11,11 +11,13 @@ import shutil
 import sys
 from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import targets
 from device.errors import InputError, TargetUnavailable
@@ -84,6 +86,9 @@ def test_it_answers_like_pytorch_at_every_batch(
     way, options = Deployment(run, name, precision), target.Options(threads=1, batch=batch)
     made = compile(way.source, name, run.build, options=options)
     assert made.path.exists()
+    needs = targets.needs(name, made.path, options=options)
+    assert needs.packages
+    assert all(version(package) in SpecifierSet(wanted) for package, wanted in needs.packages.items())
     if made.environment.unmeasured:
         with pytest.raises(TargetUnavailable, match=re.escape(made.environment.unmeasured)):
             load_artifact(made)
@@ -172,3 +177,18 @@ def test_a_new_target_is_one_file(deployed: Project, tmp_path: Path, monkeypatch
     assert found["accuracy"]["judged"]["drop_upper_pp"] <= found["budget_drop_pp"]
     assert {layer["precision"] for layer in found["execution"]["layers"]} == {"float32"}
     assert all(file["score_difference"] < 1e-3 for file in found["golden"]["files"])
+    tied = json.loads((again.folder / found["bundle"] / "manifest.json").read_text())["tied"]
+    assert tied["packages"]["onnx"] == f"=={version('onnx')}"  # it states nothing, so the very version
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted"),
+    [("2026.4.1", ">=2026.4,<2027"), ("1.31.1", ">=1.31,<2"), ("9.0", ">=9.0,<10"), ("3", ">=3.0,<4")],
+)
+def test_a_range_ends_before_the_next_major_release(version: str, wanted: str) -> None:
+    assert targets.since(version) == wanted
+
+
+def test_what_runs_elsewhere_says_where() -> None:
+    target_or_skip("coreml")
+    assert targets.needs("coreml", Path("model.mlpackage"), options=targets.get("coreml").Options()).system == "Darwin"
