@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import targets
-from device import rebuilt, runner
+from device import rebuilt, runner, whole
 from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import cache, progress
@@ -112,7 +112,9 @@ def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
 def contents(folder: Path) -> list[str]:
     """List a bundle's files without its manifest, and without what was compiled again on the device."""
     files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    return sorted(file.as_posix() for file in files if file.parts[0] not in {*rebuilt.PARTS, "manifest.json"})
+    return sorted(
+        file.as_posix() for file in files if file.parts[0] not in {*rebuilt.PARTS, whole.SIGNATURE, "manifest.json"}
+    )
 
 
 def _entry(folder: Path, name: str) -> dict[str, object]:
