@@ -19,7 +19,7 @@ PREFIXES = ("_orig_mod.", "module.")
 SHOWN = 5
 MEMORY, COPIES = 1 << 30, 4
 """Bytes that reading may take, and as many again as the file has, times this."""
-SECONDS, SLOWEST = 60, 10_000_000
+SECONDS, SLOWEST = 30, 10_000_000
 """How long reading may take, and at how many bytes a second."""
 
 
