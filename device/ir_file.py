@@ -60,8 +60,8 @@ class _Reader:
             self._layer(given)
         elif tag == "edge" and self.path[-2:-1] == ["edges"]:  # others are those of a loop to itself
             self._edge(given)
-        elif tag == "data" and self.path[-2:-1] == ["layer"] and self.kind == "Const":
-            self._constant(given)
+        elif tag == "data" and self.path[-2:-1] == ["layer"]:
+            self._data(given)
         elif tag in ("input", "output", "port"):
             self.shape = []
 
@@ -99,6 +99,14 @@ class _Reader:
         if source not in layers or to not in layers:
             raise ValueError(f"an edge from layer {source!r} to {to!r}, of which one is not there")
         self.graphs[-1].takes.setdefault(to, []).append(source)
+
+    def _data(self, given: dict[str, str]) -> None:
+        if self.kind == "Const":
+            self._constant(given)
+        elif self.kind == "Parameter":  # beside numbers, a size left open is ? or a range of two
+            sizes = [int(size) for size in re.findall(r"-?[0-9]+", given.get("shape", "")[:1000])]
+            if any(size < 1 for size in sizes) or math.prod(sizes) > MOST_ELEMENTS:
+                raise ValueError(f"the input {self.layer!r} is of shape {given['shape'][:60]}")
 
     def _constant(self, given: dict[str, str]) -> None:
         what = f"of the constant {self.layer!r}"

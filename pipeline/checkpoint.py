@@ -51,7 +51,7 @@ def _read_confined(stream: BinaryIO, path: Path) -> dict[str, Tensor]:
     )
     with confined.room() as folder:
         kept = folder / "tensors.safetensors"
-        names = confined.run(lambda: _keep(_unpickled(stream, path), kept), f"reading {path}", limits)
+        names = confined.run(lambda: _keep(_unpickled(stream, path), kept, path, limits), f"reading {path}", limits)
         found = load_file(kept)
         return {name: found[name] for name in names}
 
@@ -83,8 +83,11 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     )
 
 
-def _keep(state: Mapping[str, Tensor], place: Path) -> list[str]:
+def _keep(state: Mapping[str, Tensor], place: Path, path: Path, limits: confined.Limits) -> list[str]:
     """Write tensors for the parent; two that share their memory are written as two. Give the names in order."""
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if whole > limits.output:  # one number can be seen as any number of them
+        raise InputError(f"{path} is {whole} bytes unpacked, far more than the file; it is made to do harm")
     seen: set[int] = set()
     own = {}
     for name, tensor in state.items():

@@ -9,7 +9,7 @@ from device.errors import InputError
 
 HEAD = b"PK\x03\x04"
 EXPECTED = "expected the archive as torch.save writes it; get the file again from where it was made"
-MOST_RECORDS = 1_000_000
+PIECE = 1 << 20
 
 
 def refuse(stream: BinaryIO, path: Path) -> None:
@@ -26,13 +26,12 @@ def refuse(stream: BinaryIO, path: Path) -> None:
     try:
         with zipfile.ZipFile(stream) as archive:
             _refuse_odd(archive.infolist(), path, stream.seek(0, 2))
-            broken = archive.testzip()
+            for record in archive.infolist():  # to its end, where its checksum is compared
+                with archive.open(record) as content:
+                    while content.read(PIECE):
+                        pass
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"{path} is a broken ZIP ({error}); {EXPECTED}") from error
-    if broken:
-        raise InputError(
-            f"{path} is damaged: its record {broken!r} does not have the CRC-32 it is listed with; {EXPECTED}"
-        )
 
 
 def _refuse_odd(records: list[zipfile.ZipInfo], path: Path, size: int) -> None:

@@ -118,13 +118,6 @@ class TestBadInput:
             "deploy", "small.toml"
         )
 
-    def test_a_state_dict_of_another_model(self, project: Project) -> None:
-        torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), project.folder / "other.pth")
-        project.edit(('source = "module', 'weights = "other.pth"\nsource = "module'))
-        line = project.refused("deploy", "small.toml")
-        assert "is not a state dict of this model: 12 missing: first.0.weight" in line
-        assert "unexpected: conv1.weight" in line
-
     def test_an_empty_image_folder(self, project: Project) -> None:
         (project.folder / "empty").mkdir()
         project.edit(('evaluation = "evaluation.npz"', 'evaluation = "empty"'))
