@@ -131,6 +131,8 @@ class Budget(Section):
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     min_speedup: Annotated[float, Field(gt=0)] | None = None
     """Over the eager float model, at the same thread count."""
+    float_percent: Annotated[float, Field(gt=0, le=100)] | None = None
+    """What the float model is known to reach on these images, of the metric; a baseline below it fails."""
 
 
 class Search(Section):
