@@ -237,7 +237,7 @@ def read(path: Path, *, precision: str | None = None, minutes: float | None = No
         given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"recipe {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(f"recipe {path} cannot be read: {error}") from error
     try:
         given |= {"precision": precision} if precision else {}
