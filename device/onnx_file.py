@@ -85,17 +85,18 @@ def _content(path: Path) -> memoryview:
 
 
 def _model(message: memoryview) -> None:
-    graphs, opsets = 0, []
+    graphs = opsets = 0
     for number, value in fields(message):
         if number == 8:
-            opsets.append(_opset(_bytes(value)))
+            opsets += 1
+            _opset(_bytes(value))
         elif number in (20, 25):
             raise ValueError("it holds functions or a training of its own")
         elif number == 7:
             graphs += 1
             _graph(_bytes(value), _Graph(set(), {}), depth=0)
     if graphs != 1 or not opsets:
-        raise ValueError(f"it holds {graphs} graphs and {len(opsets)} operator sets, one of each or more were expected")
+        raise ValueError(f"it holds {graphs} graphs and {opsets} operator sets, one of each or more were expected")
 
 
 def _opset(message: memoryview) -> None:
@@ -130,7 +131,9 @@ def _graph(message: memoryview, graph: _Graph, depth: int) -> None:
 
 
 def _node(message: memoryview, graph: _Graph, depth: int) -> None:
-    inputs, outputs, words, attributes = [], [], {3: "", 4: "", 7: ""}, []
+    inputs: list[str] = []
+    outputs: list[str] = []
+    words, attributes = {3: "", 4: "", 7: ""}, []
     for number, value in fields(message):
         if number in (1, 2):
             (inputs if number == 1 else outputs).append(_text(value))

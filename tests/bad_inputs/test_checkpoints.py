@@ -104,7 +104,7 @@ def test_04_a_whole_pickled_module(user: Project) -> None:
 
 def test_05_torchscript_given_as_a_state_dict(user: Project) -> None:
     stream = io.BytesIO()
-    torch.jit.save(torch.jit.script(nn.Linear(3, 3)), stream)  # type: ignore[no-untyped-call]
+    torch.jit.save(torch.jit.script(nn.Linear(3, 3)), stream)
     assert "is a TorchScript program, not a state dict; save model.state_dict()" in refused(user, stream.getvalue())
     assert "is a TorchScript program" in refused(user, stream.getvalue(), "--trust")
 

@@ -93,7 +93,7 @@ STAGES = ("data", "train", "quantize", "export", "simplify", "compile", "baselin
 
 def stop_when(stage: str, project: Project) -> tuple[int, str]:
     """Start a deployment and press Ctrl-C as soon as it says that `stage` began; give its exit code and last line."""
-    command = [BITFERRY, "deploy", "small.toml", "--quick"]
+    command: list[str | Path] = [BITFERRY, "deploy", "small.toml", "--quick"]
     with subprocess.Popen(
         command,
         cwd=project.folder,

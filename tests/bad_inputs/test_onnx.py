@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -37,11 +38,11 @@ def changed(deployed: Project, bundle: Path, change: Change) -> str:
 
 
 def weights(model: ModelProto) -> TensorProto:
-    return max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    return cast(TensorProto, max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data)))
 
 
 def quantizer(model: ModelProto, kind: str = "QuantizeLinear") -> NodeProto:
-    return next(node for node in model.graph.node if node.op_type == kind)
+    return cast(NodeProto, next(node for node in model.graph.node if node.op_type == kind))
 
 
 def outside(location: str, **more: str) -> Change:
