@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
+from device import onnx_file
 from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
 
 FOLDER = "rebuilt"
@@ -80,6 +81,7 @@ _REMEDY = "run `python run.pyz rebuild` again, or remove the folder to use the m
 
 
 def _compile(source: Path, out: Path, compiler: Compiler, precision: str, options: Any) -> None:
+    onnx_file.check(source)  # compilers follow what it points at
     try:
         compiler.compile(source, out, precision=precision, options=options)
     except BitferryError:

@@ -1,51 +1,101 @@
 """State dicts: read without running anything in them, and put into a model that they must fit."""
 
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from device.errors import InputError, first_line
+from pipeline import confined, zipped
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DataParallel put before every key."""
 SHOWN = 5
+MEMORY, COPIES = 1 << 30, 4
+"""Bytes that reading may take, and as many again as the file has, times this."""
+SECONDS, SLOWEST = 30, 10_000_000
+"""How long reading may take, and at how many bytes a second."""
 
 
 def read(path: Path) -> dict[str, Tensor]:
     """Read a state dict, telling `.pt` from `.safetensors` by content.
 
-    Only tensors are read: a file that holds anything else is refused with InputError, never unpickled.
+    Only tensors are read: a file that holds anything else is refused with InputError, never unpickled. What is no
+    `.safetensors` is read in a process of its own, with limits.
     """
     try:
+        if not path.is_file() and path.exists():
+            raise InputError(f"the weights {path} are no file; expected a state dict, as .pt or .safetensors")
         with path.open("rb") as stream:
             if stream.read(9)[8:] == b"{":
                 return load_file(path)
-            _refuse_torchscript(stream, path)
-            stream.seek(0)  # and not the path: torch.load would go by its ending
-            stored: object = torch.load(stream, map_location="cpu", weights_only=True)
+            return _read_confined(stream, path)
     except FileNotFoundError:
         raise InputError(
             f"the weights {path} do not exist; put the file there or change `weights` in the recipe"
         ) from None
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_confined(stream: BinaryIO, path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    limits = confined.Limits(
+        memory=MEMORY + COPIES * size, output=MEMORY + COPIES * size, seconds=SECONDS + size // SLOWEST
+    )
+    with confined.room() as folder:
+        kept = folder / "tensors.safetensors"
+        names = confined.run(lambda: _keep(_unpickled(stream, path), kept, path, limits), f"reading {path}", limits)
+        found = load_file(kept)
+        return {name: found[name] for name in names}
+
+
+def _unpickled(stream: BinaryIO, path: Path) -> dict[str, Tensor]:
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
+    try:
+        zipped.refuse(stream, path)
+        stream.seek(0)  # and not the path: torch.load would go by its ending
+        stored: object = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} holds more than tensors, so it was not opened: {first_line(error)} "
             "Save it again with torch.save(model.state_dict(), …) or as .safetensors"
         ) from error
-    except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, OSError, LookupError) as error:
-        raise InputError(
-            f"{path} is not a readable state dict ({first_line(error)}); "
-            "expected torch.save(model.state_dict(), …) or .safetensors"
-        ) from error
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(f"{path} wants far more memory than it has bytes; it is broken, or made to do harm") from error
+    except Exception as error:  # a broken stream makes the unpickler raise anything
+        raise _unreadable(path, error) from error
     return _tensors(stored, path)
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} is not a readable state dict ({first_line(error)}); "
+        "expected torch.save(model.state_dict(), …) or .safetensors"
+    )
+
+
+def _keep(state: Mapping[str, Tensor], place: Path, path: Path, limits: confined.Limits) -> list[str]:
+    """Write tensors for the parent; two that share their memory are written as two. Give the names in order."""
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if whole > limits.output:  # one number can be seen as any number of them
+        raise InputError(f"{path} is {whole} bytes unpacked, far more than the file; it is made to do harm")
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.detach().clone() if memory in seen else tensor.detach().contiguous()
+        seen.add(memory)
+    save_file(own, place)
+    return list(own)
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -65,13 +115,10 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     broken = [key for key, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if broken:
         raise InputError(f"{path} has NaN or infinity in {_some(broken)}; the checkpoint is broken")
+    weights = [t for t in state.values() if t.is_floating_point() and t.ndim > 1]
+    if weights and not any(bool(t.any()) for t in weights):
+        raise InputError(f"{path} has nothing but zeros in its weights; the checkpoint is broken, or was never trained")
     model.load_state_dict(state, strict=False)
-
-
-def _refuse_torchscript(stream: BinaryIO, path: Path) -> None:
-    """Keep torch.load from handing a TorchScript archive, which is code, to torch.jit.load."""
-    if zipfile.is_zipfile(stream) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(stream).namelist()):
-        raise InputError(f"{path} is a TorchScript program, not a state dict; save model.state_dict() instead")
 
 
 def _tensors(stored: object, path: Path) -> dict[str, Tensor]:
@@ -89,7 +136,9 @@ def _tensors(stored: object, path: Path) -> dict[str, Tensor]:
 
 
 def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
+    return (
+        isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_complex() or value.is_quantized)
+    )
 
 
 def _some(keys: list[str]) -> str:

@@ -25,8 +25,10 @@ from targets import usable_cpus
 
 CHUNK_BYTES, MOST_CHUNK = 256_000_000, 256
 ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"}
+SEVERAL = 8
+"""Calibration images that should not all be of one class."""
 UNLABELLED = "calibration"
-"""The split whose labels, where it has any, are not used."""
+"""The split whose labels, where it has any, are not used but to see that it is not of one class."""
 MOST_COPIES = 0.01
 """Share of a split's images that may be copies of others in it; each counts as evidence, and a copy is none."""
 NOISE, APART, LOOKED_AT = 0.1, 2, 64
@@ -109,17 +111,26 @@ def refuse_leaks(*splits: Split) -> None:
             )
 
 
-def refuse_noise(calibration: Split, evaluation: Split) -> None:
-    """Raise InputError for calibration images whose pixels have nothing to do with those nearby.
+def refuse_senseless(calibration: Split, evaluation: Split) -> None:
+    """Raise InputError for calibration images of one colour each, or whose pixels have nothing to do with those nearby.
 
-    Ranges from random pixels mean nothing. Where the evaluation images are like that too, it is what the model is for.
+    Ranges from such pixels mean nothing. Where the evaluation images are like that too, it is what the model is for.
     """
+    if _flat(calibration.images) and not _flat(evaluation.images):
+        raise InputError(f"every calibration image is of one colour, and the evaluation images are not; {_REAL_IMAGES}")
     found, usual = likeness(calibration.images), likeness(evaluation.images)
     if found < NOISE < 3 * NOISE < usual:
         raise InputError(
             f"the calibration images look like random noise: pixels correlate with those nearby by {found:.2f}, in the "
-            f"evaluation images by {usual:.2f}; give real images of the kind that the device will see"
+            f"evaluation images by {usual:.2f}; {_REAL_IMAGES}"
         )
+
+
+_REAL_IMAGES = "give real images of the kind that the device will see"
+
+
+def _flat(images: Images) -> bool:
+    return all(bool((image == image[..., :1, :1, :]).all()) for image in images)
 
 
 def likeness(images: Images) -> float:
@@ -183,7 +194,21 @@ def _samples(
     source: Path, classes: Sequence[str], contract: Preprocessing, task: Task, *, labelled: bool
 ) -> list[Sample]:
     found = _read(source, classes, contract, task, labelled=labelled)
-    return found if labelled else [replace(sample, labels=(), mask=None) for sample in found]
+    if labelled:
+        return found
+    if task == "classification":
+        _refuse_one_class(source, classes, found)
+    return [replace(sample, labels=(), mask=None) for sample in found]
+
+
+def _refuse_one_class(source: Path, classes: Sequence[str], found: Sequence[Sample]) -> None:
+    """Refuse calibration images that are all in one class's folder, or listed with one label."""
+    names = {classes[label] for sample in found for label in sample.labels}
+    if source.is_dir():
+        names = {Path(sample.source).relative_to(source).parts[0] for sample in found}
+    if len(names) == 1 and names <= set(classes) and len(found) >= SEVERAL:
+        told = f"all {len(found)} calibration images in {source} are of the class '{names.pop()}'"
+        raise InputError(f"{told}; give some of every class, whose values reach further")
 
 
 def _read(source: Path, classes: Sequence[str], contract: Preprocessing, task: Task, *, labelled: bool) -> list[Sample]:

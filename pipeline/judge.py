@@ -15,6 +15,8 @@ from pipeline.verdict import Golden, Ladder, Outcome
 
 GUESSING = 0.05
 """How likely as many right answers by guessing may be before a float model is said to know nothing."""
+SHORT_OF_KNOWN = 2.0
+"""How many points a float model may be below what it is known to reach: of another sample, another decoder."""
 ANY_DROP = 100.0
 """A budget that allows this is not about accuracy."""
 Check = tuple[Outcome, str]
@@ -78,7 +80,12 @@ def _disturbed(timed: Latency) -> bool:
 
 
 def _baseline(accuracy: Accuracy, labels: Labels, budget: Budget) -> list[Check]:
-    """Doubt a float model that guesses: nothing can be lost where nothing is right."""
+    """Doubt a float model that guesses, or misses what it is known for: nothing can be lost where nothing is right."""
+    judged, known = accuracy.judged, budget.float_percent
+    if known is not None and judged.float_percent < known - SHORT_OF_KNOWN:
+        told = f"the float model itself reaches {judged.metric} {judged.float_percent:.1f} %, not the {known:g} % that"
+        remedy = "it is not asked what it was trained for: check labels, class order, weights and preprocessing"
+        return [("fail", f"{told} budget.float_percent records; {remedy}")]
     if budget.accuracy_drop_pp >= ANY_DROP:
         return []
     if labels.ndim == 3:

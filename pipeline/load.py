@@ -1,6 +1,7 @@
 """A recipe's model source and weights → the float model, with the contract's arithmetic inside."""
 
 import importlib
+import logging
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -182,12 +183,16 @@ def _exported(path: Path, trust: bool, recipe: Recipe) -> nn.Module:
         raise InputError(f"the exported program {path} is whole; take `weights` and `options` out of the recipe")
     if not trust:
         raise InputError(f"{path}: an exported program can run code when it is loaded; pass --trust if you trust it")
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # it logs the traceback of an error that it raises as well
     try:
         module: nn.Module = torch.export.load(path).module()
     except FileNotFoundError:
         raise InputError(f"the model {path} does not exist") from None
     except Exception as error:  # torch raises a dozen kinds on a file that is no .pt2
         raise InputError(f"{path} is not an exported program (.pt2): {first_line(error)}") from error
+    finally:
+        logging.disable(before)
     return module
 
 

@@ -131,6 +131,8 @@ class Budget(Section):
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     min_speedup: Annotated[float, Field(gt=0)] | None = None
     """Over the eager float model, at the same thread count."""
+    float_percent: Annotated[float, Field(gt=0, le=100)] | None = None
+    """What the float model is known to reach on these images, of the metric; a baseline below it fails."""
 
 
 class Search(Section):
@@ -237,7 +239,7 @@ def read(path: Path, *, precision: str | None = None, minutes: float | None = No
         given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"recipe {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(f"recipe {path} cannot be read: {error}") from error
     try:
         given |= {"precision": precision} if precision else {}

@@ -101,7 +101,7 @@ class Run:
         """Read every split the recipe names and refuse images that are in two of them."""
         splits = [self.calibration, self.evaluation]
         dataset.refuse_leaks(*splits, *([self.training] if self.recipe.data.train else []))
-        dataset.refuse_noise(self.calibration, self.evaluation)
+        dataset.refuse_senseless(self.calibration, self.evaluation)
 
     def _split(self, name: str, source: Path) -> Split:
         recipe = self.recipe

@@ -20,6 +20,8 @@ from pipeline.measure.metrics import Task
 
 HEADINGS = ("file", "path", "image", "filename")
 VIEWS_JOINED = " + "
+SMALL, MOST_SHRUNK = 100_000_000, 200
+"""Bytes of an array that is no harm however well it is compressed; how many times smaller a larger one may be."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,13 @@ def from_arrays(
 ) -> list[Sample]:
     """Read `images` (N×H×W grey or N×H×W×3 RGB, N×V×… of several views, uint8) and `labels` of an .npz file."""
     try:
+        _refuse_bomb(path)
         with np.load(path, allow_pickle=False) as arrays:
             images, truth = arrays["images"], arrays["labels"] if labelled else None
     except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not an .npz with arrays `images` and `labels`: {error}") from error
+    except MemoryError as error:
+        raise InputError(f"{path} says that it holds more than this machine has memory for: {error}") from error
     views = () if contract.views == 1 else (contract.views,)
     size = images.shape[1 + len(views) :]
     shaped = images.shape[1 : 1 + len(views)] == views and (len(size) == 2 or size[2:] == (3,)) and 0 not in size
@@ -111,6 +116,16 @@ def from_arrays(
         return _with_masks(pictures, truth, (len(images), *size[:2]), classes, path)
     found = labels.of_array(truth, len(images), classes, path, task)
     return [Sample(views, label) for views, label in zip(pictures, found, strict=True)]
+
+
+def _refuse_bomb(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.file_size > max(SMALL, MOST_SHRUNK * record.compress_size):
+                raise InputError(
+                    f"{path} is a decompression bomb: its {record.filename} has {record.compress_size} bytes and says "
+                    f"that it unpacks to {record.file_size}; save the images as they are"
+                )
 
 
 def _with_masks(

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 import targets
+from device import onnx_file
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
 from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
@@ -91,10 +92,10 @@ def load(path: Path, *, precision: Precision, options: Options) -> Predict:
 def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[Layer]:
     with tempfile.TemporaryDirectory() as folder:
         session = _session(path, options, profile=f"{folder}/profile")
-        images = session.get_inputs()[0]
-        shape = [size if isinstance(size, int) else 1 for size in images.shape]
+        (images,) = session.get_inputs()
+        blank = np.zeros([size if isinstance(size, int) else 1 for size in images.shape], np.uint8)
         for _ in range(targets.TIMED_CALLS):
-            session.run(None, {images.name: np.zeros(shape, np.uint8)})
+            session.run(None, {images.name: blank})
         events = json.loads(Path(session.end_profiling()).read_text())
     timed = [(layer, event["dur"]) for event in events if (layer := _layer(event))]
     taken = {layer: [microseconds for other, microseconds in timed if other == layer] for layer, _ in timed}
@@ -115,6 +116,7 @@ def _layer(event: dict[str, Any]) -> Layer | None:
 def _session(path: Path, options: Options, *, profile: str | None = None) -> ort.InferenceSession:
     if missing := _missing(options):
         raise TargetUnavailable(missing)
+    onnx_file.check(path)
     settings = ort.SessionOptions()
     settings.log_severity_level = 4
     settings.intra_op_num_threads = options.threads or targets.usable_cpus()
@@ -202,8 +204,8 @@ class _Graph:
 
     def users(self, value: str) -> "list[NodeProto]":
         """Give what takes a value, be it after a ReLU or a move."""
-        found = (self.users(n.output[0]) if n.op_type in CARRIERS else [n] for n in self.takers.get(value, []))
-        return [user for users in found for user in users]
+        takers = self.takers.get(value, [])
+        return [user for n in takers for user in (self.users(n.output[0]) if n.op_type in CARRIERS else [n])]
 
     def source(self, value: str, over: set[str]) -> "NodeProto | None":
         """Go back to what made a value, before operators of the kinds `over`."""
@@ -221,8 +223,7 @@ def _widen_normalization(graph: _Graph) -> None:
     """
     reached = {graph.graph.input[0].name}
     for node in graph.nodes:
-        data = set(node.input).difference(graph.constants)
-        if node.op_type not in MOVES | ARITHMETIC or not data <= reached:
+        if node.op_type not in MOVES | ARITHMETIC or not set(node.input).difference(graph.constants) <= reached:
             continue
         reached.update(node.output)
         sizes = graph.shapes.get(node.output[0], [0])[1:]

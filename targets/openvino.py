@@ -14,6 +14,7 @@ import openvino as ov
 from openvino import opset13 as opset
 
 import targets
+from device import ir_file
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
 from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
@@ -107,6 +108,7 @@ def compile(model: Path, out: Path, *, precision: Precision, options: Options) -
 
 
 def load(path: Path, *, precision: Precision, options: Options) -> Predict:
+    ir_file.check(path)
     if options.batch == "dynamic":
         return _of_any_size(path, precision, options)
     compiled = _compiled(path, precision, options, options.batch)
@@ -116,6 +118,7 @@ def load(path: Path, *, precision: Precision, options: Options) -> Predict:
 
 
 def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[Layer]:
+    ir_file.check(path)
     batch = 1 if options.batch == "dynamic" else options.batch
     compiled = _compiled(path, precision, options, batch, {"PERF_COUNT": True})
     took, layers = _microseconds(compiled), []

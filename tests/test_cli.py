@@ -3,9 +3,7 @@
 import json
 import re
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import torchvision
 from PIL import Image
 
 from pipeline import progress
-from tests.conftest import BITFERRY, EMBEDDED, Project, subset, write_project
+from tests.conftest import BITFERRY, EMBEDDED, Project
 
 COMMANDS = (
     "deploy",
@@ -102,66 +100,6 @@ class TestBadInput:
         assert "is a bundle; leave out --target, --precision and --allow-unmeasured" in line
         assert "--data is for a bundle" in deployed.refused("verify", "small.toml", "--data", "evaluation.npz")
 
-    def test_unknown_target(self, project: Project) -> None:
-        line = project.refused("deploy", "small.toml", "--target", "opnvino")
-        assert "unknown target 'opnvino'; did you mean 'openvino'?" in line
-        assert not (project.folder / "build").exists()
-
-    def test_unknown_recipe_key(self, project: Project) -> None:
-        project.edit(("accuracy_drop_pp", "accuracy_drop"))
-        line = project.refused("deploy", "small.toml")
-        assert "unknown key 'budget.accuracy_drop', did you mean 'accuracy_drop_pp'?" in line
-
-    def test_missing_weights(self, project: Project) -> None:
-        project.edit(('source = "module', 'weights = "gone.pth"\nsource = "module'))
-        assert "gone.pth do not exist; put the file there or change `weights`" in project.refused(
-            "deploy", "small.toml"
-        )
-
-    def test_a_state_dict_of_another_model(self, project: Project) -> None:
-        torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), project.folder / "other.pth")
-        project.edit(('source = "module', 'weights = "other.pth"\nsource = "module'))
-        line = project.refused("deploy", "small.toml")
-        assert "is not a state dict of this model: 12 missing: first.0.weight" in line
-        assert "unexpected: conv1.weight" in line
-
-    def test_an_empty_image_folder(self, project: Project) -> None:
-        (project.folder / "empty").mkdir()
-        project.edit(('evaluation = "evaluation.npz"', 'evaluation = "empty"'))
-        assert "has no class folders; expected" in project.refused("deploy", "small.toml")
-
-    def test_a_text_file_named_jpg(self, project: Project) -> None:
-        (project.folder / "pictures/Trouser").mkdir(parents=True)
-        (project.folder / "pictures/Trouser/a.jpg").write_text("hello")
-        project.edit(('evaluation = "evaluation.npz"', 'evaluation = "pictures"'))
-        assert "a.jpg: not an image (5 bytes that begin with b'hello')" in project.refused("deploy", "small.toml")
-
-    def test_an_evaluation_image_that_is_also_in_calibration(self, project: Project) -> None:
-        both = {
-            k: np.concatenate([subset("evaluation", 30)[k], subset("calibration", 2)[k]]) for k in ("images", "labels")
-        }
-        np.savez(project.folder / "evaluation.npz", **both)  # type: ignore[arg-type]
-        line = project.refused("deploy", "small.toml")
-        assert "2 evaluation images are also in the calibration data, for example evaluation.npz[30]" in line
-
-    def test_an_output_folder_that_is_not_ours(self, project: Project) -> None:
-        (project.folder / "papers").mkdir()
-        (project.folder / "papers/thesis.txt").write_text("dear")
-        line = project.refused("deploy", "small.toml", "--out", "papers")
-        assert "papers is not empty and bitferry did not make it" in line
-        assert [p.name for p in (project.folder / "papers").iterdir()] == ["thesis.txt"]
-
-    def test_a_bundle_s_place_that_is_taken(self, deployed: Project, tmp_path: Path) -> None:
-        taken = Project(Path(shutil.copytree(deployed.folder, tmp_path / "taken")))
-        (taken.folder / "dist/small-openvino-1.0.0/manifest.json").unlink()
-        line = taken.refused("--quiet", "deploy", "small.toml", "--target", "openvino")
-        assert "small-openvino-1.0.0 exists and is no bundle of bitferry's" in line
-        assert (taken.folder / "dist/small-openvino-1.0.0/model.xml").exists()
-
-    def test_an_output_that_cannot_be_written(self, project: Project) -> None:
-        (project.folder / "file").write_text("")
-        assert "cannot be written to" in project.refused("deploy", "small.toml", "--out", "file/dist")
-
     def test_a_precision_the_target_does_not_run(self, deployed: Project) -> None:
         line = deployed.refused("-q", "compile", "small.toml", "-t", "onnxruntime", "--precision", "bfloat16")
         assert "target 'onnxruntime' cannot run bfloat16; it runs int8, float32" in line
@@ -173,25 +111,6 @@ class TestBadInput:
         done = project.bitferry_process("deploy", "small.toml", "--target", "nothing", "--debug")
         assert done.returncode != 0
         assert "Traceback" in done.stderr
-
-
-def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    project = write_project(tmp_path / "project")
-    project.edit(("epochs = 6", "epochs = 60"))  # seconds, so that the signal comes before the end
-    command: list[str | Path] = [BITFERRY, "train", "small.toml"]
-    with subprocess.Popen(command, cwd=project.folder, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
-        for line in running.stderr:
-            if line.startswith("train"):
-                break
-        time.sleep(0.3)
-        running.send_signal(signal.SIGINT)
-        rest = running.stderr.read()
-    assert running.returncode == 130
-    assert rest.strip().splitlines()[-1].startswith("stopped; what was finished is kept")
-    assert "Traceback" not in rest
-    assert not [path for path in (project.folder / "build/small").iterdir() if "train-" in path.name]
-    assert project.bitferry("train", "small.toml").returncode == 0
 
 
 def test_init_writes_a_recipe_that_deploys(tmp_path: Path) -> None:

@@ -91,22 +91,6 @@ def test_the_same_picture_in_two_splits_is_refused_even_as_another_file(pictures
         dataset.refuse_leaks(calibration, evaluation)
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="has no class folders; expected .*empty/cat/"):
-        read(tmp_path / "empty", tmp_path)
-    (tmp_path / "empty/cat").mkdir()
-    with pytest.raises(InputError, match="the evaluation data .* holds no images"):
-        read(tmp_path / "empty", tmp_path)
-
-
-def test_a_text_file_named_jpg_is_refused_by_name_and_nothing_is_kept(pictures: Path, tmp_path: Path) -> None:
-    (pictures / "cat/9.jpg").write_text("not a picture")
-    with pytest.raises(InputError, match=r"cat/9\.jpg: not an image \(13 bytes that begin with b'not a pictur'\)"):
-        read(pictures, tmp_path)
-    assert not list((tmp_path / "build").glob("*data-*"))
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
