@@ -13,7 +13,7 @@ PEERS_STAMP := $(PEERS)/.made-from-lock
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help deploy test check format static bench nightly clean
+.PHONY: help deploy test fuzz check format static bench nightly clean
 
 help: ## list these targets
 	@echo "make deploy TARGET=openvino|onnxruntime|a,b|all  [RECIPE=$(RECIPE)] [OUT=$(OUT)]"
@@ -24,6 +24,9 @@ deploy: $(STAMP) ## build, verify and bundle RECIPE for TARGET into OUT
 
 test: $(STAMP) ## run every test
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+fuzz: $(STAMP) ## try bytes nobody thought of on every reader, FUZZ_SECONDS each (300)
+	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),300) $(BIN)/python -m pytest tests/test_fuzz.py
 
 static: $(STAMP) ## the part of check that runs nothing: formatting, lint, types
 	$(BIN)/ruff format --check

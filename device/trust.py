@@ -67,12 +67,12 @@ def take(root: Path, given: Path) -> Trusted:
         root.mkdir(parents=True, exist_ok=True)
         found = text(1, (key,))
     else:
-        found = _newer(read(root), content, str(given))
+        found = newer(read(root), content, str(given))
     atomic.write(path, found)
     return read(root)
 
 
-def _newer(known: Trusted, content: bytes, where: str) -> bytes:
+def newer(known: Trusted, content: bytes, where: str) -> bytes:
     """Give the list inside a signed one; raise InputError unless a trusted key signed it and its number is higher."""
     fields = strict.read(content, where)
     try:

@@ -141,7 +141,7 @@ def train(recipe: RecipePath = DEFAULT_RECIPE, build: BuildFolder = Path("build"
     """
     from pipeline.recipe import read
 
-    _print_paths({"weights": _run(read(recipe), recipe, build, trust=False).weights.path}, json_)
+    _print_paths({"weights": _run(read(recipe), recipe, build, False).weights.path}, json_)
 
 
 @app.command()
@@ -247,9 +247,8 @@ def verify(
         if host is None:
             raise typer.Exit(recheck.show(recheck.verify(subject, data, effort=effort), as_json=json_))
         from pipeline.shipping import remote
-        from pipeline.shipping.ssh import command
 
-        found = remote.verify(subject, host, data, python=python, effort=effort, ssh=command(ssh))
+        found = remote.verify(subject, host, data, python=python, effort=effort, ssh=remote.command(ssh))
         raise typer.Exit(recheck.show(found, as_json=json_))
     if data is not None or host is not None:
         raise InputError("--data and --host are for a bundle; a recipe names its own data and runs here")

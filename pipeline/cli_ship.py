@@ -66,6 +66,25 @@ def sign(
 
 
 @commands.command()
+def reproduce(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="The recipe it was built from.")],
+    build: Annotated[Path | None, typer.Option("--build", help="An empty folder. Default: one that goes.")] = None,
+    trust_: Annotated[bool, typer.Option("--trust", help="Load a .pt2 program, which can run code.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Build a bundle again from nothing and compare every file; exit code 0 where all are the same, byte by byte.
+
+    What was measured is taken over from the bundle. Each file that differs is named, with what is known of why.
+
+    Example: bitferry reproduce dist/fashion-resnet18-openvino-1.0.0 --recipe recipes/fashion-resnet18.toml
+    """
+    from pipeline.shipping import reproduce as again
+
+    raise typer.Exit(again.show(again.reproduce(bundle, recipe, build, trust=trust_), as_json=json_))
+
+
+@commands.command()
 def publish(
     archive: Annotated[Path | None, typer.Argument(metavar="[ARCHIVE]", help="What `bitferry sign` wrote.")] = None,
     repository: Annotated[Path, typer.Option("--repository", help="The folder that a web server serves.")] = Path(

@@ -49,8 +49,8 @@ class Options(targets.Options):
 
 
 def environment(*, options: Options) -> Environment:
-    missing = _missing(options)
-    fast = fast_on_cpu(SCHEMES) if options.provider == "CPU" else () if missing else tuple(SCHEMES)
+    missing, on_cpu = _missing(options), options.provider == "CPU"
+    fast = fast_on_cpu(SCHEMES) if on_cpu else () if missing else tuple(SCHEMES)
     return Environment("onnxruntime", ort.__version__, options.provider, cpu_isa(), system(), _found(), fast, missing)
 
 

@@ -5,6 +5,8 @@ Each reader gets changes of a real file. FUZZ_SECONDS lengthens each reader's ti
 
 import io
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +15,15 @@ from pathlib import Path
 import openvino as ov
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from device import ir_file, onnx_file
+from device import archive, ir_file, onnx_file, runner, signature, trust
 from device.errors import BitferryError
 from pipeline import checkpoint
+from pipeline.shipping import keys, sign
 from tests.conftest import Project
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
@@ -68,7 +72,55 @@ def _ir(path: Path) -> None:
         raise BitferryError(str(error)) from error
 
 
+def _archive(path: Path) -> None:
+    with archive.opened(path) as (head, reader):
+        signature.verify(head.signature, [KEY], "it")
+        for _ in reader:
+            pass
+
+
+def _archives(deployed: Project) -> list[bytes]:
+    bundle = Path(tempfile.mkdtemp(dir=deployed.folder)) / "small"
+    shutil.copytree(deployed.folder / "dist/small-openvino-1.0.0", bundle)
+    (bundle / "model.sig").write_bytes(_signature())
+    return [sign.archive(bundle).read_bytes()]
+
+
+def _signature(payload: bytes = signature.statement("small", {"a": "0" * 64})) -> bytes:
+    return signature.enclose(payload, keys.sign(signature.encoded(payload), SECRET), KEY)
+
+
+def _key_list(_: Project) -> list[bytes]:
+    payload = trust.text(2, (KEY,))
+    return [trust.enclose(payload, keys.sign(signature.encoded(payload, trust.KIND), SECRET), KEY)]
+
+
+def _trusted(path: Path) -> None:
+    trust.newer(trust.Trusted(1, (KEY,)), path.read_bytes(), "it")
+
+
+def _manifest(path: Path) -> None:
+    runner.check(path.parent, runner.read_manifest(path.parent))
+
+
+def _rest_of_bundle(deployed: Project) -> dict[str, bytes]:
+    bundle = deployed.folder / "dist/small-openvino-1.0.0"
+    files = {path.relative_to(bundle).as_posix(): path for path in bundle.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != "manifest.json"}
+
+
+SECRET = ec.generate_private_key(ec.SECP256R1())
+KEY = keys.name_of(SECRET, "it")
 ENTRIES = [
+    Entry("manifest", _manifest, _of_bundle("openvino", "manifest.json"), "manifest.json", _rest_of_bundle),
+    Entry("archive", _archive, _archives, "small.tar.gz"),
+    Entry(
+        "signature",
+        lambda path: signature.verify(path.read_bytes(), [KEY], "it"),
+        lambda _: [_signature()],
+        "model.sig",
+    ),
+    Entry("keys", _trusted, _key_list, "keys.json"),
     Entry("checkpoint", checkpoint.read, _checkpoints, "weights.pt"),
     Entry("safetensors", checkpoint.read, lambda _: [save(STATE)], "weights.safetensors"),
     Entry("onnx", onnx_file.check, _of_bundle("onnxruntime", "model.onnx"), "model.onnx"),
@@ -102,6 +154,7 @@ def changed(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 def test_only_our_own_errors_come_out(entry: Entry, deployed: Project, tmp_path: Path) -> None:
     seeds, place = entry.seeds(deployed), tmp_path / entry.file
     for name, content in entry.beside(deployed).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     for seed in seeds:
         place.write_bytes(seed)

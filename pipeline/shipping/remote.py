@@ -22,8 +22,9 @@ from pipeline import progress, recheck
 from pipeline.measure.latency import Effort
 from pipeline.recheck import Found, Recheck, Shown
 from pipeline.report import record
-from pipeline.shipping.ssh import Device, Done, Login
+from pipeline.shipping.ssh import Device, Done, Login, command
 
+__all__ = ["command", "verify"]
 OLDEST = (3, 11)
 VERSION = "import sys; print('.'.join(str(part) for part in sys.version_info[:3]))"
 RUN_SECONDS = 3600

@@ -13,7 +13,7 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import targets
-from device import runner
+from device import commands
 from tests.bad_inputs import foreign, put
 from tests.conftest import Project
 
@@ -296,6 +296,6 @@ def test_15_to_22_a_compiler_on_the_device_never_sees_them(
     model = onnx.load(bundle / "model.onnx")
     change(model)
     put(bundle, "model.onnx", model.SerializeToString())
-    assert runner.main(targets.get("openvino"), bundle, ["rebuild"]) == 2
+    assert commands.main(targets.get("openvino"), bundle, ["rebuild"]) == 2
     assert "model.onnx is no ONNX model that can be opened: " in capsys.readouterr().err
     assert not [path for path in bundle.iterdir() if "rebuilt" in path.name]
