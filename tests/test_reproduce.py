@@ -13,6 +13,7 @@ import pytest
 
 import targets
 from device.errors import InputError
+from pipeline.cache import file_hash
 from pipeline.report import record
 from pipeline.shipping import provenance, reproduce
 from pipeline.shipping.reproduce import File, Reproduction
@@ -74,7 +75,7 @@ def test_each_difference_is_told_with_its_reason(again: Project, capsys: pytest.
     (bundle / "golden/golden-1.jpg").unlink()
     (bundle / "extra.txt").write_text("x")
     (bundle / "model.onnx").write_bytes(b"another model")
-    manifest["files"]["model.onnx"]["sha256"] = provenance.cache.file_hash(bundle / "model.onnx")  # listed as it is
+    manifest["files"]["model.onnx"]["sha256"] = file_hash(bundle / "model.onnx")  # listed as it is
     manifest["provenance"]["tools"]["onnxsim"] = "0.1"
     manifest["provenance"]["data"]["calibration"]["sha256"] = "0"
     rewrite(bundle, manifest)
@@ -144,7 +145,7 @@ def test_it_is_built_with_what_a_search_chose(again: Project, tmp_path: Path) ->
 
 def test_a_compiler_that_varies_is_named_with_what_it_was_given(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"input")
-    digest = provenance.cache.file_hash(tmp_path / "model.onnx")
+    digest = file_hash(tmp_path / "model.onnx")
     note = reproduce._Varies(reason="it times kernels", made_of="model.onnx", made_of_sha256=digest)
     assert reproduce._varies(note, tmp_path) == "it times kernels; model.onnx, of which it is made, is the same here"
     (tmp_path / "model.onnx").write_bytes(b"other")

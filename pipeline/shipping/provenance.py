@@ -143,7 +143,7 @@ def _data(split: Split, recipe: Recipe) -> dict[str, object]:
     labels = np.ascontiguousarray(split.labels)
     digest = hashlib.sha256(b"".join(split.digests))
     digest.update(f"{labels.dtype.name} {labels.shape}".encode())
-    digest.update(labels)
+    digest.update(labels.data)
     name = Path(getattr(recipe.data, split.name)).name
     return {"name": name, "images": len(split), "sha256": digest.hexdigest()}
 
