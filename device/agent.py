@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from device import install, installed, trust
-from device.errors import BitferryError
+from device.errors import BitferryError, TargetUnavailable
 
 
 def do_trust(options: argparse.Namespace) -> int:
@@ -29,8 +29,11 @@ def do_install(options: argparse.Namespace) -> int:
 
 def do_update(options: argparse.Namespace) -> int:
     """Fetch the newest archive of a publisher and install it, unless it runs already."""
-    from device import update  # noqa: PLC0415 - python-tuf, which nothing else here needs
-
+    try:
+        from device import update  # noqa: PLC0415 - python-tuf, which nothing else here needs
+    except ImportError as error:
+        needed = "updating needs python-tuf: `pip install tuf`; `install` takes an archive without it"
+        raise TargetUnavailable(needed) from error
     wanted = {"name": options.name, "target": options.target, "trusted_root": options.trusted_root}
     options.archive = update.fetch(options.repository, options.root, **wanted)
     options.allow_downgrade = False

@@ -49,8 +49,8 @@ class Options(targets.Options):
 
 
 def environment(*, options: Options) -> Environment:
-    missing, on_cpu = _missing(options), options.provider == "CPU"
-    fast = fast_on_cpu(SCHEMES) if on_cpu else () if missing else tuple(SCHEMES)
+    missing = _missing(options)
+    fast = fast_on_cpu(SCHEMES) if options.provider == "CPU" else () if missing else tuple(SCHEMES)
     return Environment("onnxruntime", ort.__version__, options.provider, cpu_isa(), system(), _found(), fast, missing)
 
 
@@ -109,8 +109,7 @@ def _layer(event: dict[str, Any]) -> Layer | None:
         return None
     kind: Kind = "convolution" if "Conv" in kernel else "matrix product"
     name = re.sub(r"(_token_\d+)?_kernel_time$", "", event["name"])  # fusing appends the token
-    datatype = next(iter(inputs[0]))
-    return Layer(name, kind, DATATYPES.get(datatype, datatype))
+    return Layer(name, kind, DATATYPES.get(datatype := next(iter(inputs[0])), datatype))
 
 
 def _session(path: Path, options: Options, *, profile: str | None = None) -> ort.InferenceSession:
