@@ -56,7 +56,7 @@ class Shop:
         shutil.copytree(self.bundle, place)
         if change:
             change(place)
-        rehash(place, **{"version": version, "tied": TIED, **fields})
+        rehash(place, **{"version": version, **fields})
         return place
 
     def archive(
