@@ -92,7 +92,8 @@ def _keep(state: Mapping[str, Tensor], place: Path, path: Path, limits: confined
     own = {}
     for name, tensor in state.items():
         memory = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.detach().clone() if memory in seen else tensor.detach().contiguous()
+        plain = tensor.detach().contiguous()
+        own[name] = plain.clone() if memory in seen else plain
         seen.add(memory)
     save_file(own, place)
     return list(own)

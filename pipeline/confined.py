@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from device.errors import BitferryError, InputError, first_line
 
+Work = Callable[[], list[str]]
 MOST_TOLD = 64_000_000
 """Bytes that the child may tell its parent."""
 GRACE = 2.0
@@ -43,7 +44,7 @@ def room() -> Iterator[Path]:
         yield Path(folder)
 
 
-def run(work: Callable[[], list[str]], what: str, limits: Limits) -> list[str]:
+def run(work: Work, what: str, limits: Limits) -> list[str]:
     """Do `work` in a child process within `limits` and give what it returns; raise InputError for all that fails in it.
 
     The child is a fork, so that nothing is imported again. It has no network where the kernel lets a process give it
@@ -69,7 +70,7 @@ def run(work: Callable[[], list[str]], what: str, limits: Limits) -> list[str]:
     return _answer(told, status, what, limits)
 
 
-def _child(work: Callable[[], list[str]], start: int, limits: Limits) -> NoReturn:
+def _child(work: Work, start: int, limits: Limits) -> NoReturn:
     """Answer through the pipe and end at once: what the parent has open or half printed is not the child's.
 
     A lock that another of the parent's threads held is held for ever here; the parent's clock ends that.
@@ -81,7 +82,7 @@ def _child(work: Callable[[], list[str]], start: int, limits: Limits) -> NoRetur
     except BitferryError as error:
         told = {"refused": [str(error)]}
     except BaseException as error:  # noqa: BLE001 - whatever it is, the parent has to be told
-        told = {"refused": [f"{type(error).__name__}: {first_line(error)}"]}
+        told = {"failed": [f"{type(error).__name__}: {first_line(error)}"]}
     with contextlib.suppress(BaseException):
         content = json.dumps(told).encode()
         while content:
@@ -128,7 +129,9 @@ def _answer(told: bytes, status: int, what: str, limits: Limits) -> list[str]:
         over = os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) if os.WIFSIGNALED(status) else False
         why = f"took more than the {limits.seconds} seconds allowed" if over else "broke down in the reader"
         raise InputError(f"{what} {why}, so it was stopped; get the file again from where it was made") from None
-    if "done" not in answer:
+    if "refused" in answer:
         raise InputError(answer["refused"][0])
+    if "failed" in answer:
+        raise InputError(f"{what} failed ({answer['failed'][0]}); get the file again from where it was made")
     found: list[str] = answer["done"]
     return found

@@ -129,6 +129,7 @@ def test_a_model_that_does_not_give_a_score_per_class_is_told() -> None:
 
 
 ENDINGS = """
+from torch import nn
 
 def softmax(classes=10):
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes), nn.Softmax(1))
