@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from device import install, installed, trust
+from device import install, installed, trust, whole
 from device.errors import BitferryError, TargetUnavailable
 
 
 def do_trust(options: argparse.Namespace) -> int:
     """Pin the first key, or take over a signed list."""
-    options.root.mkdir(parents=True, exist_ok=True)
+    trust.claim(options.root, options.keys)
     with install.locked(options.root):
         found = trust.take(options.root, options.keys)
     names = ", ".join(key.name[:12] for key in found.keys)
@@ -34,6 +34,7 @@ def do_update(options: argparse.Namespace) -> int:
     except ImportError as error:
         needed = "updating needs python-tuf: `pip install tuf`; `install` takes an archive without it"
         raise TargetUnavailable(needed) from error
+    trust.read(options.root)  # what could not be installed is not fetched
     wanted = {"name": options.name, "target": options.target, "trusted_root": options.trusted_root}
     options.archive = update.fetch(options.repository, options.root, **wanted)
     options.allow_downgrade = False
@@ -50,7 +51,10 @@ def do_rollback(options: argparse.Namespace) -> int:
 def do_selftest(options: argparse.Namespace) -> int:
     """Check and try what runs; it goes back by itself where that fails."""
     found, told = install.prove(options.root)
-    print(json.dumps(told) if options.json else f"{found.title} is as it was signed, and answers as it was verified")
+    again = (found.folder / whole.REBUILT).exists()
+    own = "; the model runs as it was compiled here, which nobody signed" if again else ""
+    line = f"{found.title} is as it was signed, and answers as it was verified{own}"
+    print(json.dumps({**told, "rebuilt": again}) if options.json else line)
     return 0
 
 

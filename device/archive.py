@@ -4,7 +4,6 @@ Only what `bitferry archive` writes is read (plain files of POSIX ustar, one fol
 feature of tar is one more way out of the folder: links, devices, long names in headers of any size.
 """
 
-import gzip
 import hashlib
 import itertools
 import os
@@ -23,6 +22,10 @@ from device.signature import FILE as SIGNATURE
 
 MANIFEST = "manifest.json"
 BLOCK, PART = 512, 1 << 20
+PACKED, GZIP = 1 << 16, 31
+"""Bytes that are read at a time; what zlib calls one gzip member."""
+MOST_IDLE = 1 << 18
+"""Bytes in a row that unpack to nothing, as those of an endless header."""
 MOST_END = 1 << 16
 """Zero bytes after the last member; tar fills up to 10,240."""
 KINDS = {
@@ -63,7 +66,7 @@ class Reader:
             os.close(handle)
             raise InputError(f"{path} is no file; the archive that `bitferry sign` wrote is expected")
         self.raw = os.fdopen(handle, "rb")
-        self.stream = gzip.GzipFile(fileobj=self.raw)
+        self.inflating, self.ready, self.idle = zlib.decompressobj(wbits=GZIP), bytearray(), 0
         self.seen: list[str] = []
 
     def __enter__(self) -> Self:
@@ -136,15 +139,26 @@ class Reader:
             raise self._broken("something follows its end")
 
     def _read(self, count: int) -> bytes:
+        """Give up to `count` bytes, fewer at the end only; raise InputError for a stream that is not whole."""
+        while len(self.ready) < count and not self.inflating.eof:
+            self.ready += self._inflated()
+        found, self.ready = self.ready[:count], self.ready[count:]
+        return bytes(found)
+
+    def _inflated(self) -> bytes:
+        packed = self.inflating.unconsumed_tail or self.raw.read(PACKED)
+        if not packed:
+            raise self._broken("it ends too early")
         try:
-            return self.stream.read(count)
-        except gzip.BadGzipFile as error:
-            reason = "something follows its end" if self.seen else "it is no gzipped tar"
-            raise self._broken(reason) from error
-        except EOFError as error:
-            raise self._broken("it ends too early") from error
-        except (OSError, zlib.error) as error:
-            raise self._broken(str(error)) from error
+            found = self.inflating.decompress(packed, PART)
+        except zlib.error as error:
+            raise self._broken("it is damaged" if self.seen else "it is no gzipped tar") from error
+        self.idle = 0 if found else self.idle + len(packed)
+        if self.idle > MOST_IDLE:
+            raise self._broken("its beginning says nothing")
+        if self.inflating.eof and (self.inflating.unused_data or self.raw.read(1)):
+            raise self._broken("something follows its end")
+        return found
 
     def _broken(self, reason: str) -> InputError:
         return InputError(f"{self.path} is no whole archive of a bundle: {reason}; fetch or copy it again")

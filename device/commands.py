@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from device import fit, golden, measure, rebuilt
-from device.errors import BitferryError
+from device import fit, golden, measure, rebuilt, whole
+from device.errors import BitferryError, InputError, TargetUnavailable
 from device.runner import Runner, Runtime, check, fields, options_of, read_manifest, text
 
 
@@ -46,9 +46,13 @@ def _check(bundle: Path, key: Path | None) -> int:
 
 def _check_signature(bundle: Path, key: Path) -> None:
     """Raise InputError unless this key signed every file."""
-    from device import install, signature  # noqa: PLC0415 - cryptography, which predicting does without
-
+    try:
+        from device import install, signature  # noqa: PLC0415 - cryptography, which predicting does without
+    except ImportError as error:
+        raise TargetUnavailable("a signature is checked with the Python package 'cryptography'") from error
     install.check(bundle, [signature.public_key(key.read_bytes(), str(key))])
+    if (bundle / whole.REBUILT).exists():
+        raise InputError(f"{bundle}/{whole.REBUILT} was compiled on a device, and nobody signed it; remove it")
 
 
 def _rebuild(bundle: Path, runtime: Runtime) -> int:

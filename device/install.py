@@ -7,6 +7,7 @@ what else lies around is cleared by the next command.
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from device import archive, atomic, fit, installed, rebuilt, signature, strict, trust, versions, whole
+from device import archive, atomic, fit, installed, signature, strict, trust, versions, whole
 from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
 from device.installed import CURRENT, NOTE, VERSIONS, Installed, current, tell
 from device.signature import Key
 
-INCOMING, LOCK = ".incoming", ".lock"
+INCOMING = ".incoming"
+OURS = re.compile(r".+-[0-9a-f]{12}(-again)?(\.json)?|\..+\.json\.part")
+"""Names in ROOT/versions."""
 SPARE_BYTES = 1 << 20
 """Left free on the disk, for what is written beside the bundle."""
 UNLIKE, REMEDY = "is not as it was signed", "take it anew from where it was published"
@@ -36,7 +39,7 @@ def locked(root: Path) -> Iterator[None]:
         raise TargetUnavailable("installing needs a POSIX system: symbolic links that are replaced at once") from None
     if not root.is_dir():
         raise InputError(f"{root} is no folder; pin a key in it first: `bitferry trust KEY.pub --root {root}`")
-    with (root / LOCK).open("w") as file:
+    with (root / trust.LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -49,6 +52,7 @@ def install(path: Path, root: Path, *, allow_downgrade: bool = False) -> tuple[I
     Raises InputError, TargetUnavailable or StageFailed with what runs left as it was.
     """
     with locked(root):
+        here = current(root)
         _clear(root)
         try:
             keys = trust.read(root).keys
@@ -56,35 +60,30 @@ def install(path: Path, root: Path, *, allow_downgrade: bool = False) -> tuple[I
                 signed = signature.verify(head.signature, keys, f"{signature.FILE} of {path}")
                 listed = _listed(head, signed, path)
                 fit.check(head.manifest["tied"], str(path))
-                here = current(root)
-                same = here is not None and _same(here, head)
+                same = here is not None and here.digest == head.digest
                 if here and same and _whole(root, here):
-                    tell(root, "installed already", here)
+                    tell(root, "installed already")
                     return here, False
                 _admit(None if same else here, head, path, allow_downgrade=allow_downgrade)
                 made = _unpack(reader, head, listed, signed.digests, root)
                 key = next(key for key in keys if key.name == signed.key)
-            found = _switch(root, made, here, key)
+            found = _switch(root, made, here, _note(root, head, here, key, same=same))
         except (BitferryError, OSError) as error:
             with contextlib.suppress(OSError):
                 _clear(root)
-            tell(root, f"refused {path.name}: {first_line(error)}", current(root))
+            tell(root, f"refused {path.name}: {first_line(error)}")
             raise
-        tell(root, "installed", *found)
+        tell(root, "installed", found[1])
         return found[0], True
 
 
-def rollback(root: Path, why: str = "asked for") -> Installed:
+def rollback(root: Path) -> Installed:
     """Go back to the bundle that ran before."""
     with locked(root):
         here = current(root)
-        before = installed.before(root, here) if here else None
-        if here is None or before is None:
-            raise InputError(f"{root} has nothing to go back to")
-        check(before.folder, installed.keys(root, before))
-        atomic.point(root / CURRENT, f"{VERSIONS}/{before.folder.name}")
-        tell(root, f"rolled back from {here.manifest['version']}: {why}", before)
-        return before
+        if here is None:
+            raise InputError(f"nothing is installed in {root}")
+        return _back(root, here, "asked for")
 
 
 def prove(root: Path) -> tuple[Installed, Mapping[str, Any]]:
@@ -99,27 +98,40 @@ def prove(root: Path) -> tuple[Installed, Mapping[str, Any]]:
         except BitferryError as error:
             fault = error
         else:
-            tell(root, "proved", here, found)
+            tell(root, "proved", found)
             return here, found
-    try:
-        before = rollback(root, first_line(fault))
-    except InputError as error:
-        raise StageFailed(f"{here.title} failed, and {error}: {fault}") from fault
+        try:
+            before = _back(root, here, first_line(fault))
+        except InputError as error:
+            tell(root, f"failed: {first_line(fault)}", {"passed": False})
+            raise StageFailed(f"{here.title} failed, and {error}: {fault}") from fault
     raise StageFailed(f"{here.title} failed, so {before.title} runs again: {fault}") from fault
+
+
+def _back(root: Path, here: Installed, why: str) -> Installed:
+    before = installed.before(root, here)
+    if before is None:
+        raise InputError(f"{root} has nothing to go back to")
+    check(before.folder, installed.keys(root, before))
+    atomic.point(root / CURRENT, f"{VERSIONS}/{before.folder.name}")
+    tell(root, f"rolled back from {here.version}: {why}", {})
+    return before
 
 
 def check(folder: Path, keys: Sequence[Key]) -> signature.Signed:
     """Compare every file of an unpacked bundle with its signature; raise InputError naming what differs.
 
-    What was rebuilt on the device has a manifest of its own, which `rebuilt.find` compares.
+    What was rebuilt on the device is signed by nobody; `rebuilt.find` compares it with a manifest of its own.
     """
     path = folder / signature.FILE
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{folder} is not signed: it has no {signature.FILE}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     signed = signature.verify(content, keys, str(path))
-    apart = frozenset({signature.FILE, *rebuilt.PARTS})
+    apart = frozenset({signature.FILE, *whole.PARTS})
     whole.compare(whole.digests(folder, without=apart), signed.digests, f"{folder} {UNLIKE}", REMEDY)
     return signed
 
@@ -129,13 +141,22 @@ def selftest(folder: Path) -> Mapping[str, Any]:
     command = [sys.executable, "-P", str(folder / "run.pyz"), "selftest", "--json"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60 * MINUTES, check=False, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60 * MINUTES,
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired as error:
         raise StageFailed(f"the self-test of {folder.name} did not end within {MINUTES} minutes") from error
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
-        return strict.read(lines[-1].encode(), "the self-test's answer")
+        found = strict.read(lines[-1].encode(), f"the self-test's answer of {folder.name}")
+        if found.get("passed") is True:
+            return found
     told = (done.stderr.strip().splitlines() or lines or [f"it ended with {done.returncode}"])[-1]
     raise StageFailed(f"the self-test of {folder.name} failed: {told.removeprefix('error: ')}")
 
@@ -148,6 +169,7 @@ def _listed(head: archive.Head, signed: signature.Signed, path: Path) -> dict[st
     wanted = {"files": dict, "tied": dict, "name": str, "version": str, "target": str}
     if missing := [name for name, kind in wanted.items() if not isinstance(manifest.get(name), kind)]:
         raise InputError(f"the manifest of {path} has no usable {', '.join(missing)}; bundle it again")
+    versions.order(manifest["version"])  # later ones are compared with it
     files: Mapping[str, Any] = manifest["files"]
     strict.names(files, f"the manifest of {path}")
     digests = {name: one.get("sha256") for name, one in files.items() if isinstance(one, dict)}
@@ -157,10 +179,6 @@ def _listed(head: archive.Head, signed: signature.Signed, path: Path) -> dict[st
     if any(type(size) is not int or size < 0 for size in sizes.values()):
         raise InputError(f"the manifest of {path} lists a file without its size; bundle it again")
     return cast(dict[str, int], sizes)
-
-
-def _same(here: Installed, head: archive.Head) -> bool:
-    return hashlib.sha256((here.folder / archive.MANIFEST).read_bytes()).hexdigest() == head.digest
 
 
 def _whole(root: Path, here: Installed) -> bool:
@@ -176,17 +194,20 @@ def _admit(here: Installed | None, head: archive.Head, path: Path, *, allow_down
     """Raise InputError for another model, and for what is no newer than what runs."""
     if here is None:
         return
-    new, old = head.manifest, here.manifest
-    if new["name"] != old["name"]:
-        raise InputError(f"{path} is '{new['name']}', and this root runs '{old['name']}'; give each model its own root")
-    if allow_downgrade or versions.order(new["version"]) > versions.order(old["version"]):
+    new = head.manifest
+    if here.name and new["name"] != here.name:
+        raise InputError(f"{path} is '{new['name']}', and this root runs '{here.name}'; give each model its own root")
+    if allow_downgrade or not here.version or versions.order(new["version"]) > versions.order(here.version):
         return
-    if new["version"] == old["version"]:
+    if new["version"] == here.version:
         raise InputError(
             f"{path} is another build of version {new['version']}, which runs; raise the version in its recipe, or "
             "pass --allow-downgrade"
         )
-    raise InputError(f"{path} is version {new['version']}, older than {old['version']}, which runs; --allow-downgrade")
+    raise InputError(
+        f"{path} is version {new['version']}, which is not newer than {here.version}, which runs; pass "
+        "--allow-downgrade to take it"
+    )
 
 
 def _unpack(
@@ -224,7 +245,20 @@ def _hashed(parts: Iterator[bytes], hashing: Any) -> Iterator[bytes]:
         yield part
 
 
-def _switch(root: Path, made: Path, here: Installed | None, key: Key) -> tuple[Installed, Mapping[str, Any]]:
+def _note(root: Path, head: archive.Head, here: Installed | None, key: Key, *, same: bool) -> dict[str, Any]:
+    """Give what is noted of a new version; where it replaces a damaged copy of itself, what ran before that."""
+    before = installed.before(root, here) if here and same else here
+    return {
+        **{name: head.manifest[name] for name in ("name", "version", "target")},
+        "digest": head.digest,
+        "before": before.folder.name if before else None,
+        "key": signature.pem(key.public),
+    }
+
+
+def _switch(
+    root: Path, made: Path, here: Installed | None, note: dict[str, Any]
+) -> tuple[Installed, Mapping[str, Any]]:
     """Give the unpacked folder its place, try it there, and let `current` point to it."""
     final = root / VERSIONS / made.name
     final.parent.mkdir(exist_ok=True)
@@ -234,7 +268,6 @@ def _switch(root: Path, made: Path, here: Installed | None, key: Key) -> tuple[I
         atomic.remove(final)  # of an install that was interrupted
     (root / INCOMING).rename(final)
     atomic.protect(final)
-    note = {"before": here.folder.name if here else None, "key": signature.pem(key.public)}
     atomic.write(final.with_name(final.name + NOTE), json.dumps(note).encode())
     atomic.settle(final.parent)
     found = selftest(final)
@@ -245,13 +278,18 @@ def _switch(root: Path, made: Path, here: Installed | None, key: Key) -> tuple[I
 
 
 def _clear(root: Path) -> None:
-    """Remove what an interrupted command left, and every version but what runs and what ran before it."""
-    kept, link = set(), root / CURRENT
-    if link.is_symlink():
-        kept.add(link.readlink().name)
-        with contextlib.suppress(OSError, ValueError):
-            kept.add(str(installed.note(root / VERSIONS / link.readlink().name).get("before")))
-    stray = [path for path in (root / VERSIONS).glob("*") if path.name.removesuffix(NOTE) not in kept]
-    for path in (*stray, root / INCOMING):
-        if path.exists() or path.is_symlink():
-            atomic.remove(path)
+    """Remove what an interrupted command left, and every version but what runs and what ran before it.
+
+    Only names that are given here are removed; one that cannot be is left.
+    """
+    here = current(root)
+    if here and not here.folder.is_dir():
+        return  # what was meant to run is gone; nothing that may take its place goes, too
+    kept = {here.folder.name, str(installed.note(here.folder).get("before"))} if here else set()
+    for path in (root / VERSIONS).glob("*"):
+        if OURS.fullmatch(path.name) and path.name.removesuffix(NOTE) not in kept:
+            with contextlib.suppress(OSError):
+                atomic.remove(path)
+    incoming = root / INCOMING
+    if incoming.exists() or incoming.is_symlink():
+        atomic.remove(incoming)

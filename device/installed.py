@@ -6,6 +6,7 @@ ROOT/status.json is for people, and nothing depends on it.
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,39 +22,49 @@ VERSIONS, CURRENT, NOTE = "versions", "current", ".json"
 
 @dataclass(frozen=True)
 class Installed:
-    """A bundle in its place."""
+    """A bundle in its place, as it was noted when it was installed: what lies there may be damaged since."""
 
     folder: Path
-    manifest: Mapping[str, Any]
+    name: str | None
+    version: str | None
+    target: str | None
+    digest: str | None
+    """The sha256 of its manifest."""
 
     @property
     def title(self) -> str:
         """Name it for a person."""
-        return f"{self.manifest['name']} {self.manifest['version']} for {self.manifest['target']}"
+        return f"{self.name} {self.version} for {self.target}" if self.name else self.folder.name
 
 
 def current(root: Path) -> Installed | None:
     """Give what runs; None where nothing is installed."""
     link = root / CURRENT
-    return read(root / VERSIONS / link.readlink().name) if link.is_symlink() else None
+    if link.is_symlink():
+        return read(root / VERSIONS / link.readlink().name)
+    if link.exists():
+        raise InputError(
+            f"{link} is no symbolic link, so this is no root, or a copy of one; install into an empty folder"
+        )
+    return None
 
 
 def read(folder: Path) -> Installed:
-    """Read what lies in a folder of ROOT/versions."""
-    path = folder / archive.MANIFEST
-    try:
-        return Installed(folder, strict.read(path.read_bytes(), str(path)))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); install another version") from error
+    """Read the note beside a folder of ROOT/versions, or where that is lost the manifest in it."""
+    noted: Mapping[str, Any] = note(folder)
+    if "digest" not in noted:
+        with contextlib.suppress(OSError, BitferryError):
+            content = (folder / archive.MANIFEST).read_bytes()
+            noted = {**strict.read(content, str(folder)), "digest": hashlib.sha256(content).hexdigest()}
+    fields = {name: noted.get(name) for name in ("name", "version", "target", "digest")}
+    return Installed(folder, **{name: one if isinstance(one, str) else None for name, one in fields.items()})
 
 
 def before(root: Path, here: Installed) -> Installed | None:
     """Give what ran before, if it is still there."""
     name = note(here.folder).get("before")
-    try:
-        return read(root / VERSIONS / name) if isinstance(name, str) and strict.plain(name) else None
-    except BitferryError:
-        return None
+    known = isinstance(name, str) and strict.plain(name) and (root / VERSIONS / name).is_dir()
+    return read(root / VERSIONS / str(name)) if known else None
 
 
 def note(folder: Path) -> Mapping[str, Any]:
@@ -66,8 +77,10 @@ def note(folder: Path) -> Mapping[str, Any]:
 
 def keys(root: Path, here: Installed) -> tuple[Key, ...]:
     """Give the keys that may have signed what runs: those that are trusted now, and the one that was then."""
-    then = note(here.folder).get("key")
-    return (*trust.read(root).keys, *([public_key(then.encode(), NOTE)] if isinstance(then, str) else []))
+    found = trust.read(root).keys
+    with contextlib.suppress(BitferryError):  # a note that is damaged adds none
+        found += (public_key(str(note(here.folder).get("key")).encode(errors="replace"), NOTE),)
+    return found
 
 
 def status(root: Path) -> Mapping[str, Any]:
@@ -88,15 +101,16 @@ def status(root: Path) -> Mapping[str, Any]:
     }
 
 
-def tell(root: Path, last: str, here: Installed | None, selftest: Mapping[str, Any] | None = None) -> None:
-    """Write ROOT/status.json, for people; what cannot be written is not."""
+def tell(root: Path, last: str, selftest: Mapping[str, Any] | None = None) -> None:
+    """Write ROOT/status.json, for people; what cannot be written is not. The self-test is of what runs then."""
     with contextlib.suppress(OSError, BitferryError):
         fields = {**status(root), "last": last}
-        if selftest is not None or here is None:
-            fields["selftest"] = selftest
+        if selftest is not None:
+            fields["selftest"] = selftest or None
         atomic.write(root / "status.json", json.dumps(fields, indent=2).encode() + b"\n")
 
 
 def _row(one: Installed | None) -> dict[str, Any] | None:
-    names = ("name", "version", "target")
-    return {name: one.manifest[name] for name in names} | {"folder": str(one.folder)} if one else None
+    if one is None:
+        return None
+    return {"name": one.name, "version": one.version, "target": one.target, "folder": str(one.folder)}

@@ -8,10 +8,8 @@ from typing import Any, Protocol
 
 from device import onnx_file
 from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
+from device.whole import REBUILT
 
-FOLDER = "rebuilt"
-PARTS = (FOLDER, ".rebuilt", ".rebuilt.old")
-"""What this file writes into a bundle: the second while it compiles, the third while it replaces."""
 SOURCE = "model.onnx"
 
 
@@ -52,12 +50,12 @@ def rebuild(bundle: Path, manifest: dict[str, Any], compiler: Compiler, options:
         _publish(part, bundle)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return bundle / FOLDER / str(model["file"])
+    return bundle / REBUILT / str(model["file"])
 
 
 def find(bundle: Path, manifest: dict[str, Any]) -> Path | None:
     """Give the file that was compiled here, None where none was; raise InputError when it is not as it was made."""
-    folder = bundle / FOLDER
+    folder = bundle / REBUILT
     if not folder.exists():
         return None
     try:
@@ -93,7 +91,7 @@ def _compile(source: Path, out: Path, compiler: Compiler, precision: str, option
 
 
 def _publish(part: Path, bundle: Path) -> None:
-    final, old = bundle / FOLDER, bundle / ".rebuilt.old"
+    final, old = bundle / REBUILT, bundle / ".rebuilt.old"
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)

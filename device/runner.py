@@ -63,7 +63,7 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not a bitferry manifest")
     if manifest.get("schema") != SCHEMA:
-        raise InputError(f"{path} has schema {manifest.get('schema')!r}; this runner reads schema {SCHEMA}")
+        raise InputError(f"{path} has schema {manifest.get('schema')!r}; schema {SCHEMA} is read here: deploy it again")
     missing = [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]
     missing += [
         f"model.{name}" for name, kind in MODEL.items() if not isinstance((manifest.get("model") or {}).get(name), kind)
@@ -85,7 +85,7 @@ def check(bundle: Path, manifest: dict[str, Any]) -> None:
     if manifest["model"]["file"] not in listed:
         raise InputError(f"{bundle}/manifest.json names a model that is not among its files; copy the bundle again")
     strict.names(listed, f"{bundle}/manifest.json")
-    apart = frozenset({"manifest.json", whole.SIGNATURE, *rebuilt.PARTS})
+    apart = frozenset({"manifest.json", whole.SIGNATURE, *whole.PARTS})
     whole.compare(
         whole.digests(bundle, without=apart),
         {name: entry["sha256"] for name, entry in listed.items()},

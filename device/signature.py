@@ -134,7 +134,9 @@ def by(keys: Sequence[Key], name: object, signature: bytes, message: bytes, wher
                 raise InputError(f"{where} does not fit what it signs: one of the two was changed") from None
             return key
     trusted = ", ".join(key.name[:12] for key in keys) or "none"
-    raise InputError(f"{where} was made with the key {name!s:.12}, which is not trusted here (trusted: {trusted})")
+    raise InputError(
+        f"{where} was made with the key {str(name)[:12]!r}, which is not trusted here (trusted: {trusted})"
+    )
 
 
 def _signed(fields: Mapping[str, Any], key: Key, where: str) -> Signed:

@@ -11,7 +11,7 @@ from device import atomic, signature, strict
 from device.errors import InputError
 from device.signature import Key
 
-FILE = "keys.json"
+FILE, LOCK = "keys.json", ".lock"
 KIND = "application/vnd.bitferry.keys+json"
 MOST_KEYS = 16
 
@@ -59,17 +59,25 @@ def take(root: Path, given: Path) -> Trusted:
         content = given.read_bytes()
     except OSError as error:
         raise InputError(f"{given} cannot be read: {error.strerror}") from error
-    path = root / FILE
     if content.lstrip().startswith(b"-----BEGIN"):
-        key = signature.public_key(content, str(given))
-        if path.exists():
+        if (root / FILE).exists():
             raise InputError(f"{root} trusts keys already; a further one comes by a list that one of those signed")
-        root.mkdir(parents=True, exist_ok=True)
-        found = text(1, (key,))
+        if content.count(b"-----BEGIN") > 1:
+            raise InputError(f"{given} holds several keys; pin one, further ones come by a list (`bitferry keys list`)")
+        found = text(1, (signature.public_key(content, str(given)),))
     else:
         found = newer(read(root), content, str(given))
-    atomic.write(path, found)
+    atomic.write(root / FILE, found)
     return read(root)
+
+
+def claim(root: Path, given: Path) -> None:
+    """Make the folder that a first key is pinned in; raise InputError where it is somebody else's."""
+    if not given.is_file():
+        raise InputError(f"{given} is no file; a public key or a signed list of keys is expected")
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / FILE).exists() and (others := [one.name for one in root.iterdir() if one.name != LOCK]):
+        raise InputError(f"{root} holds {others[0]!r} and is no root of bitferry's; name a new or empty folder")
 
 
 def newer(known: Trusted, content: bytes, where: str) -> bytes:

@@ -114,7 +114,7 @@ def _anchor(root: Path, trusted_root: Path | None) -> bytes:
     if trusted_root is None and not pinned.exists():
         raise InputError(
             f"{root} trusts no publisher yet; "
-            "copy the repository's metadata/root.json here by a way you trust, and name it once as the trusted root"
+            "copy the repository's metadata/root.json here by a way you trust, and name it once by --trusted-root"
         )
     if trusted_root is None:
         return _root(pinned)

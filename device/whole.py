@@ -8,13 +8,23 @@ from pathlib import Path
 from device.errors import InputError
 
 SIGNATURE = "model.sig"
+REBUILT = "rebuilt"
+PARTS = (REBUILT, ".rebuilt", ".rebuilt.old")
+"""What compiling again on a device writes into a bundle: the second while it compiles, the third while it replaces."""
 
 
 def digests(folder: Path, *, without: frozenset[str] = frozenset()) -> dict[str, str]:
     """Give the sha256 of every file of a folder but of the names `without`, of files or whole folders at its top.
 
-    Raises InputError for links, devices and FIFOs, which are not read.
+    Raises InputError for links, devices and FIFOs, which are not read, and for what cannot be read.
     """
+    try:
+        return _digests(folder, without)
+    except OSError as error:
+        raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+
+
+def _digests(folder: Path, without: frozenset[str]) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -42,8 +42,11 @@ AGENT = """\"\"\"Run the device's own program.\"\"\"
 
 import sys
 
-from device.agent import main
-
+try:
+    from device.agent import main
+except ImportError as error:
+    print(f"error: this needs the Python package '{error.name}': pip install {error.name}", file=sys.stderr)
+    sys.exit(2)
 sys.exit(main())
 """
 
@@ -113,7 +116,7 @@ def contents(folder: Path) -> list[str]:
     """List a bundle's files without its manifest, and without what was compiled again on the device."""
     files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
     return sorted(
-        file.as_posix() for file in files if file.parts[0] not in {*rebuilt.PARTS, whole.SIGNATURE, "manifest.json"}
+        file.as_posix() for file in files if file.parts[0] not in {*whole.PARTS, whole.SIGNATURE, "manifest.json"}
     )
 
 

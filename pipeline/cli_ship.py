@@ -39,11 +39,11 @@ def list_keys(
     publics: Annotated[list[Path], typer.Argument(metavar="KEY.pub...", help="All keys that are to be trusted.")],
     number: Annotated[int, typer.Option(help="Of this list; higher than the one before.", min=2)],
     key: SigningKey,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The signed list.")] = Path("keys.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The signed list.")] = Path("keys-signed.json"),
 ) -> None:
     """Sign a list of the keys that devices are to trust from now on, with one that they trust already.
 
-    Example: bitferry keys list new.pub spare.pub --number 2 --key old.key -o keys.json
+    Example: bitferry keys list new.pub spare.pub --number 2 --key old.key -o keys-2.json
     """
     from pipeline.shipping import keys as made
 

@@ -238,3 +238,22 @@ def test_any_bytes_changed_in_an_archive_end_in_one_line(
     with contextlib.suppress(InputError), archive.opened(path) as (_, reader):
         for _ in reader:
             pass
+
+
+def test_36_many_keys_are_read_in_no_time_and_a_second_one_is_found() -> None:
+    keys = [f'"{i}": 0' for i in range(200_000)]
+    content = ("{" + ",".join([*keys, '"199999": 1']) + "}").encode()
+    with pytest.raises(InputError, match="the key '199999' is there twice"):
+        strict.read(content, "it")
+
+
+def test_35_headers_without_end_are_refused(right: Path, root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "idle.tar.gz"
+    path.write_bytes(bytes((0x1F, 0x8B, 8, 8, 0, 0, 0, 0, 0, 255)) + b"n" * (4 << 20))
+    assert "its beginning says nothing" in refused(path, root)
+    path.write_bytes(gzip.compress(b"") * 100_000)
+    assert "something follows its end" in refused(path, root)
+    content = bytearray(right.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+    assert "it is damaged" in refused(path, root)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def version(root: Path) -> str:
     here = installed.current(root)
     assert here is not None
     install.check(here.folder, trust.read(root).keys)
-    return str(here.manifest["version"])
+    return str(here.version)
 
 
 def refused(root: Path, path: Path, kind: type[BitferryError] = InputError, **options: Any) -> str:
@@ -142,7 +143,7 @@ def test_40_an_older_version_is_refused_and_the_same_is_nothing_new(
     root: Path, shop: Shop, old: Path, new: Path
 ) -> None:
     install.install(new, root)
-    assert "is version 1.0.0, older than 1.10.0" in refused(root, old)
+    assert "is version 1.0.0, which is not newer than 1.10.0" in refused(root, old)
     assert install.install(new, root)[1] is False
     other = shop.archive("1.10.0", lambda bundle: (bundle / "golden/note.txt").write_text("x"))
     assert "is another build of version 1.10.0" in refused(root, other)
@@ -364,6 +365,7 @@ def test_keys_are_rotated_by_a_list_that_a_trusted_key_signed(
 
     def take(signer: Path, number: int, *names: str) -> int:
         publics = [tmp_path / f"{name}.pub" for name in names]
+        (tmp_path / "keys.json").unlink(missing_ok=True)
         listed = keys.sign_list(publics, number, signer, tmp_path / "keys.json")
         return agent.main(["trust", str(listed), "--root", str(root)])
 
@@ -495,7 +497,7 @@ def test_44_killed_at_any_step_the_old_or_the_new_runs_whole(
         assert killed(at, place).returncode == -9
         seen.add(version(place))
         here, _ = install.install(new, place)
-        assert (here.manifest["version"], version(place)) == ("1.10.0", "1.10.0")
+        assert (here.version, version(place)) == ("1.10.0", "1.10.0")
         assert not (place / ".incoming").exists()
         shutil.rmtree(place)
     assert seen == {"1.0.0", "1.10.0"}
@@ -521,7 +523,7 @@ def test_45_a_full_disk_and_a_broken_one_leave_what_runs(
 
         monkeypatch.setattr(os, "write", write)
         try:
-            found = install.install(new, root)[0].manifest["version"]
+            found = str(install.install(new, root)[0].version)
         except OSError as error:
             found = str(error)
         monkeypatch.setattr(os, "write", real)
@@ -623,3 +625,147 @@ def test_a_device_updates_itself_from_what_was_published(made: tuple[Shop, Path,
         assert done(*update).startswith("small 1.10.0 for openvino runs: ")
         assert "'owner' is no role of a repository" in here.refused("publish", "--rotate", "owner", *publish)
         assert "expires first" in done("publish", *publish)
+
+
+@pytest.mark.usefixtures("tried")
+@pytest.mark.parametrize("damage", ["{", "{}", '{"name": 5}', None])
+@pytest.mark.parametrize("name", ["manifest.json", "model.sig", "run.pyz"])
+def test_whatever_is_damaged_of_what_runs_the_one_before_runs_again(
+    root: Path, old: Path, new: Path, name: str, damage: str | None
+) -> None:
+    for repair in (False, True):
+        install.install(old, root, allow_downgrade=True)
+        install.install(new, root)
+        path = root / "current" / name
+        path.unlink()
+        if damage is not None:
+            path.write_text(damage)
+        assert installed.status(root)["current"]["version"] == "1.10.0"
+        if repair:
+            assert install.install(new, root)[1] is True
+            assert version(root) == "1.10.0"
+            assert install.rollback(root).version == "1.0.0"
+        else:
+            with pytest.raises(StageFailed, match=r"small 1\.10\.0 .* failed, so small 1\.0\.0 .* runs again"):
+                install.prove(root)
+        assert version(root) == "1.0.0"
+        assert installed.status(root)["selftest"] is None
+
+
+@pytest.mark.usefixtures("tried")
+def test_a_version_that_is_gone_or_cannot_be_read_is_replaced(
+    root: Path, old: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install.install(old, root)
+    install.install(new, root)
+    shutil.rmtree((root / "current").resolve())
+    assert "is version 1.0.0, which is not newer" in refused(root, old)
+    assert install.rollback(root).version == "1.0.0"
+    install.install(new, root)
+
+    def broken(path: Path) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("device.whole.sha256", lambda path: broken(path) if "1.10.0" in str(path) else "x")
+        with pytest.raises(InputError, match="cannot be read: Input/output error"):
+            install.check((root / "current").resolve(), trust.read(root).keys)
+    assert version(root) == "1.10.0"
+
+
+@pytest.mark.usefixtures("tried")
+def test_damaged_notes_cost_no_more_than_the_way_back(root: Path, old: Path, new: Path) -> None:
+    install.install(old, root)
+    install.install(new, root)
+    note = (root / "current").resolve().with_name((root / "current").readlink().name + ".json")
+    for content in (note.read_text().replace("BEGIN", "BEGIM"), '{"key": "\\ud800"}', "", "[]"):
+        note.write_text(content)
+        assert version(root) == "1.10.0"
+        assert install.prove(root)[0].version == "1.10.0"
+        assert install.install(new, root)[1] is False
+
+
+def test_a_folder_of_somebody_else_is_left_alone(
+    shop: Shop, old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pyenv/versions/3.11.7").mkdir(parents=True)
+    assert agent.main(["trust", str(shop.public), "--root", str(tmp_path / "pyenv")]) == 2
+    assert "holds 'versions' and is no root of bitferry's" in capsys.readouterr().err
+    root = shop.device()
+    (root / "versions/3.11.7").mkdir(parents=True)
+    (root / "junk.tar.gz").write_bytes(b"junk")
+    refused(root, root / "junk.tar.gz")
+    assert (root / "versions/3.11.7").is_dir()
+    (root / "current").mkdir()
+    with pytest.raises(InputError, match="is no symbolic link, so this is no root"):
+        install.install(old, root)
+    assert agent.main(["trust", str(tmp_path / "none.pub"), "--root", str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "program", ["print('{\"passed\": false}')", "import os; os.write(1, b'\\xff\\n')", "print('[]')", "print()", "1/0"]
+)
+def test_48_whatever_a_runner_says_that_is_no_pass_is_refused(root: Path, shop: Shop, old: Path, program: str) -> None:
+    def other(bundle: Path) -> None:
+        with zipfile.ZipFile(bundle / "run.pyz", "w") as packed:
+            packed.writestr("__main__.py", program)
+
+    message = refused(root, shop.archive("2.0.0", other), BitferryError)
+    assert "small-openvino-2.0.0-" in message
+
+
+def test_what_was_compiled_on_a_device_is_told_to_be_unsigned(
+    root: Path, shop: Shop, old: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install.install(old, root)
+    here = (root / "current").resolve()
+    run = [sys.executable, str(here / "run.pyz")]
+    check = [*run, "check", "--key", str(shop.public)]
+    assert subprocess.run(check, capture_output=True, check=False).returncode == 0
+    subprocess.run([*run, "rebuild"], capture_output=True, check=True)
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "rebuilt was compiled on a device, and nobody signed it" in done.stderr
+    assert agent.main(["selftest", "--root", str(root)]) == 0
+    assert "the model runs as it was compiled here, which nobody signed" in capsys.readouterr().out
+
+
+def test_a_sign_that_fails_leaves_the_signature(shop: Shop, tmp_path: Path) -> None:
+    bundle = shop.copy("1.0.0")
+    path = sign.sign(bundle, shop.key)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="cannot be read"):
+        sign.sign(bundle, tmp_path / "typo.key")
+    (bundle / ".DS_Store").write_text("x")
+    with pytest.raises(InputError, match="extra: .DS_Store"):
+        sign.sign(bundle, shop.key)
+    assert path.read_bytes() == before
+    (bundle / ".DS_Store").unlink()
+    strange = bundle.rename(bundle.with_name("we*ird"))
+    with pytest.raises(InputError, match="is no name that every device can hold"):
+        sign.archive(strange)
+
+
+def test_the_device_s_program_needs_no_numpy_and_says_what_it_lacks(tmp_path: Path) -> None:
+    write_agent(tmp_path / "agent.pyz")
+    with zipfile.ZipFile(tmp_path / "agent.pyz") as packed:
+        packed.extractall(tmp_path / "agent")  # noqa: S202 - our own
+    hidden = "import sys; sys.modules[{!r}] = None; sys.argv[1:] = ['--help']; sys.path[0] = {!r}; import runpy; "
+    for name, code in (("numpy", 0), ("cryptography", 2)):
+        text = hidden.format(name, str(tmp_path / "agent")) + "runpy.run_path(sys.path[0] + '/__main__.py')"
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == code, done.stderr
+        assert name == "numpy" or done.stderr.startswith("error: this needs the Python package 'cryptography")
+
+
+def test_a_list_of_keys_is_never_written_over_another_file(shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text("mine")
+    with pytest.raises(InputError, match="exists; name another file"):
+        keys.sign_list([shop.public], 2, shop.key, tmp_path / "keys.json")
+    both = tmp_path / "both.pub"
+    both.write_bytes(shop.public.read_bytes() * 2)
+    with pytest.raises(InputError, match="holds several keys; pin one"):
+        trust.take(tmp_path / "new", both)
+    with pytest.raises(InputError, match="is set and empty"):
+        keys.new(tmp_path / "c", "")

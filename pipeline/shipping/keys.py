@@ -16,6 +16,8 @@ PRIVATE, PUBLIC = ".key", ".pub"
 
 def new(path: Path, password: str | None = None) -> tuple[Path, Path]:
     """Write PATH.key, which only its owner may read, and PATH.pub; never over what is there."""
+    if password == "":
+        raise InputError("BITFERRY_KEY_PASSWORD is set and empty; unset it for a key without a password")
     places = [path.with_name(path.name + ending) for ending in (PRIVATE, PUBLIC)]
     if taken := [place for place in places if place.exists() or place.is_symlink()]:
         raise InputError(f"{taken[0]} exists; bundles that it signed would be lost. Name another file")
@@ -68,7 +70,11 @@ def sign_list(publics: Sequence[Path], number: int, key: Path, out: Path, passwo
     payload, signing = trust.text(number, listed), private(key, password)
     trust.parse(payload, "the list")
     made = sign(signature.encoded(payload, trust.KIND), signing)
-    out.write_bytes(trust.enclose(payload, made, name_of(signing, str(key))))
+    try:
+        with out.open("xb") as file:
+            file.write(trust.enclose(payload, made, name_of(signing, str(key))))
+    except FileExistsError:
+        raise InputError(f"{out} exists; name another file with --output") from None
     return out
 
 

@@ -45,6 +45,8 @@ def run(repository: Path, keys: Path, archive: Path | None, role: str | None) ->
         raise InputError("an archive is published or a key replaced, one at a time")
     if archive is not None:
         return add(repository, keys, archive, read_head(archive).manifest)
+    if not (repository / "metadata").is_dir():
+        raise InputError(f"{repository} holds no repository; publish an archive there first")
     if role is None:
         return refresh(repository, keys)
     found = next((one for one in ROLES if one == role), None)

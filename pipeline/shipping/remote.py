@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 import targets
-from device import kept, rebuilt, runner
+from device import kept, runner, whole
 from device.errors import InputError, StageFailed, TargetUnavailable, first_line
 from device.kept import Kept
 from device.measure import Measurement
@@ -174,7 +174,7 @@ class _Visit:
 def _files(bundle: Path) -> dict[str, Path]:
     """List a bundle's files by name; what was rebuilt here fits here, and stays."""
     paths = {path.relative_to(bundle): path for path in sorted(bundle.rglob("*")) if path.is_file()}
-    return {name.as_posix(): path for name, path in paths.items() if name.parts[0] not in rebuilt.PARTS}
+    return {name.as_posix(): path for name, path in paths.items() if name.parts[0] not in whole.PARTS}
 
 
 def _json(done: Done, device: Device) -> dict[str, Any]:

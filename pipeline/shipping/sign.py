@@ -1,34 +1,34 @@
 """A bundle → its signature, and one archive with both: the same bytes for the same bundle and key."""
 
 import gzip
-import io
 import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from device import rebuilt, runner, signature, whole
+from device import atomic, runner, signature, strict, whole
 from device.archive import MANIFEST
 from device.errors import InputError
 from pipeline import progress
 from pipeline.shipping import keys
 
 ENDING = ".tar.gz"
-APART = frozenset({signature.FILE, *rebuilt.PARTS})
+APART = frozenset({signature.FILE, *whole.PARTS})
 LEVEL = 6
+MOST_BYTES = 8**11
+"""Of a file, as POSIX ustar writes its size."""
 
 
 def sign(bundle: Path, key: Path, password: str | None = None) -> Path:
     """Write BUNDLE/model.sig, in the OpenSSF model-signing format, over every file that belongs to the bundle."""
     bundle = bundle.resolve()  # `.` has no name
     manifest = runner.read_manifest(bundle)
-    (bundle / signature.FILE).unlink(missing_ok=True)
-    runner.check(bundle, manifest)
     signing = keys.private(key, password)
+    runner.check(bundle, manifest)
     payload = signature.statement(bundle.name, whole.digests(bundle, without=APART))
     made = keys.sign(signature.encoded(payload), signing)
     path = bundle / signature.FILE
-    path.write_bytes(signature.enclose(payload, made, keys.name_of(signing, str(key))))
+    atomic.write(path, signature.enclose(payload, made, keys.name_of(signing, str(key))))
     return path
 
 
@@ -39,6 +39,8 @@ def archive(bundle: Path, out: Path | None = None) -> Path:
     if not (bundle / signature.FILE).is_file():
         raise InputError(f"{bundle} is not signed; `bitferry sign {bundle} --key KEY` first")
     names = sorted(whole.digests(bundle, without=APART - {signature.FILE}))
+    if strange := [name for name in names if not strict.plain(f"{bundle.name}/{name}")]:
+        raise InputError(f"{bundle.name}/{strange[0]} is no name that every device can hold; rename it, or the folder")
     first = [MANIFEST, signature.FILE]
     date = _date()
     part = out.with_name(f".{out.name}.part")
@@ -55,14 +57,17 @@ def archive(bundle: Path, out: Path | None = None) -> Path:
 def _pack(bundle: Path, names: Sequence[str], packed: gzip.GzipFile, date: int) -> None:
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name in names:
-            _add(tar, f"{bundle.name}/{name}", (bundle / name).read_bytes(), date)
+            _add(tar, f"{bundle.name}/{name}", bundle / name, date)
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes, date: int) -> None:
+def _add(tar: tarfile.TarFile, name: str, path: Path, date: int) -> None:
     member = tarfile.TarInfo(name)
-    member.size, member.mode, member.mtime = len(content), 0o644, date
+    member.size, member.mode, member.mtime = path.stat().st_size, 0o644, date
+    if member.size >= MOST_BYTES:
+        raise InputError(f"{path} has {member.size:,} bytes; a tar holds less than {MOST_BYTES:,} of each file")
     try:
-        tar.addfile(member, io.BytesIO(content))
+        with path.open("rb") as file:
+            tar.addfile(member, file)
     except ValueError as error:
         raise InputError(f"{name} is too long a name for an archive") from error
 
