@@ -242,14 +242,7 @@ def verify(
     if subject.is_dir():
         if target or precision or allow_unmeasured:
             raise InputError(f"{subject} is a bundle; leave out --target, --precision and --allow-unmeasured")
-        from pipeline import recheck
-
-        if host is None:
-            raise typer.Exit(recheck.show(recheck.verify(subject, data, effort=effort), as_json=json_))
-        from pipeline.shipping import remote
-
-        found = remote.verify(subject, host, data, python=python, effort=effort, ssh=remote.command(ssh))
-        raise typer.Exit(recheck.show(found, as_json=json_))
+        raise typer.Exit(cli_ship.verify(subject, data, effort, (host, ssh, python), as_json=json_))
     if data is not None or host is not None:
         raise InputError("--data and --host are for a bundle; a recipe names its own data and runs here")
 

@@ -5,9 +5,12 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.measure.latency import Effort
 
 commands = typer.Typer()
 keys = typer.Typer(help="Make the keys that sign bundles, and the lists of keys that devices trust.")
@@ -119,6 +122,21 @@ def device(
 
     write_agent(output)
     typer.echo(output)
+
+
+def verify(
+    bundle: Path, data: Path | None, effort: "Effort", there: tuple[str | None, str, str], *, as_json: bool
+) -> int:
+    """Prove a bundle anew, here or on another machine (its name, how to call ssh, its Python); give the exit code."""
+    from pipeline import recheck
+
+    host, ssh, python = there
+    if host is None:
+        return recheck.show(recheck.verify(bundle, data, effort=effort), as_json=as_json)
+    from pipeline.shipping import remote
+
+    found = remote.verify(bundle, host, data, python=python, effort=effort, ssh=remote.command(ssh))
+    return recheck.show(found, as_json=as_json)
 
 
 @commands.command()
