@@ -48,6 +48,11 @@ AllowUnmeasured = Annotated[
 Minutes = Annotated[
     float | None, typer.Option("--search-minutes", min=0, help="Of precision auto: how long to look for mixes.")
 ]
+Host = Annotated[
+    str | None, typer.Option(help="For a bundle: verify it there, over ssh, as user@device; needs Python 3.11.")
+]
+Ssh = Annotated[str, typer.Option(help="With --host: how to call ssh, as 'ssh -p 2222 -i key'.")]
+PythonThere = Annotated[str, typer.Option("--python", help="With --host: the Python there that has the runtime.")]
 PrecisionName = Annotated[str | None, typer.Option("--precision", help="Instead of the recipe's: auto, int8, …")]
 
 
@@ -226,11 +231,9 @@ def verify(
     data: Annotated[
         Path | None, typer.Option(help="For a bundle: labelled images, as in a recipe, to measure its accuracy on.")
     ] = None,
-    host: Annotated[
-        str | None, typer.Option(help="For a bundle: verify it there, over ssh, as user@device; needs Python 3.11.")
-    ] = None,
-    ssh: Annotated[str, typer.Option(help="With --host: how to call ssh, as 'ssh -p 2222 -i key'.")] = "ssh",
-    python: Annotated[str, typer.Option(help="With --host: the Python there that has the runtime.")] = "python3",
+    host: Host = None,
+    ssh: Ssh = "ssh",
+    python: PythonThere = "python3",
     allow_unmeasured: AllowUnmeasured = False,
     json_: Json = False,
 ) -> None:
