@@ -246,8 +246,10 @@ def verify(
         if target or precision or allow_unmeasured:
             raise InputError(f"{subject} is a bundle; leave out --target, --precision and --allow-unmeasured")
         raise typer.Exit(cli_ship.verify(subject, data, effort, (host, ssh, python), as_json=json_))
-    if data is not None or host is not None:
-        raise InputError("--data and --host are for a bundle; a recipe names its own data and runs here")
+    if data is not None:
+        raise InputError("--data is for a bundle; a recipe names its own data")
+    if host is not None:
+        raise InputError("--host is for a bundle; a recipe is verified here")
 
     from pipeline.asked import asked
 

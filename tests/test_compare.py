@@ -376,12 +376,14 @@ class TestSelftest:
         done = selftest(bundle)
         assert (done.returncode, done.stderr) == (0, "")
         lines = done.stdout.splitlines()
-        assert [line.split("\t")[0] for line in lines[:-1]] == [
+        assert [line.split("\t")[0] for line in lines[:-2]] == [
             f"golden-{i}" for i in ("1.jpg", "2.png", "3.png", "4.jpg")
         ]
+        assert lines[-2].endswith(" ms, the median of a few calls")
         assert lines[-1] == "every golden file is answered as it was verified"
         found = strictly(selftest(bundle, "--json").stdout)
-        assert set(found) == {"passed", "score_limit", "differences"}
+        assert set(found) == {"passed", "score_limit", "differences", "milliseconds"}
+        assert found["milliseconds"] > 0
         assert found["passed"] is True
         assert found["score_limit"] == record.read_verdict(bundle / "verdict.json").golden.score_limit
 

@@ -15,7 +15,7 @@ from tests.conftest import BITFERRY, Project, write_project
 STAGES = (
     "data", "train", "quantize", "export", "simplify", "compile", "baseline", "answers", "rung", "verify", "bundle"
 )  # fmt: skip
-TIMED = {"manifest.json", "verdict.json", "report.html"}
+TIMED = {"manifest.json", "verdict.json", "report.html", "bom.cdx.json"}
 TRACES = ("quantize", "trace", "export")
 COMMAND = (BITFERRY, "deploy", "small.toml", "--target", "openvino", "--quick")
 

@@ -222,7 +222,7 @@ def test_the_inspector_s_words_are_read_as_documented() -> None:
 
 
 def test_an_unmeasured_bundle_says_so_and_cannot_be_built_again_here(
-    rtx: Any, deployed: Project, tmp_path: Path
+    rtx: Any, deployed: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not rtx.environment(options=rtx.Options()).unmeasured:
         pytest.skip("there is a GPU here")
@@ -238,7 +238,8 @@ def test_an_unmeasured_bundle_says_so_and_cannot_be_built_again_here(
     assert {path.name for path in bundle.glob("model.*")} == {"model.engine", "model.json", "model.onnx"}
     from device import commands  # noqa: PLC0415
 
-    assert commands.main(rtx, bundle, ["check"]) == 0
+    assert commands.main(rtx, bundle, ["check"]) == 2
+    assert "does not fit this machine: no NVIDIA GPU" in capsys.readouterr().err
     assert commands.main(rtx, bundle, ["rebuild"]) == 2
     assert commands.main(rtx, bundle, ["selftest"]) == 2
 
