@@ -34,7 +34,7 @@ def summary(every: Sequence[Mapping[str, Any]]) -> str:
             if ours := _ours(recipe, runtime):
                 for peer, own in _by_peer(recipe, runtime).items():
                     noise = (_decibels(ours), _decibels(min(own, key=_noise)))
-                    lines.append([recipe["name"], title, PEERS[peer], _interval(ours, min(own, key=p50)), *noise])
+                    lines.append([recipe["name"], title, PEERS[peer], _interval(ours, _fastest(ours, own)), *noise])
     more = [line for kept in every for line in _whole(kept["recipe"])]
     return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *more]) + "\n"
 
@@ -90,8 +90,17 @@ def _auto(recipe: Mapping[str, Any]) -> Iterator[str]:
 def _rivals(recipe: Mapping[str, Any], runtime: str) -> Iterator[Row]:
     """Choose of each peer's results the fastest, the nearest to float, and the one best known."""
     for own in _by_peer(recipe, runtime).values():
-        chosen = [min(own, key=p50), min(own, key=_noise), *(row for row in own if row["name"] == KNOWN)]
+        chosen = [
+            _fastest(_ours(recipe, runtime) or own[0], own),
+            min(own, key=_noise),
+            *(row for row in own if row["name"] == KNOWN),
+        ]
         yield from (row for row in own if any(row is one for one in chosen))
+
+
+def _fastest(ours: Row, own: Sequence[Row]) -> Row:
+    """Choose the row that we look worst beside, by the very ratio that is told."""
+    return max(own, key=lambda row: ratio_interval(_blocks(ours), _blocks(row))[0])
 
 
 def _by_peer(recipe: Mapping[str, Any], runtime: str) -> dict[str, list[Row]]:

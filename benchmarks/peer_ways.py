@@ -47,6 +47,8 @@ class Way:
     precision: Precision = "int8"
     why: str = ""
     """There is no file."""
+    options: Any = None
+    """Of the runtime, where they are not the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,15 @@ def _ours(run: Run, auto: Run | None) -> Iterator[Way]:
         name = 'bitferry, `precision = "auto"`'
         try:
             chosen = choose(auto, OPENVINO)
-            yield Way("auto", f"{name}: {chosen.title}", OPENVINO, chosen.compiled.path, chosen.precision)
+            yield Way(
+                "auto",
+                f"{name}: {chosen.title}",
+                OPENVINO,
+                chosen.compiled.path,
+                chosen.precision,
+                "",
+                chosen.compiled.options,
+            )
         except BitferryError as error:
             yield Way("auto", name, OPENVINO, why=str(error))
 

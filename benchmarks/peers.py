@@ -111,7 +111,9 @@ def measure(run: Run, ways: Sequence[Way], baseline: Outputs, seconds: float) ->
 
 def _load(run: Run, way: Way, path: Path) -> Predict:
     target = targets.get(way.runtime)
-    predict: Predict = target.load(path, precision=way.precision, options=run.recipe.options(way.runtime))
+    predict: Predict = target.load(
+        path, precision=way.precision, options=way.options or run.recipe.options(way.runtime)
+    )
     return predict
 
 

@@ -246,11 +246,8 @@ def verify(
         if target or precision or allow_unmeasured:
             raise InputError(f"{subject} is a bundle; leave out --target, --precision and --allow-unmeasured")
         raise typer.Exit(cli_ship.verify(subject, data, effort, (host, ssh, python), as_json=json_))
-    if data is not None:
-        raise InputError("--data is for a bundle; a recipe names its own data")
-    if host is not None:
-        raise InputError("--host is for a bundle; a recipe is verified here")
-
+    if data is not None or host is not None:
+        raise InputError(f"--{'host' if data is None else 'data'} is for a bundle; a recipe names its own data")
     from pipeline.asked import asked
 
     recipe, names = asked(subject, target, precision=precision, minutes=search_minutes)

@@ -71,7 +71,7 @@ def until_stopped(what: str) -> Iterator[Callable[[], bool]]:
     def stop(number: int, frame: FrameType | None) -> None:
         pressed.append(number)
         signal.signal(signal.SIGINT, before)
-        stage(what, "ends with the best so far; Ctrl-C again stops at once")
+        stage(what, "ends with the best as soon as there is one; Ctrl-C again stops at once")
 
     signal.signal(signal.SIGINT, stop)
     try:

@@ -87,7 +87,7 @@ def _quantize(
 
     from pipeline.quantization.annotate import SchemeQuantizer  # noqa: PLC0415
     from pipeline.quantization.finetune import Course  # noqa: PLC0415
-    from pipeline.quantization.graph import round_before_pools  # noqa: PLC0415
+    from pipeline.quantization.graph import part_convolutions, round_before_pools  # noqa: PLC0415
     from pipeline.quantization.steps import calibrate  # noqa: PLC0415
 
     torch.set_num_threads(usable_cpus())  # else it is what ran before in this process, and sums depend on it
@@ -99,7 +99,9 @@ def _quantize(
         given = lessons.data.images
         course = Course(given, model.module(), settings.epochs, settings.learning_rate, lessons.training, checkpoint)
     with torch.no_grad():
-        prepared = prepare_pt2e(captured(model).module(), SchemeQuantizer(scheme, settings.keep))
+        graph = captured(model).module()
+        part_convolutions(graph)
+        prepared = prepare_pt2e(graph, SchemeQuantizer(scheme, settings.keep))
         found = calibrate(prepared, images, settings, course)
         if found.equalized is not None:
             torch.export.save(export_program(found.equalized, example), out / "equalized.pt2")

@@ -18,7 +18,7 @@ import torch
 
 import targets
 from device import pixels
-from device.errors import BitferryError, first_line
+from device.errors import first_line
 from pipeline import progress
 from pipeline.measure import latency, sensitivity
 from pipeline.measure.accuracy import judge_accuracy
@@ -54,7 +54,7 @@ def choose(run: Run, name: str) -> Deployment:
         progress.stage("search", f"{name} cannot be timed here, so {first} is built")
         return Deployment(run, name, first)
     with progress.timed("search", name), progress.until_stopped("search") as stopped:
-        search = _Searching(run, stopped, time.monotonic() + 60 * run.recipe.search.minutes)
+        search = _Searching(run, stopped, run.recipe.search.minutes)
         search.weigh_whole(name, found.fast)
         search.weigh_slowed()
         search.weigh_efforts()
@@ -67,8 +67,8 @@ def choose(run: Run, name: str) -> Deployment:
 class _Searching:
     """A search on its way: what was tried, in the order it was tried."""
 
-    def __init__(self, run: Run, stopped: Callable[[], bool], deadline: float) -> None:
-        self.run, self.stopped, self.deadline = run, stopped, deadline
+    def __init__(self, run: Run, stopped: Callable[[], bool], minutes: float) -> None:
+        self.run, self.stopped, self.minutes, self.deadline = run, stopped, minutes, np.inf
         self.trials: list[Trial] = []
         self.looks, self.timings, self.start = 0, 0, time.monotonic()
         given = run.calibration.images  # spread, for a folder is sorted by class
@@ -98,6 +98,7 @@ class _Searching:
             built += [trial] if trial else []
         others = [other for trial in built for other in self._otherwise(trial, fast)]
         self.trials = self._timed([*built, *others])
+        self.deadline = time.monotonic() + 60 * self.minutes  # what comes now may be left out
         judged: set[str] = set()
         for trial in sorted(self.trials, key=lambda one: one.ms):
             if trial.way.compiled.key not in judged and self.looks < MOST_LOOKS:
@@ -196,7 +197,7 @@ class _Searching:
         except progress.Stopped:
             progress.stage("search", f"{way.title} is left out: it was not done in time; another run goes on with it")
             return None
-        except (BitferryError, RuntimeError, TypeError, ValueError) as error:  # what torch and torchao raise, too
+        except Exception as error:  # torch, torchao and the runtimes raise anything
             if needed:
                 raise
             progress.stage("search", f"{way.title} is left out: {first_line(error)}")

@@ -23,6 +23,7 @@ from pipeline.quantization.graph import (
     answers,
     layers,
     own_tensors,
+    part_convolutions,
     quality,
     round_before_pools,
     rounded_answers,
@@ -474,3 +475,46 @@ def test_rounding_before_a_max_pooling_as_well_changes_no_value(images: Tensor, 
         assert torch.equal(plain(images), pooled(images))
     assert rounded(plain) == [False, False]
     assert rounded(pooled) == [True, False]
+
+
+class Shared(nn.Module):
+    """A convolution whose output is taken before its batch norm, too, and one that has another batch norm each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        with torch.no_grad():
+            for i, norm in enumerate([self.norm, *self.norms]):
+                cast(nn.BatchNorm2d, norm).running_mean.add_(0.3 + i)  # type: ignore[union-attr]
+                cast(nn.BatchNorm2d, norm).weight.mul_(1.5 - 0.4 * i)
+                cast(nn.BatchNorm2d, norm).bias.add_(0.2 * i)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.norm(x).relu()
+        for norm in self.norms:
+            x = norm(self.twice(x)).relu()
+        found: Tensor = x.mean((2, 3))
+        return found
+
+
+def test_batch_norms_are_folded_into_convolutions_of_their_own(images: Tensor) -> None:
+    model = Deployable(Shared(), CONTRACT).eval()
+
+    def prepared_answers(*, parted: bool) -> Tensor:
+        with torch.no_grad():
+            graph = cast(fx.GraphModule, export_program(model, images[:2]).module())
+            if parted:
+                part_convolutions(graph)
+            made = prepare_pt2e(graph, SchemeQuantizer(Scheme()))
+            set_mode(made, "off")
+            found: Tensor = made(images[:8])
+            return found
+
+    with torch.no_grad():
+        wanted = model(images[:8])
+    torch.testing.assert_close(prepared_answers(parted=True), wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(prepared_answers(parted=False), wanted, rtol=1e-2, atol=1e-2)  # else it needs no parting

@@ -212,7 +212,8 @@ def test_ctrl_c_ends_what_runs_there_and_takes_its_folder_away(bundle: Path, boa
     held = board.folder / "held"
     hold = f'if [ "$2" = selftest ]; then echo $$ > {shlex.quote(str(held))}; exec sleep 600; fi'
     python = board.program("holds", f'{hold}\nexec {shlex.quote(board.python)} "$@"')
-    code = "import sys; from pathlib import Path; from pipeline.shipping import remote; "
+    code = "import signal, sys; from pathlib import Path; from pipeline.shipping import remote; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job of a shell ignores it
     code += "remote.verify(Path(sys.argv[1]), 'board', python=sys.argv[2], ssh=sys.argv[3:])"
     words = [sys.executable, "-c", code, str(bundle), python, *board.ssh]
     started = subprocess.Popen(

@@ -29,16 +29,24 @@ class Spared(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.name != self.spared:
             return super().run_node(n)
-        source = n.args[0]
-        while rounds(cast(fx.Node, source)):
-            source = cast(fx.Node, source).args[0]
-        return self.layer(self.env[cast(fx.Node, source)])
+        return self.layer(self._exact(cast(fx.Node, n.args[0])))
+
+    def _exact(self, node: fx.Node) -> Tensor:
+        """Give a value as it was before it was rounded, before a max pooling as well."""
+        while rounds(node):
+            node = cast(fx.Node, node.args[0])
+        if node.target is torch.ops.aten.max_pool2d.default and rounds(cast(fx.Node, node.args[0])):
+            pooled: Tensor = node.target(self._exact(cast(fx.Node, node.args[0])), *node.args[1:], **node.kwargs)
+            return pooled
+        exact: Tensor = self.env[node]
+        return exact
 
 
 def blames(program: Program, images: Images) -> tuple[Blame, ...]:
     """Give what noise (a share of the scores' power) would go with each layer in float, the largest share first.
 
-    `images` are N×H×W×3 uint8. A layer whose float twin is not found, as one that is no module's, is left out.
+    `images` are N×H×W×3 uint8. A layer whose float twin is not found, or whose weight is computed,
+    is left out.
     """
     quantized = cast(fx.GraphModule, program.module())
     given = torch.from_numpy(images.copy())
@@ -49,17 +57,25 @@ def blames(program: Program, images: Images) -> tuple[Blame, ...]:
         before = noise_share(reference, _answers(quantized, batches))
         pairs = twins(exported, quantized)
         layers = [node for node in quantized.graph.nodes if node.target in LAYERS and node.name in pairs]
+        layers = [node for node in layers if _plain(_parts(exported, pairs[node.name]))]
         found = []
         for node in progress.track(layers, "blame layers", total=len(layers)):
             spared = Spared(quantized, node.name, _float_layer(exported, pairs[node.name]))
             found.append(Blame(layer_name(node), before - noise_share(reference, _answers(spared.run, batches))))
-    return tuple(sorted(found, key=lambda blame: -blame.noise))
+    return _by_name(found)
+
+
+def _by_name(found: Sequence[Blame]) -> tuple[Blame, ...]:
+    """Add up the layers that go by one name, which are kept in float together."""
+    names = dict.fromkeys(one.name for one in found)
+    summed = [Blame(name, sum(one.noise for one in found if one.name == name)) for name in names]
+    return tuple(sorted(summed, key=lambda blame: -blame.noise))
 
 
 def layer_names(program: Program) -> set[str]:
     """Name the layers of an int8 program as `quantization.keep` knows them."""
     graph = cast(fx.GraphModule, program.module()).graph
-    return {layer_name(node) for node in graph.nodes if node.target in LAYERS}
+    return {layer_name(node) for node in graph.nodes if node.target in LAYERS and rounds(cast(fx.Node, node.args[1]))}
 
 
 def _answers(model: Layer, batches: Sequence[Tensor]) -> Outputs:
@@ -68,8 +84,7 @@ def _answers(model: Layer, batches: Sequence[Tensor]) -> Outputs:
 
 def _float_layer(exported: fx.GraphModule, name: str) -> Layer:
     """Give a layer of the float program, with its batch norm if it has one, as a function of its input."""
-    last = next(node for node in exported.graph.nodes if node.name == name)
-    nodes = [last] if last.target in LAYERS else [cast(fx.Node, last.args[0]), last]
+    nodes = _parts(exported, name)
 
     def compute(value: Tensor) -> Tensor:
         for node in nodes:
@@ -79,6 +94,17 @@ def _float_layer(exported: fx.GraphModule, name: str) -> Layer:
         return value
 
     return compute
+
+
+def _parts(exported: fx.GraphModule, name: str) -> list[fx.Node]:
+    """Give a layer's own node, and its batch norm's."""
+    last = next(node for node in exported.graph.nodes if node.name == name)
+    return [last] if last.target in LAYERS else [cast(fx.Node, last.args[0]), last]
+
+
+def _plain(nodes: Sequence[fx.Node]) -> bool:
+    """Say whether a layer has nothing but its input and constants: a weight may be computed, too."""
+    return all(given.op == "get_attr" for node in nodes for given in node.all_input_nodes if given is not node.args[0])
 
 
 def _constant(exported: fx.GraphModule, node: fx.Node) -> Any:
