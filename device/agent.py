@@ -89,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BitferryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; what ran runs on, and the next command clears what was begun", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

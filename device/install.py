@@ -282,7 +282,9 @@ def _clear(root: Path) -> None:
 
     Only names that are given here are removed; one that cannot be is left.
     """
-    here = current(root)
+    incoming, here = root / INCOMING, current(root)
+    if incoming.exists() or incoming.is_symlink():
+        atomic.remove(incoming)
     if here and not here.folder.is_dir():
         return  # what was meant to run is gone; nothing that may take its place goes, too
     kept = {here.folder.name, str(installed.note(here.folder).get("before"))} if here else set()
@@ -290,6 +292,3 @@ def _clear(root: Path) -> None:
         if OURS.fullmatch(path.name) and path.name.removesuffix(NOTE) not in kept:
             with contextlib.suppress(OSError):
                 atomic.remove(path)
-    incoming = root / INCOMING
-    if incoming.exists() or incoming.is_symlink():
-        atomic.remove(incoming)

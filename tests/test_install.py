@@ -659,6 +659,7 @@ def test_a_version_that_is_gone_or_cannot_be_read_is_replaced(
     install.install(old, root)
     install.install(new, root)
     shutil.rmtree((root / "current").resolve())
+    (root / ".incoming").mkdir()
     assert "is version 1.0.0, which is not newer" in refused(root, old)
     assert install.rollback(root).version == "1.0.0"
     install.install(new, root)
