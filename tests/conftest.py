@@ -161,10 +161,10 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the two runtimes and Pillow, and nothing else of ours."""
+    """An environment with the two runtimes, Pillow and cryptography, and nothing else of ours."""
     folder = tmp_path_factory.mktemp("bare") / "venv"
     uv = Path(sys.executable).with_name("uv")
-    packages = [f"{name}=={version(name)}" for name in ("openvino", "onnxruntime", "numpy", "pillow")]
+    packages = [f"{name}=={version(name)}" for name in ("openvino", "onnxruntime", "numpy", "pillow", "cryptography")]
     environment = plain_environment(VIRTUAL_ENV=str(folder))
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True, env=environment)
     subprocess.run([uv, "pip", "install", "--quiet", *packages], check=True, env=environment)

@@ -386,13 +386,24 @@ def test_keys_are_rotated_by_a_list_that_a_trusted_key_signed(
     assert len(trust.read(root).keys) == 1
 
 
-def test_the_device_s_program_alone_installs(root: Path, old: Path, tmp_path: Path) -> None:
+def test_the_device_s_program_installs_where_there_is_no_torch(
+    root: Path, shop: Shop, old: Path, tmp_path: Path, bare: Path
+) -> None:
     write_agent(tmp_path / "agent.pyz")
-    run = [sys.executable, "-I", str(tmp_path / "agent.pyz")]
+    run = [str(bare), str(tmp_path / "agent.pyz")]
     done = subprocess.run([*run, "install", str(old), "--root", str(root)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = subprocess.run([*run, "status", "--root", str(root), "--json"], capture_output=True, text=True, check=True)
     assert json.loads(told.stdout)["current"]["version"] == "1.0.0"
+    for words in (
+        ["check", "--key", str(shop.public)],
+        ["selftest"],
+        ["predict", "current/golden/golden-1.jpg", "--json"],
+    ):
+        command = [str(bare), str(root / "current/run.pyz"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+        assert done.returncode == 0, done.stderr
+    assert subprocess.run([bare, "-c", "import torch"], capture_output=True, check=False).returncode == 1
     again = tmp_path / "again.pyz"
     write_agent(again)
     assert again.read_bytes() == (tmp_path / "agent.pyz").read_bytes()
