@@ -47,10 +47,10 @@ def _check(bundle: Path, key: Path | None) -> int:
 def _check_signature(bundle: Path, key: Path) -> None:
     """Raise InputError unless this key signed every file."""
     try:
-        from device import install, signature  # noqa: PLC0415 - cryptography, which predicting does without
+        from device import signature  # noqa: PLC0415 - cryptography, which predicting does without
     except ImportError as error:
         raise TargetUnavailable("a signature is checked with the Python package 'cryptography'") from error
-    install.check(bundle, [signature.public_key(key.read_bytes(), str(key))])
+    signature.check(bundle, [signature.public_key(key.read_bytes(), str(key))])
     if (bundle / whole.REBUILT).exists():
         raise InputError(f"{bundle}/{whole.REBUILT} was compiled on a device, and nobody signed it; remove it")
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,6 @@ OURS = re.compile(r".+-[0-9a-f]{12}(-again)?(\.json)?|\..+\.json\.part")
 """Names in ROOT/versions."""
 SPARE_BYTES = 1 << 20
 """Left free on the disk, for what is written beside the bundle."""
-UNLIKE, REMEDY = "is not as it was signed", "take it anew from where it was published"
 MINUTES = 10
 """Of a self-test, which is then taken for one that hangs."""
 
@@ -93,7 +92,7 @@ def prove(root: Path) -> tuple[Installed, Mapping[str, Any]]:
         if here is None:
             raise InputError(f"nothing is installed in {root}")
         try:
-            check(here.folder, installed.keys(root, here))
+            signature.check(here.folder, installed.keys(root, here))
             found = selftest(here.folder)
         except BitferryError as error:
             fault = error
@@ -112,28 +111,10 @@ def _back(root: Path, here: Installed, why: str) -> Installed:
     before = installed.before(root, here)
     if before is None:
         raise InputError(f"{root} has nothing to go back to")
-    check(before.folder, installed.keys(root, before))
+    signature.check(before.folder, installed.keys(root, before))
     atomic.point(root / CURRENT, f"{VERSIONS}/{before.folder.name}")
     tell(root, f"rolled back from {here.version}: {why}", {})
     return before
-
-
-def check(folder: Path, keys: Sequence[Key]) -> signature.Signed:
-    """Compare every file of an unpacked bundle with its signature; raise InputError naming what differs.
-
-    What was rebuilt on the device is signed by nobody; `rebuilt.find` compares it with a manifest of its own.
-    """
-    path = folder / signature.FILE
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{folder} is not signed: it has no {signature.FILE}") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    signed = signature.verify(content, keys, str(path))
-    apart = frozenset({signature.FILE, *whole.PARTS})
-    whole.compare(whole.digests(folder, without=apart), signed.digests, f"{folder} {UNLIKE}", REMEDY)
-    return signed
 
 
 def selftest(folder: Path) -> Mapping[str, Any]:
@@ -184,7 +165,7 @@ def _listed(head: archive.Head, signed: signature.Signed, path: Path) -> dict[st
 def _whole(root: Path, here: Installed) -> bool:
     """Say whether what runs is as it was signed, so that installing it again would change nothing."""
     try:
-        check(here.folder, installed.keys(root, here))
+        signature.check(here.folder, installed.keys(root, here))
     except InputError:
         return False
     return True
@@ -229,7 +210,7 @@ def _unpack(
         place.parent.mkdir(parents=True, exist_ok=True)
         atomic.pour(place, _hashed(reader.parts(), hashing))
         found[member.name] = hashing.hexdigest()
-    whole.compare(found, digests, f"{reader.path} {UNLIKE}", REMEDY)
+    whole.compare(found, digests, f"{reader.path} {signature.UNLIKE}", signature.REMEDY)
     for folder in (*(path for path in incoming.rglob("*") if path.is_dir()), incoming):
         atomic.settle(folder)
     manifest = head.manifest

@@ -1,6 +1,5 @@
 """A bundle's model compiled again on the device, into `rebuilt/`, where the file that was shipped does not fit."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, Protocol
 
 from device import onnx_file
 from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
-from device.whole import REBUILT
+from device.whole import REBUILT, sha256
 
 SOURCE = "model.onnx"
 
@@ -44,7 +43,7 @@ def rebuild(bundle: Path, manifest: dict[str, Any], compiler: Compiler, options:
             "runtime": {"name": found.runtime, "version": found.version, "device": found.device},
             "precision": model["precision"],
             "options": model["options"],
-            "files": {path.name: _sha256(path) for path in sorted(part.iterdir())},
+            "files": {path.name: sha256(path) for path in sorted(part.iterdir())},
         }
         (part / "manifest.json").write_text(json.dumps(note, indent=2) + "\n")
         _publish(part, bundle)
@@ -65,7 +64,7 @@ def find(bundle: Path, manifest: dict[str, Any]) -> Path | None:
         raise InputError(f"{folder}/manifest.json cannot be used ({error!r}); {_REMEDY}") from error
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     strange = present ^ {*files, "manifest.json"}
-    strange |= {name for name in present & set(files) if _sha256(folder / name) != files[name]}
+    strange |= {name for name in present & set(files) if sha256(folder / name) != files[name]}
     if strange or manifest["model"]["file"] not in files:
         raise InputError(
             f"{folder} is not as it was built (see {', '.join(sorted(strange)) or 'its model'}); {_REMEDY}"
@@ -102,7 +101,3 @@ def _publish(part: Path, bundle: Path) -> None:
             old.rename(final)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -20,6 +21,7 @@ from device import strict, whole
 from device.errors import InputError
 
 FILE = whole.SIGNATURE
+UNLIKE, REMEDY = "is not as it was signed", "take it anew from where it was published"
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -122,6 +124,24 @@ def verify(content: bytes, keys: Sequence[Key], where: str) -> Signed:
         raise InputError(f"{where} has {count} signatures of {kind!r:.60}; one of {PAYLOAD_TYPE!r} is expected")
     key = by(keys, hint, signatures[0], encoded(payload), where)
     return _signed(strict.read(payload, where), key, where)
+
+
+def check(folder: Path, keys: Sequence[Key]) -> Signed:
+    """Compare every file of an unpacked bundle with its signature; raise InputError naming what differs.
+
+    What was rebuilt on the device is signed by nobody; `rebuilt.find` compares it with a manifest of its own.
+    """
+    path = folder / FILE
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{folder} is not signed: it has no {FILE}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    signed = verify(content, keys, str(path))
+    apart = frozenset({FILE, *whole.PARTS})
+    whole.compare(whole.digests(folder, without=apart), signed.digests, f"{folder} {UNLIKE}", REMEDY)
+    return signed
 
 
 def by(keys: Sequence[Key], name: object, signature: bytes, message: bytes, where: str) -> Key:

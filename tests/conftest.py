@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -169,6 +170,26 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True, env=environment)
     subprocess.run([uv, "pip", "install", "--quiet", *packages], check=True, env=environment)
     return folder / "bin/python"
+
+
+@contextlib.contextmanager
+def begun(command: list[str | Path], stage: str, project: Project) -> Iterator[subprocess.Popen[str]]:
+    """Start a command in a session of its own, and go on as soon as it says that `stage` began."""
+    with subprocess.Popen(
+        command,
+        cwd=project.folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith(stage) and line.rstrip().endswith("…"):
+                break
+        else:
+            raise AssertionError(f"the run ended without beginning {stage}")
+        yield running
 
 
 def verdicts(project: Project) -> dict[str, dict[str, object]]:

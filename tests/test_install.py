@@ -64,7 +64,7 @@ def version(root: Path) -> str:
     """Give the version that runs, once every byte of it was compared with its signature."""
     here = installed.current(root)
     assert here is not None
-    install.check(here.folder, trust.read(root).keys)
+    signature.check(here.folder, trust.read(root).keys)
     return str(here.version)
 
 
@@ -276,7 +276,7 @@ def test_37_every_file_that_is_extra_missing_changed_or_swapped_is_named(root: P
     (bare / "extra.txt").write_text("x")
     (bare / "run.pyz").unlink()
     with pytest.raises(InputError) as caught:
-        install.check(bare, trust.read(root).keys)
+        signature.check(bare, trust.read(root).keys)
     for told in (
         "missing: run.pyz",
         "changed: golden/golden-1.jpg, golden/golden-4.jpg, model.bin",
@@ -439,10 +439,10 @@ def test_the_signature_is_one_of_openssf_s_both_ways(shop: Shop) -> None:
     ]
     subprocess.run(done, capture_output=True, check=True)
     trusted = [signature.public_key(shop.public.read_bytes(), "it")]
-    assert install.check(bundle, trusted).name == bundle.name
+    assert signature.check(bundle, trusted).name == bundle.name
     (bundle / "model.bin").write_bytes(b"other")
     with pytest.raises(InputError, match="changed: model.bin"):
-        install.check(bundle, trusted)
+        signature.check(bundle, trusted)
 
 
 def test_a_key_is_never_written_over_and_its_password_is_asked_for(tmp_path: Path) -> None:
@@ -681,7 +681,7 @@ def test_a_version_that_is_gone_or_cannot_be_read_is_replaced(
     with monkeypatch.context() as patched:
         patched.setattr("device.whole.sha256", lambda path: broken(path) if "1.10.0" in str(path) else "x")
         with pytest.raises(InputError, match="cannot be read: Input/output error"):
-            install.check((root / "current").resolve(), trust.read(root).keys)
+            signature.check((root / "current").resolve(), trust.read(root).keys)
     assert version(root) == "1.10.0"
 
 

@@ -13,6 +13,7 @@ import pytest
 import targets
 from device import commands, rebuilt, runner
 from device.errors import InputError, StageFailed, TargetUnavailable
+from device.whole import sha256
 from pipeline.bundle import write_runner
 from tests.conftest import Project
 
@@ -55,7 +56,7 @@ def test_what_is_rebuilt_is_what_runs(bundle: Path, capsys: pytest.CaptureFixtur
 def test_the_bundle_s_own_program_rebuilds(openvino: Path) -> None:
     write_runner(openvino / "run.pyz", "openvino")  # of the files as they are now
     manifest = json.loads((openvino / "manifest.json").read_text())
-    manifest["files"]["run.pyz"]["sha256"] = rebuilt._sha256(openvino / "run.pyz")
+    manifest["files"]["run.pyz"]["sha256"] = sha256(openvino / "run.pyz")
     (openvino / "manifest.json").write_text(json.dumps(manifest))
     done = subprocess.run(
         [sys.executable, openvino / "run.pyz", "rebuild"], capture_output=True, text=True, check=False
@@ -70,7 +71,7 @@ def test_a_rebuilt_model_is_the_one_that_is_loaded(openvino: Path) -> None:
     weights = openvino / "rebuilt/model.bin"
     weights.write_bytes(bytes(weights.stat().st_size))
     note = json.loads((openvino / "rebuilt/manifest.json").read_text())
-    note["files"]["model.bin"] = rebuilt._sha256(weights)
+    note["files"]["model.bin"] = sha256(weights)
     (openvino / "rebuilt/manifest.json").write_text(json.dumps(note))
     assert run(openvino, "selftest", "--json") != 0
     shutil.rmtree(openvino / "rebuilt")

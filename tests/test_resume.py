@@ -3,21 +3,20 @@
 import hashlib
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from device import runner
-from tests.conftest import BITFERRY, Project, write_project
+from tests.conftest import BITFERRY, Project, begun, write_project
 
 STAGES = (
     "data", "train", "quantize", "export", "simplify", "compile", "baseline", "answers", "rung", "verify", "bundle"
 )  # fmt: skip
 TIMED = {"manifest.json", "verdict.json", "report.html", "bom.cdx.json"}
 TRACES = ("quantize", "trace", "export")
-COMMAND = (BITFERRY, "deploy", "small.toml", "--target", "openvino", "--quick")
+COMMAND: list[str | Path] = [BITFERRY, "deploy", "small.toml", "--target", "openvino", "--quick"]
 
 
 def digests(project: Project) -> dict[str, str]:
@@ -36,20 +35,7 @@ def digests(project: Project) -> dict[str, str]:
 
 def kill_when(stage: str, project: Project) -> None:
     """Start a deployment and kill it, with everything it started, as soon as it says that `stage` began."""
-    with subprocess.Popen(
-        COMMAND,
-        cwd=project.folder,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    ) as running:
-        assert running.stderr is not None
-        for line in running.stderr:
-            if line.startswith(stage) and line.rstrip().endswith("…"):
-                break
-        else:
-            raise AssertionError(f"the run ended without beginning {stage}")
+    with begun(COMMAND, stage, project) as running:
         time.sleep(0 if stage == "bundle" else 0.05)  # into the stage; the last takes milliseconds
         os.killpg(running.pid, signal.SIGKILL)
     assert running.returncode == -signal.SIGKILL or stage == "bundle"  # which may be done before the kill arrives

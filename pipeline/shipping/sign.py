@@ -1,7 +1,6 @@
 """A bundle → its signature, and one archive with both: the same bytes for the same bundle and key."""
 
 import gzip
-import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from device import atomic, runner, signature, strict, whole
 from device.archive import MANIFEST
 from device.errors import InputError
 from pipeline import progress
-from pipeline.shipping import keys
+from pipeline.shipping import keys, provenance
 
 ENDING = ".tar.gz"
 APART = frozenset({signature.FILE, *whole.PARTS})
@@ -73,7 +72,7 @@ def _add(tar: tarfile.TarFile, name: str, path: Path, date: int) -> None:
 
 
 def _date() -> int:
-    text = os.environ.get("SOURCE_DATE_EPOCH", "0")
-    if not text.isdigit() or int(text) >= 1 << 32:
-        raise InputError(f"SOURCE_DATE_EPOCH is {text!r}; seconds since 1970 are expected")
-    return int(text)
+    date = provenance.epoch() or 0
+    if date >= 1 << 32:
+        raise InputError(f"{provenance.EPOCH} is {date}, later than a gzip file can say")
+    return date

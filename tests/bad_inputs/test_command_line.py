@@ -4,12 +4,11 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import BITFERRY, Project, write_project
+from tests.conftest import BITFERRY, Project, begun, write_project
 
 
 @pytest.mark.parametrize(
@@ -94,20 +93,8 @@ STAGES = ("data", "train", "quantize", "export", "simplify", "compile", "baselin
 def stop_when(stage: str, project: Project) -> tuple[int, str]:
     """Start a deployment and press Ctrl-C as soon as it says that `stage` began; give its exit code and last line."""
     command: list[str | Path] = [BITFERRY, "deploy", "small.toml", "--quick"]
-    with subprocess.Popen(
-        command,
-        cwd=project.folder,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    ) as running:
+    with begun(command, stage, project) as running:
         assert running.stderr is not None
-        for line in running.stderr:
-            if line.startswith(stage) and line.rstrip().endswith("…"):
-                break
-        else:
-            raise AssertionError(f"the run ended without beginning {stage}")
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to all of them
         rest = running.stderr.read()
