@@ -58,7 +58,7 @@ def inputs(**changes: Any) -> Inputs:
         packages={"torch": "2.14.1", "openvino": "2026.4.1", "onnxruntime": "1.31.1", "pillow": "13.0.0"},
         machine={"cpu": "Xeon", "isa": "avx2 avx512_vnni", "cpus": "8", "system": "Linux x86_64", "hostname": "node1"},
     )
-    merged = {
+    merged: dict[str, Any] = {
         name: {**old, **value} if isinstance(old := getattr(usual, name), Mapping) else value
         for name, value in changes.items()
     }
