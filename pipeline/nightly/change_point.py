@@ -47,6 +47,8 @@ class Step:
     lower: float
     upper: float
     """Two-sided 95 %, the night taken as known."""
+    before: float
+    """The old level."""
     since: int | None = None
     """Position of the first night on the new level; None where only the first of all nights is told from the last."""
     plausible: tuple[int, ...] = ()
@@ -100,13 +102,14 @@ def against_first(values: Figures, errors: Figures) -> Step | None:
     """Tell the last night from the first by their errors; the one before it, where there is one, must agree."""
     if len(values) < 2:
         return None
-    scaled = errors * (scatter(values, errors)[0] if len(values) > 2 else 1.0)
+    more, freedom = scatter(values, errors) if len(values) > 2 else (1.0, PLENTY)
+    scaled, limit = errors * more, freedom * math.expm1(LIMIT / freedom)
     last = np.arange(max(1, len(values) - 2), len(values))
     steps, reach = values[last] - values[0], np.hypot(scaled[last], scaled[0])
-    if np.any(np.abs(steps) <= math.sqrt(LIMIT) * reach) or abs(np.sign(steps).sum()) < len(steps):
+    if np.any(np.abs(steps) <= math.sqrt(limit) * reach) or abs(np.sign(steps).sum()) < len(steps):
         return None
     size, width = float(steps[-1]), NormalDist().inv_cdf(0.975) * float(reach[-1])
-    return Step(size, size - width, size + width)
+    return Step(size, size - width, size + width, float(values[0]))
 
 
 def scatter(values: Figures, errors: Figures) -> tuple[float, float]:
@@ -156,7 +159,7 @@ def measured(values: Figures, errors: Figures, since: int) -> Step:
     before, first = _level(values[:since], errors[:since])
     after, second = _level(values[since:], errors[since:])
     reach = NormalDist().inv_cdf(0.975) * math.hypot(first, second)
-    return Step(after - before, after - before - reach, after - before + reach, since)
+    return Step(after - before, after - before - reach, after - before + reach, before, since)
 
 
 def _level(values: Figures, errors: Figures) -> tuple[float, float]:
