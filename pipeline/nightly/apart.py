@@ -11,8 +11,8 @@ from pipeline.report.record import Recorded
 from pipeline.statistics import mcnemar_mid_p, newcombe_interval, tango_interval
 
 ALPHA = 0.01
-"""Two-sided, so that 1 in 200 changed cells is told to have lost what it lost by chance. One that did not change answers
-alike, loses nothing and is not at risk, however many nights pass."""
+"""Two-sided, so that 1 in 200 changed cells is said to have lost what it lost by chance. One that did not change
+answers alike, loses nothing and is not at risk, however many nights pass."""
 SIDE = 1 - ALPHA / 2
 
 Flags = NDArray[np.bool_]
