@@ -101,7 +101,7 @@ def against_first(values: Figures, errors: Figures) -> Step | None:
     """Tell the last night from the first by their errors; the one before it, where there is one, must agree."""
     if len(values) < 2:
         return None
-    more, freedom = scatter(values, errors) if len(values) > 2 else (1.0, PLENTY)
+    more, freedom = scatter(values[1:], errors[1:]) if len(values) > LEAST_NIGHTS else (1.0, PLENTY)
     scaled, limit = errors * more, freedom * math.expm1(LIMIT / freedom)
     last = np.arange(max(1, len(values) - 2), len(values))
     steps, reach = values[last] - values[0], np.hypot(scaled[last], scaled[0])
@@ -119,7 +119,7 @@ def scatter(values: Figures, errors: Figures) -> tuple[float, float]:
     """
     squares = np.sort(np.diff(values) ** 2 / (errors[1:] ** 2 + errors[:-1] ** 2))
     count = len(squares)
-    kept = max(1, round(KEPT * count))
+    kept = max(1, min(round(KEPT * count), count - 1))
     seen = float(squares[:kept].mean()) * _untrimmed(kept / (count + 0.5))
     if seen > 1 + 2 * math.sqrt(2 / count):
         return math.sqrt(seen), 0.6 * count

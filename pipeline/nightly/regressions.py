@@ -65,7 +65,7 @@ def _fixed(one: Judged) -> Iterator[Finding]:
 def _verdict(one: Judged) -> Iterator[Finding]:
     """Tell of another outcome than the reference's."""
     before, after = one.reference.outcome, one.result.outcome
-    if before == after or before == "failed" or one.result.verdict is None:
+    if before in (after, "failed") or one.result.verdict is None:
         return
     severity: Severity = "notice"
     if before in RANKS and after in RANKS:
@@ -87,9 +87,9 @@ def _memory(one: Judged) -> Iterator[Finding]:
         return
     began = [p.memory_bytes for p in one.points if p.kind == one.result.kind and p.night != one.tonight]
     usual = int(statistics.median([size for size in began if size][:MEMORY_NIGHTS]))
-    if all(_beyond(size, after, MEMORY_SHARE, MEMORY_BYTES) for size in (before, usual)):
-        if (after > before) == (after > usual):
-            yield _moved(one, "memory", "peak of memory", before, after)
+    beyond = all(_beyond(size, after, MEMORY_SHARE, MEMORY_BYTES) for size in (before, usual))
+    if beyond and (after > before) == (after > usual):
+        yield _moved(one, "memory", "peak of memory", before, after)
 
 
 def _two(one: Judged) -> tuple[Point, Point]:
