@@ -103,7 +103,7 @@ def test_with_few_nights_the_last_two_are_told_from_the_first() -> None:
 
 
 def test_a_change_right_after_the_first_night_is_told_for_good() -> None:
-    values = history(6, step=0.08, at=1)
+    values = history(6, step=0.12, at=1)
     assert all(follow(values, errors(values))[1:])
 
 

@@ -51,7 +51,7 @@ def apart(before: Recorded, after: Recorded, who: Who, *, same_data: bool) -> Ap
     if after.labels.ndim == 3:
         return _maps(before, after, who, (ours, theirs), how) if len(ours) else None
     was, now = (_right(one, who) for one in (before, after))
-    return _paired(was[ours], now[theirs], how) if len(ours) else _unpaired(was, now)
+    return paired(was[ours], now[theirs], how) if len(ours) else _unpaired(was, now)
 
 
 def _right(recorded: Recorded, who: Who) -> Flags:
@@ -74,7 +74,8 @@ def _identity(recorded: Recorded, row: int) -> tuple[bytes, bytes]:
     return recorded.digests[row].tobytes(), recorded.labels[row].tobytes()
 
 
-def _paired(was: Flags, now: Flags, how: str) -> Apart:
+def paired(was: Flags, now: Flags, how: str = "") -> Apart:
+    """Compare which of the same N images are answered rightly: McNemar's test, and Tango's interval."""
     lost, gained, images = int((was & ~now).sum()), int((now & ~was).sum()), len(was)
     lower, upper = tango_interval(lost, gained, images, 0.975)
     sure = mcnemar_mid_p(lost, gained) < ALPHA

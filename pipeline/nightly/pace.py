@@ -33,9 +33,14 @@ def found(one: Judged) -> Iterator[Finding]:
 def series(points: Sequence[Point]) -> tuple[Figures, Figures]:
     """Give the logarithm of each night's ratio and its standard error, that of loading the model anew included."""
     ratios = [_ratio(point) for point in points]
-    logs, low, high = np.log(np.array(ratios, float)).T
-    within = np.maximum((high - low) / 2 - RELOAD, 0.0) / REACH
-    return np.asarray(logs), np.asarray(np.hypot(within, RELOAD))
+    logs = np.log(np.array(ratios, float))
+    return logs[:, 0], errors_of(logs)
+
+
+def errors_of(logs: Figures) -> Figures:
+    """Give each night's standard error from the logarithms of its ratio and of its interval's ends, N×3."""
+    within = np.maximum((logs[:, 2] - logs[:, 1]) / 2 - RELOAD, 0.0) / REACH
+    return np.asarray(np.hypot(within, RELOAD))
 
 
 def _ratio(point: Point) -> tuple[float, float, float] | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.nightly import change_point
 from pipeline.nightly.apart import Apart, Who, apart
-from pipeline.nightly.change_point import Step
+from pipeline.nightly.change_point import Figures, Step
 from pipeline.nightly.judged import Change, Judged, Kind, day, finding, since
 from pipeline.nightly.night import Finding, Point
 
@@ -37,13 +37,13 @@ def _blame(of_float: Apart) -> str:
 
 def _judge(one: Judged, apart: Apart, who: Who, *, same_data: bool, blame: str = "") -> Iterator[Finding]:
     """Tell of two nights that differ surely, or of a series of nights in which a change shows."""
-    points, step = _step(one, apart, who) if same_data else ([], None)
-    night = since(points, step) if step else None
-    if not apart.sure and step is None:
+    points, moved = _step(one, apart, who) if same_data else ([], None)
+    night = since(points, moved) if moved else None
+    if not apart.sure and moved is None:
         return
     sentence, change = _of_nights(one, apart, who)
-    if step and not apart.sure:
-        sentence, change = _of_series(one, step, points, night, who)
+    if moved and not apart.sure:
+        sentence, change = _of_series(one, moved, points, night, who)
     told = "; ".join(part for part in (sentence, apart.how, blame) if part)
     kind: Kind = "accuracy" if who == "artifact" else "float accuracy"
     worse = (change.after or 0.0) < (change.before or 0.0)
@@ -89,8 +89,7 @@ def _whole(one: Judged) -> str:
 def _step(one: Judged, apart: Apart, who: Who) -> tuple[list[Point], Step | None]:
     """Look for a change in the share of right answers night by night, of the same images.
 
-    A night scatters by half of what lies between two of them, in variance. Nights in a row with one share are one draw:
-    what did not change is answered alike, and proves nothing anew.
+    Nights in a row with one share are one draw: what did not change is answered alike, and proves nothing anew.
     """
     points: list[Point] = []
     for point in one.points:
@@ -101,8 +100,16 @@ def _step(one: Judged, apart: Apart, who: Who) -> tuple[list[Point], Step | None
     percents = np.array([_percent(point, who) for point in points], float)
     if len(points) < 2 or abs(percents[-1] - apart.after) > 1e-6:  # the judged metric is another than what is counted
         return points, None
+    return points, step(percents, apart)
+
+
+def step(percents: Figures, apart: Apart) -> Step | None:
+    """Look for a change in N nights' shares, of which `apart` tells the reference from the last.
+
+    A night scatters by half of what lies between two of them, in variance.
+    """
     error = (apart.upper_pp - apart.lower_pp) / (2 * REACH * math.sqrt(2))
-    return points, change_point.follow(percents, np.full(len(points), error))[-1]
+    return change_point.follow(percents, np.full(len(percents), error))[-1]
 
 
 def _percent(point: Point, who: Who) -> float | None:
