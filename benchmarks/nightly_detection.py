@@ -187,7 +187,8 @@ def accuracy(discordance: float, cells: int, *, series: bool) -> Rates:
 
 def show(title: str, found: list[Rates]) -> None:
     """Print a table as the documentation has it."""
-    print(f"\n| {title} | a night's noise | found in 1, 2, 3 nights | half found by night | false regressions, from night 7 "
+    print(f"\n| {title} | a night's noise | found in 1, 2, 3 nights | half found by night "
+        "| false regressions, from night 7 "
           "| false improvements | best possible in 3 | nights it needs |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|")
     for one in found:
