@@ -30,7 +30,7 @@ NIGHTS, BEFORE, WITHIN = 30, 24, 3
 BLOCKS, BLOCK_NOISE, NIGHT_NOISE, LOADING = 40, 0.05, 0.05, 0.01
 SLOWER, WILD_SHARE, WILD = 1.03, 0.05, 1.3
 IMAGES, RIGHT, LOST = 4000, 0.92, 40
-BANK = 3000
+BANK = 1500
 """Nights that are timed in the simulation; histories are drawn from them."""
 
 Nights = NDArray[np.float64]
