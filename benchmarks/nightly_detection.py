@@ -174,7 +174,7 @@ def told(right: NDArray[np.bool_], night: int, *, series: bool) -> int:
 
 def accuracy(discordance: float, cells: int, *, series: bool) -> Rates:
     """Measure what is found of answers that lost 1 pp, and where they did not."""
-    rng, calm, changed = np.random.default_rng(7), [], []
+    rng, calm, changed = np.random.default_rng(11), [], []
     for _ in range(cells):
         right = answered(rng, NIGHTS, discordance, 0)
         calm.append([0, *(told(right, night, series=series) for night in range(1, NIGHTS, 4))])
