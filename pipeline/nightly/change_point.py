@@ -20,7 +20,7 @@ LEAST_BEFORE, LEAST_AFTER, LEAST_NIGHTS = 3, 2, 6
 BOUND = 6.0
 """What one night can cost at most, in squared standard errors: 2.4 of them. It is not above the limits, so that no
 single night raises an alarm, nor do two wild ones against one that is not."""
-RECENT, LIMIT_RECENT, LIMIT = 4, 7.0, 10.0
+RECENT, LIMIT_RECENT, LIMIT = 4, 6.0, 10.0
 """What a change must save in cost for an alarm: less for one of the last `RECENT` nights than for an older one, because
 the older ones are many and had their chance before."""
 KEPT = 0.8
