@@ -39,14 +39,15 @@ def inputs(recipe: Recipe, path: Path, cell: Cell, machine_facts: Mapping[str, s
 
 
 def key(cell: Cell, found: Inputs, kind: str) -> str:
-    """Hash what the answers and the verdict depend on, `kind` being that of the node that is to measure it.
-
-    Of the packages, those that bitferry, the target and the model's source need, directly or not.
-    """
-    wanted = _needed(cell.target) | _providing(found.recipe["model.source"])
+    """Hash what the answers and the verdict depend on, `kind` being that of the node that is to measure it."""
     parts = [cell.name, found.recipe, found.data, found.weights, found.code, kind]
-    used = {name: found.packages[name] for name in sorted(wanted & found.packages.keys())}
-    return hashlib.sha256(json.dumps([*parts, used], sort_keys=True, default=dict).encode()).hexdigest()
+    packages = {name: found.packages[name] for name in sorted(used(cell, found) & found.packages.keys())}
+    return hashlib.sha256(json.dumps([*parts, packages], sort_keys=True, default=dict).encode()).hexdigest()
+
+
+def used(cell: Cell, found: Inputs) -> set[str]:
+    """Name the distributions that bitferry, the target and the model's source need, directly or not."""
+    return _needed(cell.target) | _providing(found.recipe["model.source"])
 
 
 def here() -> dict[str, str]:
