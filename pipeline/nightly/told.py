@@ -38,14 +38,16 @@ def chosen(cells: Sequence[Cell], recipe: str, target: str | None = None, precis
 
     Raises InputError that names what is kept and comes nearest, when there is none.
     """
+    if not cells:
+        raise InputError("the history is empty; `bitferry matrix` fills it")
     found = list(cells)
     for kind, wanted in (("recipe", recipe), ("target", target), ("precision", precision)):
         if wanted is None:
             continue
         known = sorted({getattr(cell, kind) for cell in found})
         if wanted not in known:
-            kept = f"of {recipe}" if kind != "recipe" else "of any"
-            raise InputError(f"no night {kept} has the {kind} '{wanted}'; {_nearest(wanted, known)}")
+            kept = "" if kind == "recipe" else f" of {recipe}"
+            raise InputError(f"no night{kept} has the {kind} '{wanted}'; {_nearest(wanted, known)}")
         found = [cell for cell in found if getattr(cell, kind) == wanted]
     return found
 
