@@ -100,6 +100,25 @@ def mcnemar_mid_p(lost: int, gained: int) -> float:
     return float(2 * chances.sum() - chances[-1])
 
 
+def newcombe_interval(right: tuple[int, int], images: tuple[int, int], confidence: float) -> tuple[float, float]:
+    """Bound the first minus the second share of right answers, of different images, each side at `confidence`.
+
+    Newcombe's hybrid of two Wilson intervals (R. Newcombe, *Statistics in Medicine* 17, 1998, method 10).
+    """
+    z = NormalDist().inv_cdf(confidence)
+    (first, low, high), (second, lower, upper) = (_wilson(k, n, z) for k, n in zip(right, images, strict=True))
+    difference = first - second
+    return difference - math.hypot(first - low, upper - second), difference + math.hypot(high - first, second - lower)
+
+
+def _wilson(right: int, images: int, z: float) -> tuple[float, float, float]:
+    """Give a share and its Wilson score interval at `z` standard errors."""
+    share, room = right / images, z * z / images
+    centre = (share + room / 2) / (1 + room)
+    reach = math.sqrt(room * share * (1 - share) + room * room / 4) / (1 + room)
+    return share, centre - reach, centre + reach
+
+
 def paired_bootstrap(
     metric: Callable[[Indices], tuple[float, float]],
     images: int,

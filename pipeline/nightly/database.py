@@ -15,6 +15,8 @@ VERSION = len(MIGRATIONS)
 APPLICATION = int.from_bytes(b"bfry", "big")
 PATIENCE_SECONDS = 30.0
 """To wait for another process that writes."""
+SMALLEST_BYTES = 512
+"""Of a page: SQLite takes any smaller file for an empty one, and would write over it."""
 
 TOLD = {
     "SQLITE_BUSY": "another process has been writing to it for {patience:g} s; wait until it ends",
@@ -43,6 +45,8 @@ class Database:
         with self._errors_told():
             if not read_only:
                 path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file() and 0 < path.stat().st_size < SMALLEST_BYTES:
+                raise InputError(f"{path}: {TOLD['SQLITE_NOTADB']}")
             # Not mode=ro: only who may write can clear up behind a writer that was killed.
             self._connection = self._connect(f"{path.absolute().as_uri()}?mode={'rw' if read_only else 'rwc'}")
             try:

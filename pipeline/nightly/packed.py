@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from device.errors import InputError, first_line
 from pipeline import verdict
-from pipeline.nightly.night import Cell, Inputs, Point, Result, Samples
+from pipeline.nightly.night import Cell, Finding, Inputs, Point, Result, Samples
 from pipeline.report import record
 from pipeline.report.record import Recorded
 
@@ -25,6 +25,8 @@ FACTS = ("seconds", "attempts", "error", "error_kind", "measured_at")
 """Further plain columns of a Result."""
 CONTENTS = ("inputs", "packages", "verdict", "truth", "float_answers", "answers", "samples")
 """Columns that point at contents; see migrations/2.sql."""
+FINDING = tuple(one.name for one in fields(Finding) if one.name != "cell")
+"""The columns of a Finding beside its cell."""
 ANSWERS = ("truth", "float_answers", "answers")
 
 
@@ -86,6 +88,18 @@ def answers(kept: Mapping[str, bytes], place: str) -> Recorded | None:
     return record.recorded(found, f"what is kept of {place}") if found else None
 
 
+def finding(one: Finding) -> dict[str, Scalar]:
+    """Give a finding as columns."""
+    plain = {name: getattr(one, name) for name in FINDING}
+    return asdict(one.cell) | plain | {"changed": _json(one.changed).decode()}
+
+
+def finding_of(cell: Cell, values: Sequence[Any]) -> Finding:
+    """Put a finding together again from the columns of FINDING."""
+    row = dict(zip(FINDING, values, strict=True))
+    return Finding(cell=cell, **row | {"changed": tuple(json.loads(row["changed"]))})
+
+
 def _json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
@@ -129,8 +143,3 @@ def inflated(kept: bytes, size: int, sha256: str, place: str) -> bytes:
     if digest(content) != sha256:
         raise InputError(f"what is kept of {place} is damaged: it has another sha256; take an earlier copy of the file")
     return content
-
-
-def marks(count: int) -> str:
-    """Give the question marks of that many values in a statement."""
-    return ", ".join("?" * count)
