@@ -86,7 +86,7 @@
   // ---- Which cell is open: the address says it, so that links and the back button work ----------------------------
 
   function route() {
-    const name = location.hash.startsWith("#cell=") ? decodeURIComponent(location.hash.slice("#cell=".length)) : null;
+    const name = location.hash.startsWith("#cell=") ? location.hash.slice("#cell=".length) : null;
     for (const link of document.querySelectorAll("#heat a[aria-current]")) link.removeAttribute("aria-current");
     if (!name) { byId("trend").hidden = true; return; }
     const link = [...document.querySelectorAll("#heat a")].find(one => one.hash === location.hash);
