@@ -1,0 +1,96 @@
+"""The nodes that are there: each is asked once what it is, and again when something died on it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from device.errors import first_line
+from pipeline.nightly import ray_session
+from pipeline.nightly.perform import Probed, probe
+from pipeline.nightly.placement import Node
+from pipeline.nightly.ray_session import Listed
+from pipeline.own_source import source_hash
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a node said when it was asked: what it is, or the error instead."""
+
+    node: str
+    result: object
+
+
+@dataclass
+class Nodes:
+    """The nodes of a cluster; they may join and leave at any time."""
+
+    events: "SimpleQueue[object]"
+    """Where an Answer arrives."""
+    say: Say
+    """Told in one line of each node that joins, leaves or is refused."""
+    source: str = field(default_factory=source_hash)
+    used: dict[str, Node] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    """Node → why it is not used."""
+    asked: dict[str, Listed] = field(default_factory=dict)
+    left: dict[str, float] = field(default_factory=dict)
+    """Node → when it left, by the monotonic clock."""
+
+    def look(self) -> list[str]:
+        """Ask the nodes that joined what they are; give those that left."""
+        there = {one.id: one for one in ray_session.listed()}
+        for one in there.values():
+            if one.id not in self.used and one.id not in self.refused:
+                self.ask(one)
+        gone = [node for node in self.used if node not in there]
+        for node in gone:
+            self._leave(node, "left")
+        return gone
+
+    def ask(self, listed: Listed) -> None:
+        """Ask a node what it is, unless it is being asked."""
+        if listed.id not in self.asked:
+            self.asked[listed.id] = listed
+            ray_session.send(probe, (), lambda result: self.events.put(Answer(listed.id, result)), node=listed.id)
+
+    def again(self, node: Node) -> None:
+        """Ask a node whether it is still there."""
+        self.ask(Listed(node.id, node.cpus, node.memory_bytes, node.measures))
+
+    def answer(self, answer: Answer) -> Node | None:
+        """Take in what a node said; None where it cannot be used."""
+        listed, said = self.asked.pop(answer.node), answer.result
+        if isinstance(said, Probed) and said.source == self.source:
+            if listed.id not in self.used:
+                node = Node(listed.id, said.hostname, said.kind, listed.cpus, listed.memory_bytes, listed.measures)
+                self.used[listed.id] = node
+                self.say(
+                    f"{node.hostname} joined: {node.kind}, {node.cpus:g} CPUs, {node.memory_bytes / 2**30:.1f} GiB"
+                )
+            return self.used[listed.id]
+        if isinstance(said, BaseException) and ray_session.fault(said) != "ours":
+            self._leave(listed.id, "died")  # it is asked again as long as Ray lists it
+            return None
+        why = _reason(listed, said)
+        self.refused[listed.id] = why
+        self.say(why)
+        return None
+
+    def _leave(self, node: str, how: str) -> None:
+        left = self.used.pop(node, None)
+        if left:
+            self.left[node] = time.monotonic()
+            self.say(f"{left.hostname} {how}")
+
+
+def _reason(listed: Listed, said: object) -> str:
+    if isinstance(said, Probed):
+        return (
+            f"{said.hostname} has another bitferry than this machine and is not used; install this one there "
+            "and start Ray there anew"
+        )
+    text = first_line(said) if isinstance(said, BaseException) else repr(said)
+    return f"node {listed.id[:8]} cannot run bitferry and is not used; install it there with its extras ({text})"
