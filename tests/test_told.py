@@ -34,44 +34,25 @@ def history(tmp_path: Path) -> Iterator[History]:
         yield opened
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-
-
 def test_the_table_has_a_night_a_line(history: History, capsys: pytest.CaptureFixture[str]) -> None:
     history.accept([nights.cell()], NIGHTS[2], who="A. Person", why="pillow [14]")
     told.show_history(history, [nights.cell()])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].strip() == "small/openvino/int8"
-    rows = {line[:16]: line for line in lines if line.startswith("2026-")}
-    assert len(rows) == 5
-    assert rows["2026-11-01 02:00"].split()[2:] == (
-        [
-            "pass",
-            "91.50",
-            "%",
-            "0.50",
-            "(-0.18",
-            "to",
-            "1.50)",
-            "1.000",
-            "0.500",
-            "(0.495",
-            "to",
-            "0.505)",
-            "1.00",
-            "20.0",
-        ]
-    )
-    assert "pass (reused)" in rows["2026-11-02 02:00"]
-    assert rows["2026-11-03 02:00"].startswith("2026-11-03 02:00 ◆  fail")
-    assert "pillow 13.0.0 → 14.0.0" in rows["2026-11-03 02:00"]
-    assert "error: conv2d [red]takes[/] no float8" in rows["2026-11-04 02:00"]
-    assert [line[16:18] for line in rows.values()].count(" ◆") == 1
-    assert "ratio      ▁▁█ ▅  0.500 to 0.600 of its baseline's time, same night" in lines
-    assert lines[-1].startswith("accepted   ◆ 2026-11-03 02:00, by A. Person at 20")
-    assert lines[-1].endswith(": pillow [14]")
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "small/openvino/int8"
+    assert [" ".join(line.split()) for line in lines[1:7]] == [
+        "night, UTC outcome accuracy, % drop, pp ms ratio MB memory, MB",
+        "2026-11-01 pass 91.50 0.50 (-0.18 to 1.50) 1.000 0.500 (0.495 to 0.505) 1.00 20.0",
+        "2026-11-02 pass, reused 91.50 0.50 (-0.18 to 1.50) 1.000 0.500 (0.495 to 0.505) 1.00 20.0",
+        "2026-11-03 ◆ fail 90.00 2.00 (1.13 to 3.51) 1.000 0.600 (0.594 to 0.606) 1.00 20.0",
+        "2026-11-04 failed — — — — — —",
+        "2026-11-05 pass 91.00 1.00 (0.32 to 2.21) 1.000 0.550 (0.544 to 0.556) 1.00 20.0",
+    ]
+    assert lines[7:9] == [
+        "ratio      ▁▁█ ▅  0.500 to 0.600 of its float model's time",
+        "changed    2026-11-03 package pillow 13.0.0 → 14.0.0",
+    ]
+    assert "error      2026-11-04 conv2d [red]takes[/] no float8" in lines
+    assert lines[-1].startswith("accepted   2026-11-03 ◆ pillow [14] (A. Person, 20")
 
 
 def test_the_first_night_is_the_reference_until_one_is_accepted(
@@ -79,8 +60,29 @@ def test_the_first_night_is_the_reference_until_one_is_accepted(
 ) -> None:
     told.show_history(history, [nights.cell()], 2)
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:16] for line in lines if line.startswith("2026-")] == ["2026-11-04 02:00", "2026-11-05 02:00"]
-    assert lines[-1] == "reference  ◆ 2026-11-01 02:00, the first night; `bitferry accept` moves it"
+    assert [line[:10] for line in lines if line.startswith("2026-")] == ["2026-11-04", "2026-11-05"]
+    assert lines[-1] == "reference  2026-11-01 ◆ the first; `bitferry accept` moves it"
+
+
+def test_a_narrow_terminal_folds_and_loses_nothing(
+    history: History, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(told, "PIPED_WIDTH", 0)
+    monkeypatch.setenv("COLUMNS", "80")
+    told.show_history(history, [nights.cell()])
+    table = capsys.readouterr().out.split("ratio   ")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    assert "…" not in table
+
+
+def test_nights_of_one_date_are_told_with_their_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with History(tmp_path / "nights.db") as history:
+        for night in ("2026-11-01T02:00:00Z", "2026-11-01T14:30:05Z", "2026-11-02T02:00:00Z"):
+            history.begin(night)
+            history.write(night, nights.result())
+        told.show_history(history, [nights.cell()])
+    starts = [line[:19].rstrip() for line in capsys.readouterr().out.splitlines() if line.startswith("2026-")]
+    assert starts == ["2026-11-01 02:00:00", "2026-11-01 14:30:05", "2026-11-02"]
 
 
 def test_json_has_every_figure_and_change(history: History, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,8 +100,8 @@ def test_json_has_every_figure_and_change(history: History, capsys: pytest.Captu
 
 
 def test_many_changes_are_cut_short() -> None:
-    assert told._short(["a", "b", "c"]) == "a; b; c"
-    assert told._short(["a", "b", "c", "d", "e"]) == "a; b; c; and 2 more"
+    assert told._cut(["a", "b", "c"]) == "a; b; c"
+    assert told._cut(["a", "b", "c", "d", "e"]) == "a; b; c; and 2 more"
 
 
 def test_cells_are_chosen_by_name() -> None:

@@ -1,6 +1,7 @@
 """The history of cells for people: a table of nights on stdout, or the same figures as JSON."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -19,6 +20,8 @@ BARS = "▁▂▃▄▅▆▇█"
 MARK = "◆"
 SHOWN = 3
 """Of what changed in a night; JSON has all."""
+PIPED_WIDTH = 120
+"""Characters of a line where there is no terminal, so that no interval is folded."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def show_history(history: History, cells: Sequence[Cell], last: int = 30, *, as_
         print(json.dumps([_fields(past) for past in found], indent=2, ensure_ascii=False, allow_nan=False))
         return
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, PIPED_WIDTH)
     for past in found:
         console.print(_table(past))
         for line in _below(past):
@@ -93,25 +98,29 @@ def _fields(past: Past) -> dict[str, object]:
 
 
 def _table(past: Past) -> Table:
-    accepted = {one.night for one in past.accepted}
-    names = ("accuracy", "drop, pp", "ms", "ratio", "MB", "memory, MB")
+    accepted, short = {one.night for one in past.accepted}, _short_names(past)
     table = Table(title=past.cell.name, title_justify="left", box=None, pad_edge=False)
     table.add_column("night, UTC", no_wrap=True)
     table.add_column("outcome", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("changed since the night before", overflow="fold")
-    for point, changed in zip(past.points, past.changed, strict=True):
+    for name in ("accuracy, %", "drop, pp", "ms", "ratio", "MB", "memory, MB"):
+        table.add_column(name, justify="right", overflow="fold")
+    for point in past.points:
         mark = f" {MARK}" if point.night in accepted or point.night == past.reference else ""
-        status = " (reused)" if point.status == "reused" else ""
-        outcome = f"[{STYLES[point.outcome]}]{point.outcome}[/]{status}"
-        said = escape(_short(changed) if point.status != "failed" else f"error: {point.headline}")
-        table.add_row(_moment(point.night) + mark, outcome, *_figures(point), said)
+        outcome = f"[{STYLES[point.outcome]}]{point.outcome}[/]{', reused' if point.status == 'reused' else ''}"
+        table.add_row(short[point.night] + mark, outcome, *_figures(point))
     return table
 
 
+def _short_names(past: Past) -> dict[str, str]:
+    """Name the nights by their dates, with the times where two share one."""
+    nights = {point.night for point in past.points} | {one.night for one in past.accepted}
+    nights |= {past.reference} if past.reference else set()
+    dates = Counter(night[:10] for night in nights)
+    return {night: night[:10] if dates[night[:10]] == 1 else f"{night[:10]} {night[11:19]}" for night in nights}
+
+
 def _figures(point: Point) -> Iterator[str]:
-    yield _number(point.percent, 2, " %")
+    yield _number(point.percent, 2)
     yield _bounded(point.drop_pp, point.drop_lower_pp, point.drop_upper_pp, 2)
     yield _number(point.latency_ms, 3)
     yield _bounded(point.ratio, point.ratio_lower, point.ratio_upper, 3)
@@ -119,8 +128,8 @@ def _figures(point: Point) -> Iterator[str]:
     yield _number(None if point.memory_bytes is None else point.memory_bytes / 1e6, 1)
 
 
-def _number(value: float | None, digits: int, unit: str = "") -> str:
-    return "—" if value is None else f"{value:.{digits}f}{unit}"
+def _number(value: float | None, digits: int) -> str:
+    return "—" if value is None else f"{value:.{digits}f}"
 
 
 def _bounded(value: float | None, lower: float | None, upper: float | None, digits: int) -> str:
@@ -128,25 +137,26 @@ def _bounded(value: float | None, lower: float | None, upper: float | None, digi
     return _number(value, digits) + bounds
 
 
-def _short(changed: Sequence[str]) -> str:
-    more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-    return "; ".join(changed[:SHOWN]) + more
-
-
-def _moment(night: str) -> str:
-    return night.removesuffix("Z").replace("T", " ").removesuffix(":00")
-
-
 def _below(past: Past) -> Iterator[str]:
-    ratios = [point.ratio for point in past.points]
+    """Say what a table has no room for: the trend, what changed when, the errors, and who accepted which night."""
+    short, ratios = _short_names(past), [point.ratio for point in past.points]
     known = [ratio for ratio in ratios if ratio is not None]
     if known:
-        yield f"ratio      {sparkline(ratios)}  {min(known):.3f} to {max(known):.3f} of its baseline's time, same night"
+        yield f"ratio      {sparkline(ratios)}  {min(known):.3f} to {max(known):.3f} of its float model's time"
+    for point, changed in zip(past.points, past.changed, strict=True):
+        if changed:
+            yield f"changed    {short[point.night]} {escape(_cut(changed))}"
+        if point.status == "failed":
+            yield f"error      {short[point.night]} {escape(point.headline)}"
     if past.reference and not past.accepted:
-        yield f"reference  {MARK} {_moment(past.reference)}, the first night; `bitferry accept` moves it"
+        yield f"reference  {short[past.reference]} {MARK} the first; `bitferry accept` moves it"
     for one in past.accepted:
-        told = f"{MARK} {_moment(one.night)}, by {one.who} at {one.at[:16].replace('T', ' ')}: {one.why}"
-        yield f"accepted   {escape(told)}"
+        yield f"accepted   {short[one.night]} {MARK} {escape(f'{one.why} ({one.who}, {one.at[:10]})')}"
+
+
+def _cut(changed: Sequence[str]) -> str:
+    more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    return "; ".join(changed[:SHOWN]) + more
 
 
 def sparkline(values: Sequence[float | None]) -> str:
