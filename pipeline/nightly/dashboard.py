@@ -35,7 +35,7 @@ SPARKS = {
 Changes = Mapping[tuple[Cell, str], tuple[str, ...]]
 
 
-def write(  # noqa: PLR0913 - one argument for each thing the page shows
+def write(
     folder: Path,
     points: Sequence[Point],
     night: Night,

@@ -36,7 +36,7 @@ def markdown(night: Night, points_before: Sequence[Point] = (), *, dashboard: st
 
 
 def _took(night: Night) -> str:
-    rest = "" if night.finished else " so far: it was stopped, and `bitferry matrix --resume` goes on with it"
+    rest = "" if night.finished else " so far: it was stopped, and the next `bitferry matrix` goes on with it"
     return f"{duration(night.seconds)}{rest}."
 
 

@@ -1,0 +1,224 @@
+"""Every recipe × target × precision in one night: planned, built, measured, kept, judged and told."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from device.errors import BitferryError, InputError
+from pipeline import progress
+from pipeline.cache import locked
+from pipeline.measure.latency import Effort
+from pipeline.nightly import engine, inputs, live, mlflow_log, perform, regressions, reports
+from pipeline.nightly.graph import Done
+from pipeline.nightly.history import History
+from pipeline.nightly.night import Cell, Finding, Inputs, Night, Result
+from pipeline.nightly.parcel import pack
+from pipeline.nightly.plan import Planned, cells, graph, kind_for
+from pipeline.nightly.store import Store
+from pipeline.nightly.work import Made, Order
+
+HISTORY = "history.sqlite"
+STAMP = "%Y-%m-%dT%H:%M:%SZ"
+RESUMED = timedelta(hours=20)
+"""How old an unfinished night may be that is gone on with."""
+AFTER_STOP = "what runs is stopped, what is done is kept; the next run goes on from there"
+PAST = 30
+"""Nights that are searched for change points."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks of a night."""
+
+    recipes: tuple[Path, ...]
+    targets: str | None
+    precisions: tuple[str, ...]
+    out: Path
+    build: Path
+    ray: str | None = None
+    store: str | None = None
+    effort: Effort = "default"
+    minutes: float | None = None
+    max_age_days: float = 7.0
+    """After which an unchanged cell is measured again; 0 measures every cell."""
+    anew: bool = False
+    """Begin a night even where one is unfinished."""
+    trust: bool = False
+    mlflow: str | None = None
+
+
+def matrix(asked: Asked) -> Night:
+    """Run a night; give it whole, or unfinished where Ctrl-C stopped it: the next run goes on with it.
+
+    What ends is kept at once, so a kill loses only what was running.
+    """
+    _check(asked)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    start = datetime.now(UTC)
+    with locked(asked.out / ".lock", "matrix"), History(asked.out / HISTORY) as history:
+        with ExitStack() as stack, progress.until_stopped("matrix", AFTER_STOP) as stopped:
+            cluster = stack.enter_context(engine.started(asked.ray)) if asked.ray else None
+            planned = plan(asked, history, cluster.kinds if cluster else [perform.probe().kind])
+            night = _begin(history, start, anew=asked.anew)
+            todo = _reuse(planned, history, night, asked.max_age_days)
+            if todo:
+                cluster = cluster or stack.enter_context(engine.started())
+                _run(todo, cluster, history, night, asked.out, stopped)
+        if stopped():
+            return history.night(night)
+        history.finish(night, judge(history, night), (datetime.now(UTC) - start).total_seconds())
+        done = history.night(night)
+        reports.publish(history, done, asked.out)
+    if asked.mlflow:
+        _log(asked.mlflow, done)
+    return done
+
+
+def _check(asked: Asked) -> None:
+    """Refuse what cannot be meant."""
+    if asked.store and not asked.ray:
+        raise InputError("--store is for nodes that share no disk; without --ray everything is on this machine")
+
+
+def _log(url: str, night: Night) -> None:
+    """Log the night; a server that is not there is told, and changes nothing else."""
+    try:
+        mlflow_log.log(url, night)
+    except BitferryError as error:
+        progress.stage("mlflow", f"the night was not logged: {error}")
+
+
+def plan(asked: Asked, history: History, kinds: Sequence[str]) -> list[Planned]:
+    """Find every cell with all that its result depends on; raise InputError when there are none."""
+    store = Store(asked.store) if asked.store else None
+    parcels: dict[Path, tuple[str, str]] = {}
+    found, here = [], inputs.here()
+    for path, recipe, cell in cells(asked.recipes, asked.targets, asked.precisions):
+        if store and path not in parcels:
+            parcels[path] = pack(recipe, path, store)
+        parcel, name = parcels.get(path, (None, str(path)))
+        order = Order(name, cell.target, cell.precision, str(asked.build.resolve()), asked.effort, asked.minutes,
+                      asked.trust, asked.store, parcel)  # fmt: skip
+        last = _latest(history, cell)
+        kind = kind_for(recipe, cell.target, kinds, last.kind if last else None)
+        made_of = inputs.inputs(recipe, path, cell, here)
+        found.append(Planned(cell, recipe, order, made_of, kind, inputs.key(cell, made_of, kind)))
+    if not found:
+        raise InputError("no cell: none of the targets runs any of the precisions asked for")
+    return found
+
+
+def judge(history: History, night: str) -> tuple[Finding, ...]:
+    """Compare each of the night's results with its reference and its past."""
+    found: list[Finding] = []
+    for result in history.results(night):
+        cell = result.cell
+        past = [point for point in history.points(cell) if point.night < night][-PAST:]
+        accepted = history.reference(cell)
+        reference = _reference(history, cell, accepted) if accepted and accepted < night else None
+        found += regressions.findings(night, result, reference, past, partial(_inputs, history, cell))
+    return tuple(found)
+
+
+def _reference(history: History, cell: Cell, night: str) -> tuple[str, Result] | None:
+    result = history.result(night, cell)
+    return (night, result) if result else None
+
+
+def _inputs(history: History, cell: Cell, night: str) -> Inputs | None:
+    return history.inputs(night, cell)
+
+
+def _begin(history: History, now: datetime, *, anew: bool) -> str:
+    """Go on with the last night where it is unfinished and not old, or begin one."""
+    last = history.unfinished()
+    if last and not anew and now - datetime.strptime(last, STAMP).replace(tzinfo=UTC) < RESUMED:
+        progress.stage("matrix", f"goes on with the night {last}, which was stopped")
+        return last
+    night = now.strftime(STAMP)
+    history.begin(night)
+    return night
+
+
+def _reuse(planned: Sequence[Planned], history: History, night: str, max_age_days: float) -> list[Planned]:
+    """Write those results for tonight that stand; give what is to be measured."""
+    done = {point.cell for point in history.points() if point.night == night and point.outcome != "failed"}
+    rest = [one for one in planned if one.cell not in done]
+    standing = {one.cell: found for one in rest if (found := _standing(history, one, max_age_days, night))}
+    history.write(night, *standing.values())
+    told = f"{len(planned)} cells: {len(done)} done before, " if done else f"{len(planned)} cells: "
+    progress.stage("matrix", f"{told}{len(standing)} reused, {len(rest) - len(standing)} to measure")
+    return [one for one in rest if one.cell not in standing]
+
+
+def _standing(history: History, planned: Planned, max_age_days: float, night: str) -> Result | None:
+    """Give the cell's last result as tonight's, where nothing that it depends on changed and it is not too old."""
+    last = _latest(history, planned.cell, night)
+    if last is None or last.key != planned.key or last.measured_at is None:
+        return None
+    age = datetime.now(UTC) - datetime.fromisoformat(last.measured_at)
+    old = age > timedelta(days=max_age_days)
+    return None if old else replace(last, status="reused", seconds=0.0, attempts=0)
+
+
+def _latest(history: History, cell: Cell, before: str | None = None) -> Result | None:
+    """Give the cell's last result; None where there is none that this bitferry still reads."""
+    try:
+        found = history.latest(cell, before=before)
+    except InputError as error:
+        progress.stage("matrix", f"{cell.name} is measured anew: {error}")
+        return None
+    return found[1] if found else None
+
+
+def _run(
+    todo: Sequence[Planned],
+    cluster: engine.Cluster,
+    history: History,
+    night: str,
+    out: Path,
+    stopped: Callable[[], bool],
+) -> None:
+    """Make and measure, and keep each result as it comes."""
+    whole = graph(todo)
+    with live.shown(whole) as show:
+        for one, end, seconds in _ends(todo, cluster.execute(whole, stopped=stopped), show):
+            if not (stopped() and end.error):  # what was stopped did not fail
+                history.write(night, _result(one, end, seconds, reports.folder(out), night))
+
+
+def _ends(
+    todo: Sequence[Planned], ends: Iterator[Done], show: Callable[[Done], None]
+) -> Iterator[tuple[Planned, Done, float]]:
+    """Give each cell as its measurement ends or cannot be, with the seconds spent on it alone."""
+    by_key, seconds = {one.key: one for one in todo}, dict.fromkeys((one.cell.name for one in todo), 0.0)
+    for end in ends:
+        show(end)
+        if len(end.task.cells) == 1:
+            seconds[end.task.cells[0]] += end.seconds
+        if end.task.key in by_key:
+            one = by_key[end.task.key]
+            yield one, end, seconds[one.cell.name]
+
+
+def _result(planned: Planned, end: Done, seconds: float, folder: Path, night: str) -> Result:
+    """Turn what came of a cell's last task into its result, the report kept in a folder."""
+    plain = Result(planned.cell, "failed", planned.key, planned.inputs, planned.kind, seconds, end.attempts)
+    if not isinstance(end.value, Made):
+        kind: Literal["ours", "machine"] = "machine" if end.error_kind == "machine" else "ours"
+        return replace(plain, error=end.error or f"no verdict but {type(end.value).__name__}", error_kind=kind)
+    made = end.value
+    reports.keep(folder, planned.cell, night, made.report)
+    return replace(
+        plain,
+        status="measured",
+        inputs=replace(planned.inputs, machine=made.machine, packages=made.packages),
+        verdict=made.verdict,
+        samples=made.samples,
+        answers=made.answers,
+        measured_at=made.verdict.measured_at,
+    )
