@@ -11,8 +11,8 @@ from pipeline.report.record import Recorded
 from pipeline.statistics import mcnemar_mid_p, newcombe_interval, tango_interval
 
 ALPHA = 0.01
-"""Two-sided, so that 1 in 200 changed cells is told to have lost what it lost by chance. One that did not change answers
-alike, loses nothing and is not at risk, however many nights pass."""
+"""Two-sided, so that 1 in 200 changed cells is said to have lost what it lost by chance. One that did not change
+answers alike, loses nothing and is not at risk, however many nights pass."""
 SIDE = 1 - ALPHA / 2
 
 Flags = NDArray[np.bool_]
@@ -51,7 +51,7 @@ def apart(before: Recorded, after: Recorded, who: Who, *, same_data: bool) -> Ap
     if after.labels.ndim == 3:
         return _maps(before, after, who, (ours, theirs), how) if len(ours) else None
     was, now = (_right(one, who) for one in (before, after))
-    return _paired(was[ours], now[theirs], how) if len(ours) else _unpaired(was, now)
+    return paired(was[ours], now[theirs], how) if len(ours) else _unpaired(was, now)
 
 
 def _right(recorded: Recorded, who: Who) -> Flags:
@@ -74,7 +74,8 @@ def _identity(recorded: Recorded, row: int) -> tuple[bytes, bytes]:
     return recorded.digests[row].tobytes(), recorded.labels[row].tobytes()
 
 
-def _paired(was: Flags, now: Flags, how: str) -> Apart:
+def paired(was: Flags, now: Flags, how: str = "") -> Apart:
+    """Compare which of the same N images are answered rightly: McNemar's test, and Tango's interval."""
     lost, gained, images = int((was & ~now).sum()), int((now & ~was).sum()), len(was)
     lower, upper = tango_interval(lost, gained, images, 0.975)
     sure = mcnemar_mid_p(lost, gained) < ALPHA

@@ -12,7 +12,6 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import chi2
 
 WINDOW = 30
 """Nights that are looked at."""
@@ -32,7 +31,7 @@ PLENTY = 1e3
 """Degrees of freedom where the errors are as good as known."""
 STEP, MOST_LEVELS = 0.1, 4000
 """Between two levels that are tried, in standard errors; and how many are."""
-NEAR = float(chi2.ppf(0.95, 1))
+NEAR = NormalDist().inv_cdf(0.975) ** 2
 """A night that saves less than the best by no more than this may as well be the one (a likelihood region of 95 %)."""
 
 Figures = NDArray[np.float64]
@@ -102,7 +101,7 @@ def against_first(values: Figures, errors: Figures) -> Step | None:
     """Tell the last night from the first by their errors; the one before it, where there is one, must agree."""
     if len(values) < 2:
         return None
-    more, freedom = scatter(values, errors) if len(values) > 2 else (1.0, PLENTY)
+    more, freedom = scatter(values[1:], errors[1:]) if len(values) > LEAST_NIGHTS else (1.0, PLENTY)
     scaled, limit = errors * more, freedom * math.expm1(LIMIT / freedom)
     last = np.arange(max(1, len(values) - 2), len(values))
     steps, reach = values[last] - values[0], np.hypot(scaled[last], scaled[0])
@@ -120,7 +119,7 @@ def scatter(values: Figures, errors: Figures) -> tuple[float, float]:
     """
     squares = np.sort(np.diff(values) ** 2 / (errors[1:] ** 2 + errors[:-1] ** 2))
     count = len(squares)
-    kept = max(1, round(KEPT * count))
+    kept = max(1, min(round(KEPT * count), count - 1))
     seen = float(squares[:kept].mean()) * _untrimmed(kept / (count + 0.5))
     if seen > 1 + 2 * math.sqrt(2 / count):
         return math.sqrt(seen), 0.6 * count
@@ -130,7 +129,9 @@ def scatter(values: Figures, errors: Figures) -> tuple[float, float]:
 @lru_cache
 def _untrimmed(share: float) -> float:
     """Give the mean of a squared normal number over the mean of its smallest `share`."""
-    return float(share / chi2.cdf(chi2.ppf(share, 1), 3))
+    normal = NormalDist()
+    cut = normal.inv_cdf((1 + share) / 2)
+    return share / (share - 2 * cut * normal.pdf(cut))
 
 
 def saved(values: Figures, errors: Figures) -> Figures:
