@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty
+from typing import TYPE_CHECKING
 
 from device.errors import first_line
 from pipeline.nightly import ray_session
@@ -15,6 +16,9 @@ from pipeline.nightly.graph import Done, Task, after, dependents, ordered
 from pipeline.nightly.nodes import Answer, Nodes
 from pipeline.nightly.perform import Outcome, log_file, perform
 from pipeline.nightly.placement import Node, Placed, Placement
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 LOOK_SECONDS = 1.0
 LOST_SECONDS = 60.0
@@ -48,7 +52,7 @@ class Attempt:
     """A task that runs on a node."""
 
     placed: Placed
-    reference: object
+    reference: "ObjectRef[object]"
 
 
 class Execution:
@@ -142,8 +146,6 @@ class Execution:
         node = self.nodes.answer(answer)
         if node:
             self.placement.add(node)
-        else:
-            self.placement.remove(answer.node)
         yield from self._resolve(answer.node, died=node is None)
 
     def _ended(self, event: Ended) -> Iterator[Done]:
@@ -190,10 +192,8 @@ class Execution:
         if tries.faults == 1:
             self.placement.push(self.order[placed.task.key], placed.task)
         else:
-            where = (
-                "" if outcome else f"; what it wrote may be in {log_file(placed.task.key)} on {placed.node.hostname}"
-            )
-            failed = outcome or Outcome(None, error + where, "machine", None, 0.0, 0)
+            told = f"{error}; what it wrote may be in {log_file(placed.task.key)} on {placed.node.hostname}"
+            failed = outcome or Outcome(None, told, "machine", None, 0.0, 0)
             yield from self._done(placed, failed)
 
     def _death(self, placed: Placed, error: str) -> Iterator[Done]:

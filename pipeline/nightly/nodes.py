@@ -35,6 +35,8 @@ class Nodes:
     used: dict[str, Node] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     """Node → why it is not used."""
+    silent: set[str] = field(default_factory=set)
+    """Those that did not answer when they were asked last; they are asked again as long as Ray lists them."""
     asked: dict[str, Listed] = field(default_factory=dict)
     left: dict[str, float] = field(default_factory=dict)
     """Node → when it left, by the monotonic clock."""
@@ -43,11 +45,13 @@ class Nodes:
         """Ask the nodes that joined what they are; give those that left."""
         there = {one.id: one for one in ray_session.listed()}
         for one in there.values():
-            if one.id not in self.used and one.id not in self.refused:
+            if one.id in self.silent or one.id not in (*self.used, *self.refused):
                 self.ask(one)
         gone = [node for node in self.used if node not in there]
         for node in gone:
-            self._leave(node, "left")
+            self.left[node] = time.monotonic()
+            self.silent.discard(node)
+            self.say(f"{self.used.pop(node).hostname} left")
         return gone
 
     def ask(self, listed: Listed) -> None:
@@ -61,29 +65,23 @@ class Nodes:
         self.ask(Listed(node.id, node.cpus, node.memory_bytes, node.measures))
 
     def answer(self, answer: Answer) -> Node | None:
-        """Take in what a node said; None where it cannot be used."""
+        """Take in what a node said; None where it did not answer or cannot be used."""
         listed, said = self.asked.pop(answer.node), answer.result
+        self.silent.discard(listed.id)
         if isinstance(said, Probed) and said.source == self.source:
             if listed.id not in self.used:
                 node = Node(listed.id, said.hostname, said.kind, listed.cpus, listed.memory_bytes, listed.measures)
                 self.used[listed.id] = node
-                self.say(
-                    f"{node.hostname} joined: {node.kind}, {node.cpus:g} CPUs, {node.memory_bytes / 2**30:.1f} GiB"
-                )
+                size = f"{node.cpus:g} CPUs, {node.memory_bytes / 2**30:.1f} GiB"
+                self.say(f"{node.hostname} joined: {node.kind}, {size}")
             return self.used[listed.id]
         if isinstance(said, BaseException) and ray_session.fault(said) != "ours":
-            self._leave(listed.id, "died")  # it is asked again as long as Ray lists it
+            self.silent.add(listed.id)
             return None
         why = _reason(listed, said)
         self.refused[listed.id] = why
         self.say(why)
         return None
-
-    def _leave(self, node: str, how: str) -> None:
-        left = self.used.pop(node, None)
-        if left:
-            self.left[node] = time.monotonic()
-            self.say(f"{left.hostname} {how}")
 
 
 def _reason(listed: Listed, said: object) -> str:

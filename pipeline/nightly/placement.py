@@ -145,7 +145,7 @@ class Placement:
                     yield self._placed(task, room, room.cpus, min(task.memory_bytes, room.memory_bytes))
 
     def _build(self, drained: Collection[str], homes: Mapping[str, str]) -> Iterator[Placed]:
-        """Place builds first to last; one node is kept for the first that fits nowhere, or small ones would starve it."""
+        """Place builds first to last; one node is kept for the first that fits nowhere, lest small ones starve it."""
         kept, waiting = set(drained), False
         queues = {shape: queue for shape, queue in self.builds.items() if queue}
         while queues:
@@ -166,7 +166,7 @@ class Placement:
                 del queues[shape]
 
     def _need(self, task: Task) -> tuple[float, int]:
-        """Give the CPUs and memory that a task takes: what it asks for, or all of the largest node where it has less."""
+        """Give the CPUs and memory that a task takes: what it asks for, but no more than the largest node has."""
         nodes = [room.node for room in self._of_kind(task.kind)]
         cpus = min(task.cpus, max((node.cpus for node in nodes), default=0))
         return cpus, min(task.memory_bytes, max((node.memory_bytes for node in nodes), default=0))

@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from device.errors import InputError, TargetUnavailable, first_line
+from device.errors import InputError, StageFailed, TargetUnavailable, first_line
 from device.machine import usable_cpus
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from ray import ObjectRef
     from ray._private.worker import Worker
+    from ray.remote_function import RemoteFunction
 
 MEASURES = "bitferry_measure"
 """The resource that keeps measurements to the nodes that advertise it."""
@@ -29,7 +31,6 @@ CALLS = 25
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a task sees no GPU unless Ray hands it out
-    "RAY_raylet_start_wait_time_s": "180",  # a busy machine needs more than Ray's 30 s
 }
 INSTALL = "pip install 'bitferry[nightly]'"
 SOURCES = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ class Listed:
 def connect(address: str | None) -> None:
     """Start Ray on this machine, or join the cluster at an address.
 
-    Raises TargetUnavailable without Ray, InputError where no cluster answers.
+    Raises TargetUnavailable without Ray, InputError where no cluster answers, StageFailed where Ray does not start.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -60,29 +61,40 @@ def connect(address: str | None) -> None:
     except ModuleNotFoundError as error:
         raise TargetUnavailable(f"the matrix needs the Python package 'ray'; install it (`{INSTALL}`)") from error
     worker.listen_error_messages = _unheard
-    with _importable():
+    if address is None:
+        with _importable():
+            _start()
+        return
+    settings = {"env_vars": SETTINGS}
+    try:
+        ray.init(address, runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address} ({first_line(error)}); "
+            "give the HOST:PORT that `ray start --head` printed, with the same versions of Ray and Python"
+        ) from error
+
+
+def _start() -> None:
+    """Start Ray here, twice where it is too slow: it gives up after 30 s, and files that were read once are quick."""
+    import ray
+
+    for last in (False, True):
         try:
-            if address is None:
-                ray.init(
-                    "local",
-                    num_cpus=usable_cpus(),
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
-            else:
-                ray.init(
-                    address,
-                    runtime_env={"env_vars": SETTINGS},
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"no Ray cluster answers at {address or 'this machine'} ({first_line(error)}); "
-                "give the HOST:PORT that `ray start --head` printed, with the same versions of Ray and Python"
-            ) from error
+            ray.init(
+                "local",
+                num_cpus=usable_cpus(),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:
+            ray.shutdown()
+            if last:
+                raise StageFailed(f"Ray did not start on this machine: {first_line(error)}") from error
+        else:
+            return
 
 
 def disconnect() -> None:
@@ -96,7 +108,8 @@ def listed() -> list[Listed]:
     """List the nodes that are alive and have CPUs."""
     import ray
 
-    alive = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [(node["NodeID"], node["Resources"]) for node in nodes if node["Alive"]]
     return [
         Listed(name, has["CPU"], int(has.get("memory", 0)), has.get(MEASURES, 0) >= 1)
         for name, has in alive
@@ -115,18 +128,26 @@ def send(
     alone: bool = False,
 ) -> "ObjectRef[object]":
     """Run a function on a node, once; another thread calls `ended` with its result or with Ray's error."""
-    import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    remote = ray.remote(max_retries=0, max_calls=CALLS)(function)
-    reference = remote.options(
+    chosen = _remote(function).options(
         num_cpus=cpus,
         memory=memory_bytes or None,
         resources={MEASURES: 1} if alone else None,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-    ).remote(*arguments)
+    )
+    reference: ObjectRef[object] = chosen.remote(*arguments)
     reference.future().add_done_callback(lambda future: ended(future.exception() or future.result()))
     return reference
+
+
+@lru_cache
+def _remote(function: Callable[..., object]) -> "RemoteFunction":
+    """Make a function Ray's, once: each time would send it to the nodes again."""
+    import ray
+
+    made: RemoteFunction = ray.remote(max_retries=0, max_calls=CALLS)(function)
+    return made
 
 
 def cancel(reference: "ObjectRef[object]") -> None:
@@ -152,7 +173,7 @@ def packed(value: object) -> bytes:
     """Pickle a function with its arguments, by reference where it can be imported."""
     from ray import cloudpickle
 
-    content: bytes = cloudpickle.dumps(value)
+    content: bytes = cloudpickle.dumps(value)  # type: ignore[no-untyped-call]
     return content
 
 
