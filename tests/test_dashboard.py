@@ -29,7 +29,7 @@ TARGETS = ("coreml", "executorch", "onnxruntime", "openvino", "tensorrt")
 PRECISIONS = ("int8", "float16", "float32", "auto")
 NIGHTS = made.nights(365, "2025-11-23T02:00:00Z")
 TONIGHT, SINCE, ACCEPTED = NIGHTS[-1], NIGHTS[-3], NIGHTS[-120]
-NASTY = "</script><img src=x onerror=alert(1)>\u2028\x00 {{ 7*7 }}"
+NASTY = "</script><img src=x onerror=alert(1)>\u2028\x00\ud800 {{ 7*7 }}"
 SLOWER, WORSE, FAILED = (
     Cell("fashion-resnet18", "openvino", "int8"),
     Cell("ocr-svtr", "onnxruntime", "int8"),
@@ -73,7 +73,7 @@ def history(cell: Cell, seed: int) -> list[Point]:
             replace(
                 whole,
                 night=night,
-                status="measured" if i % 7 == 0 or cell in (SLOWER, WORSE, BETTER) or (seed % 3 == 0 and i > count - 3) else "reused",
+                status="measured" if i % 7 == 1 or cell in (SLOWER, WORSE, BETTER) or (seed % 3 == 0 and i > count - 3) else "reused",
                 outcome="fail" if drop[i] > 1 else "undecided" if drop[i] > 0.55 else "pass",
                 percent=float(exact[i] - drop[i]),
                 float_percent=float(exact[i]),

@@ -59,7 +59,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     data = _place(folder, files)
     part = folder / f".{INDEX}.{os.getpid()}"
-    part.write_text(_index(series, night, reports, data), encoding="utf-8")
+    # A tool's error may hold half of a surrogate pair, which no file can.
+    part.write_text(_index(series, night, reports, data), encoding="utf-8", errors="replace")
     part.replace(folder / INDEX)
     _forget(folder, data)
     return folder / INDEX

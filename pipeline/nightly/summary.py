@@ -96,7 +96,7 @@ def _slowest(night: Night) -> Iterator[str]:
 
 def plain(text: str) -> str:
     """Escape a text for one field of a Markdown table: nothing in it is markup, a link, a formula or a new line."""
-    short = text if len(text) <= SENTENCE else f"{text[:SENTENCE]} …"
+    short = legal(text if len(text) <= SENTENCE else f"{text[:SENTENCE]} …")
     entities = re.sub(r"[&<>]", lambda found: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[found[0]], short)
     return " ".join(re.sub(r"([\\`*_\[\]|~$#!@])", r"\\\1", entities).split())
 
@@ -128,7 +128,7 @@ def _suite(
     """Give one recipe's suite, in the order of elements that the schema of Ant's JUnit task asks for."""
     cases = [_case(result, found.get(result.cell, ())) for result in results]
     suite = ET.Element("testsuite", name=recipe, package="bitferry", id=str(index), timestamp=night.id[:19])
-    suite.set("hostname", results[0].inputs.machine.get("hostname", "localhost"))
+    suite.set("hostname", legal(results[0].inputs.machine.get("hostname", "")).strip() or "localhost")
     suite.set("tests", str(len(cases)))
     for total, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         suite.set(total, str(sum(case.find(tag) is not None for case in cases)))

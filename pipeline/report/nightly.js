@@ -237,7 +237,7 @@
       "aria-label": `${spec.title} of ${history.cell}, ${last - first + 1} nights from ${history.nights[first].slice(0, 10)} to ${history.nights[last].slice(0, 10)}; arrow keys go through the nights, the table below has all of them` });
     axes(root, spec, { low, high, y, x, left, right, base, top }, history, first);
     const spacing = (right - left) / Math.max(1, last - first);
-    if (spec.low) root.append(svg("path", { class: "bounds", "stroke-width": Math.min(5, Math.max(1, spacing - 0.6)).toFixed(1), d: whiskers(spec, history, first, x, y) }));
+    if (spec.low) root.append(svg("path", { class: "bounds", "stroke-width": (spacing < 4 ? spacing + 0.3 : Math.min(5, spacing - 0.6)).toFixed(1), d: whiskers(spec, history, first, x, y) }));
     if (spec.other) root.append(svg("path", { class: "lines float", d: path(history, history[spec.other], first, x, y) }));
     root.append(svg("path", { class: "lines value", d: path(history, history[spec.value], first, x, y) }));
     if (spacing > 7) root.append(svg("path", { class: "beads", d: beads(spec, history, first, x, y) }));
@@ -252,7 +252,7 @@
 
   function axes(root, spec, { low, high, y, x, left, right, base, top }, history, first) {
     const [unit, factor] = spec.bytes ? sizeUnit(high) : [spec.write === percent ? "%" : "×", 1];
-    const { step, found } = roundTicks(low / factor, high / factor, 4);
+    const { step, found } = roundTicks(low / factor, high / factor, 5);
     const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
     for (const tick of found) {
       root.append(svg("path", { class: "grid", d: `M${left} ${y(tick * factor).toFixed(1)}H${right}` }),
@@ -327,7 +327,7 @@
       if (mark.kind === "changed") { root.append(svg("path", { class: "changed", d: `M${at.toFixed(1)} ${base - 1}l4 7h-8z` })); continue; }
       const label = 13 + 15 * mark.row;
       root.append(svg("path", { class: `${mark.kind} ${mark.tone}`, d: `M${at.toFixed(1)} ${label - 11}V${base}` }),
-        svg("text", { class: `${mark.kind} ${mark.tone}${mark.end ? " end" : ""}`, x: (at + (mark.end ? -5 : 5)).toFixed(1), y: label }, mark.text));
+        svg("text", { class: `halo ${mark.kind} ${mark.tone}${mark.end ? " end" : ""}`, x: (at + (mark.end ? -5 : 5)).toFixed(1), y: label }, mark.text));
     }
   }
 
