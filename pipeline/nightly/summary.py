@@ -1,7 +1,7 @@
 """A night as Markdown for a CI job's page, and as the JUnit file that CI systems draw their test lists from."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from xml.etree import ElementTree as ET
 
@@ -31,8 +31,9 @@ def markdown(night: Night, points_before: Sequence[Point] = (), *, dashboard: st
     text = "\n\n".join([*head, *_findings(night)]) + "\n\n"
     tail = "\n".join(_slowest(night)) + "\n"
     was = {point.cell: point.outcome for point in points_before}
+    recipes = len({result.cell.recipe for result in night.results})
     room = LIMIT_BYTES - len((text + tail).encode())
-    return text + "\n".join(_fitting(list(_matrix(night, was)), room, "recipe")) + "\n\n" + tail
+    return text + "\n".join(_fitting(_matrix(night, was), room, recipes)) + "\n\n" + tail
 
 
 def _took(night: Night) -> str:
@@ -76,12 +77,12 @@ def _square(point: Point | None, was: Mapping[Cell, str]) -> str:
     return f"*{text}*{changed}" if point.status == "reused" else f"{text}{changed}"
 
 
-def _fitting(rows: Sequence[str], room: int, noun: str) -> Iterator[str]:
-    """Give the table's rows as far as there is room for them in bytes, then how many are left out."""
+def _fitting(rows: Iterable[str], room: int, recipes: int) -> Iterator[str]:
+    """Give the table's two head rows and its recipes' as far as there is room in bytes, then how many are left out."""
     for index, row in enumerate(rows):
         room -= len(row.encode()) + 1
         if room < 200:
-            yield f"\nand {count(len(rows) - max(index, 2), f'more {noun}')}"
+            yield f"\nand {count(recipes - max(index - 2, 0), 'more recipe')}"
             return
         yield row
 
