@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.nightly.heatmap import KINDS, OUTCOMES, SEVERITIES, duration, heatmap, ranked, sentence, slowest, tonight
+from pipeline.nightly.heatmap import OUTCOMES, SEVERITIES, duration, heatmap, ranked, sentence, slowest, tonight
 from pipeline.nightly.night import Cell, Finding, Night, Point
 from pipeline.report import charts, page
 
@@ -141,7 +141,6 @@ def _index(series: Mapping[Cell, Sequence[Point]], night: Night, reports: Mappin
             spark=lambda one: _spark(series.get(one.cell, ()), one),
             nights=max((len(own) for own in series.values()), default=0),
             headline_length=HEADLINE,
-            kinds=KINDS,
             data=data,
             script=SCRIPT,
         )
