@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.nightly.heatmap import KINDS, OUTCOMES, SEVERITIES, duration, heatmap, ranked, sentence, slowest, tonight
+from pipeline.nightly.heatmap import OUTCOMES, SEVERITIES, duration, heatmap, ranked, sentence, slowest, tonight
 from pipeline.nightly.night import Cell, Finding, Night, Point
 from pipeline.report import charts, page
 
@@ -17,6 +17,7 @@ KEPT = 2
 OPEN_FINDINGS = 20
 """Findings of one severity that are open; the rest is folded away."""
 SPARK_NIGHTS, SPARK_WIDTH, SPARK_HEIGHT = 30, 150, 34
+SLOWEST = 3
 HEADLINE = 300
 """Characters of a headline that are shown: an error may be a whole log."""
 SERIES = (
@@ -58,7 +59,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     data = _place(folder, files)
     part = folder / f".{INDEX}.{os.getpid()}"
-    part.write_text(_index(series, night, reports, data), encoding="utf-8")
+    # A tool's error may hold half of a surrogate pair, which no file can.
+    part.write_text(_index(series, night, reports, data), encoding="utf-8", errors="replace")
     part.replace(folder / INDEX)
     _forget(folder, data)
     return folder / INDEX
@@ -135,11 +137,10 @@ def _index(series: Mapping[Cell, Sequence[Point]], night: Night, reports: Mappin
             marks={one.cell: one.severity for one in reversed(found)},
             outcomes=OUTCOMES,
             reports=reports,
-            slowest=[(cell, duration(seconds)) for cell, seconds in slowest(night, 5)],
+            slowest=[(cell, duration(seconds)) for cell, seconds in slowest(night, SLOWEST)],
             spark=lambda one: _spark(series.get(one.cell, ()), one),
             nights=max((len(own) for own in series.values()), default=0),
             headline_length=HEADLINE,
-            kinds=KINDS,
             data=data,
             script=SCRIPT,
         )
@@ -153,6 +154,6 @@ def _spark(own: Sequence[Point], finding: Finding) -> tuple[str, float, float] |
     if len(known) < 2:
         return None
     x = charts.Scale(known[0][0], known[-1][0], 3, SPARK_WIDTH - 5)
-    y = charts.scale([value for _, value in known], SPARK_HEIGHT - 5, 5, pad=0.0)
+    y = charts.scale([value for _, value in known], SPARK_HEIGHT - 5, 5, pad=0.01)
     path = "".join(f"{'L' if place else 'M'}{x(i)} {y(value)}" for place, (i, value) in enumerate(known))
     return path, x(known[-1][0]), y(known[-1][1])

@@ -1,7 +1,7 @@
 """A night as Markdown for a CI job's page, and as the JUnit file that CI systems draw their test lists from."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from xml.etree import ElementTree as ET
 
@@ -31,8 +31,9 @@ def markdown(night: Night, points_before: Sequence[Point] = (), *, dashboard: st
     text = "\n\n".join([*head, *_findings(night)]) + "\n\n"
     tail = "\n".join(_slowest(night)) + "\n"
     was = {point.cell: point.outcome for point in points_before}
+    recipes = len({result.cell.recipe for result in night.results})
     room = LIMIT_BYTES - len((text + tail).encode())
-    return text + "\n".join(_fitting(list(_matrix(night, was)), room, "recipe")) + "\n\n" + tail
+    return text + "\n".join(_fitting(_matrix(night, was), room, recipes)) + "\n\n" + tail
 
 
 def _took(night: Night) -> str:
@@ -76,12 +77,12 @@ def _square(point: Point | None, was: Mapping[Cell, str]) -> str:
     return f"*{text}*{changed}" if point.status == "reused" else f"{text}{changed}"
 
 
-def _fitting(rows: Sequence[str], room: int, noun: str) -> Iterator[str]:
-    """Give the table's rows as far as there is room for them in bytes, then how many are left out."""
+def _fitting(rows: Iterable[str], room: int, recipes: int) -> Iterator[str]:
+    """Give the table's two head rows and its recipes' as far as there is room in bytes, then how many are left out."""
     for index, row in enumerate(rows):
         room -= len(row.encode()) + 1
         if room < 200:
-            yield f"\nand {count(len(rows) - max(index, 2), f'more {noun}')}"
+            yield f"\nand {count(recipes - max(index - 2, 0), 'more recipe')}"
             return
         yield row
 
@@ -96,7 +97,7 @@ def _slowest(night: Night) -> Iterator[str]:
 
 def plain(text: str) -> str:
     """Escape a text for one field of a Markdown table: nothing in it is markup, a link, a formula or a new line."""
-    short = text if len(text) <= SENTENCE else f"{text[:SENTENCE]} …"
+    short = legal(text if len(text) <= SENTENCE else f"{text[:SENTENCE]} …")
     entities = re.sub(r"[&<>]", lambda found: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[found[0]], short)
     return " ".join(re.sub(r"([\\`*_\[\]|~$#!@])", r"\\\1", entities).split())
 
@@ -128,7 +129,7 @@ def _suite(
     """Give one recipe's suite, in the order of elements that the schema of Ant's JUnit task asks for."""
     cases = [_case(result, found.get(result.cell, ())) for result in results]
     suite = ET.Element("testsuite", name=recipe, package="bitferry", id=str(index), timestamp=night.id[:19])
-    suite.set("hostname", results[0].inputs.machine.get("hostname", "localhost"))
+    suite.set("hostname", legal(results[0].inputs.machine.get("hostname", "")).strip() or "localhost")
     suite.set("tests", str(len(cases)))
     for total, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         suite.set(total, str(sum(case.find(tag) is not None for case in cases)))

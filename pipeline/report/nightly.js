@@ -159,7 +159,7 @@
         html("div", { class: "right-side" }, html("span", { class: `tag ${history.outcome[last]}` }, history.outcome[last]), span,
           history.report ? html("a", { href: history.report }, "Report") : null, html("a", { href: "#matrix" }, "Close"))),
       html("p", { class: "lead" }, `${history.headline}${history.kind[last] ? ` · measured on ${history.kind[last]}` : ""}`),
-      findingList(history), area, diary(history), nightTable(history));
+      findingList(history), area, chartKey(), diary(history), nightTable(history));
     reveal();
     draw();
     watch(area, draw);
@@ -231,13 +231,13 @@
     const marks = marksOf(spec, history, first), left = 58, right = width - 8;
     const stamps = history.nights.map(night => Date.parse(night)), last = stamps.length - 1;
     const x = i => last === first ? (left + right) / 2 : left + 6 + (right - left - 12) * (stamps[i] - stamps[first]) / (stamps[last] - stamps[first]);
-    const rows = placeLabels(marks, x, left, right), top = 6 + 15 * rows, base = top + 142, [low, high] = limits(spec, history, first);
+    const rows = Math.max(2, placeLabels(marks, x, left, right)), top = 6 + 15 * rows, base = top + 142, [low, high] = limits(spec, history, first);
     const y = value => base - (base - top) * (value - low) / (high - low);
     const root = svg("svg", { viewBox: `0 0 ${width} ${base + 26}`, role: "img", tabindex: "0",
       "aria-label": `${spec.title} of ${history.cell}, ${last - first + 1} nights from ${history.nights[first].slice(0, 10)} to ${history.nights[last].slice(0, 10)}; arrow keys go through the nights, the table below has all of them` });
     axes(root, spec, { low, high, y, x, left, right, base, top }, history, first);
     const spacing = (right - left) / Math.max(1, last - first);
-    if (spec.low) root.append(svg("path", { class: "bounds", "stroke-width": Math.min(5, Math.max(1, spacing - 0.6)).toFixed(1), d: whiskers(spec, history, first, x, y) }));
+    if (spec.low) root.append(svg("path", { class: "bounds", "stroke-width": (spacing < 4 ? spacing + 0.3 : Math.min(5, spacing - 0.6)).toFixed(1), d: whiskers(spec, history, first, x, y) }));
     if (spec.other) root.append(svg("path", { class: "lines float", d: path(history, history[spec.other], first, x, y) }));
     root.append(svg("path", { class: "lines value", d: path(history, history[spec.value], first, x, y) }));
     if (spacing > 7) root.append(svg("path", { class: "beads", d: beads(spec, history, first, x, y) }));
@@ -252,20 +252,29 @@
 
   function axes(root, spec, { low, high, y, x, left, right, base, top }, history, first) {
     const [unit, factor] = spec.bytes ? sizeUnit(high) : [spec.write === percent ? "%" : "×", 1];
-    const { step, found } = roundTicks(low / factor, high / factor, 4);
+    const { step, found } = roundTicks(low / factor, high / factor, 5);
     const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
     for (const tick of found) {
       root.append(svg("path", { class: "grid", d: `M${left} ${y(tick * factor).toFixed(1)}H${right}` }),
         svg("text", { class: "end", x: left - 7, y: (y(tick * factor) + 4).toFixed(1) }, `${fixed(tick, decimals)}${unit === "×" ? unit : ` ${unit}`}`));
     }
     root.append(svg("path", { class: "axis", d: `M${left} ${base}H${right}` }));
+    nightAxis(root, history, first, x, left, right, base + 21);
+  }
+
+  // Labels keep inside the plot and out of each other's way; the year is told where it changes.
+  function nightAxis(root, history, first, x, left, right, baseline) {
     const last = history.nights.length - 1, count = Math.max(1, Math.min(last - first, Math.floor((right - left) / 90)));
-    let before = -Infinity;
+    const year = i => history.nights[i].slice(0, 4), years = year(first) !== year(last);
+    let end = -Infinity, told = null;
     for (let n = 0; n <= count; n += 1) {
-      const i = Math.round(first + (last - first) * n / count), at = Math.min(Math.max(x(i), left + 18), right - 18);
-      if (at - before < 48) continue;
-      before = at;
-      root.append(svg("text", { class: "middle", x: at.toFixed(1), y: base + 21 }, dayOf(history.nights[i])));
+      const i = Math.round(first + (last - first) * n / count);
+      const text = dayOf(history.nights[i]) + (years && year(i) !== told ? ` ${year(i)}` : ""), half = text.length * 3.7;
+      const middle = Math.min(Math.max(x(i), left + half), right - half);
+      if (middle - half < end + 10) continue;
+      root.append(svg("text", { class: "middle", x: middle.toFixed(1), y: baseline }, text));
+      end = middle + half;
+      told = year(i);
     }
   }
 
@@ -318,8 +327,16 @@
       if (mark.kind === "changed") { root.append(svg("path", { class: "changed", d: `M${at.toFixed(1)} ${base - 1}l4 7h-8z` })); continue; }
       const label = 13 + 15 * mark.row;
       root.append(svg("path", { class: `${mark.kind} ${mark.tone}`, d: `M${at.toFixed(1)} ${label - 11}V${base}` }),
-        svg("text", { class: `${mark.kind} ${mark.tone}${mark.end ? " end" : ""}`, x: (at + (mark.end ? -5 : 5)).toFixed(1), y: label }, mark.text));
+        svg("text", { class: `halo ${mark.kind} ${mark.tone}${mark.end ? " end" : ""}`, x: (at + (mark.end ? -5 : 5)).toFixed(1), y: label }, mark.text));
     }
+  }
+
+  function chartKey() {
+    const sign = (...shapes) => svg("svg", { viewBox: "0 0 26 12", "aria-hidden": "true" }, ...shapes);
+    return html("ul", { class: "legend chart-key" },
+      html("li", {}, sign(svg("path", { class: "accepted", d: "M13 0V12" })), "the accepted night"),
+      html("li", {}, sign(svg("path", { class: "changed", d: "M13 2l4 7h-8z" })), "something it is made from changed"),
+      html("li", {}, "a gap: not measured, or by another kind of node"));
   }
 
   // ---- The night under the pointer, or chosen with the arrow keys -------------------------------------------------
