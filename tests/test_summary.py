@@ -91,7 +91,7 @@ def test_a_quiet_night_and_a_stopped_one_say_so() -> None:
     assert "No finding" in markdown(quiet)
     stopped = markdown(replace(quiet, finished=False))
     assert "## ⏸️" in stopped
-    assert "`bitferry matrix --resume`" in stopped
+    assert "the next `bitferry matrix`" in stopped
     better = replace(quiet, findings=(finding(SLOWER, "latency", "improvement", "faster"),))
     assert sentence(better) == "No regression, 1 improvement in 1 cell: 0 measured, 1 reused."
     assert [duration(seconds) for seconds in (0.2, 89, 91, 5400, 7500)] == ["0 s", "89 s", "2 min", "1 h 30 min", "2 h 5 min"]  # fmt: skip

@@ -111,7 +111,7 @@ def _searched(planned: Planned) -> list[str]:
     """Give the precisions that a search builds, for them to be built beforehand."""
     found = targets.get(planned.cell.target).environment(options=planned.recipe.options(planned.cell.target))
     schemes = targets.get(planned.cell.target).SCHEMES
-    fast = [one for one in schemes if one in found.fast or one not in SHORT]
+    fast: list[str] = [one for one in schemes if one in found.fast or one not in SHORT]
     return [next(iter(schemes))] if found.unmeasured else fast
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import quote
 
 from pipeline import progress
 from pipeline.nightly import dashboard, summary
@@ -22,7 +23,8 @@ JOB_SUMMARY = "GITHUB_STEP_SUMMARY"
 
 def publish(history: History, night: Night, out: Path) -> Path:
     """Write everything into the folder `out`; give the dashboard's page."""
-    points = [one for one in history.points(last=SHOWN) if one.night <= night.id]
+    shown = {result.cell for result in night.results}
+    points = [one for one in history.points(last=SHOWN) if one.night <= night.id and one.cell in shown]
     by_cell: dict[Cell, list[Point]] = {}
     for point in points:
         by_cell.setdefault(point.cell, []).append(point)
@@ -35,7 +37,8 @@ def publish(history: History, night: Night, out: Path) -> Path:
         reports={cell: name for cell in by_cell if (name := latest(out, cell))},
         changes=dict(_changes(history, by_cell)),
     )
-    text = summary.markdown(night, dashboard=page.name)
+    before = [one for one in points if one.night == _before(points, night.id)]
+    text = summary.markdown(night, before, dashboard=page.name)
     (out / SUMMARY).write_text(text)
     (out / JUNIT).write_text(summary.junit(night))
     job = os.environ.get(JOB_SUMMARY)
@@ -44,6 +47,11 @@ def publish(history: History, night: Night, out: Path) -> Path:
             stream.write(text)
     progress.stage("dashboard", str(page))
     return page
+
+
+def _before(points: Sequence[Point], night: str) -> str | None:
+    """Give the night before this one."""
+    return max((one.night for one in points if one.night < night), default=None)
 
 
 def folder(out: Path) -> Path:
@@ -66,7 +74,7 @@ def keep(folder: Path, cell: Cell, night: str, page: bytes) -> Path:
 def latest(out: Path, cell: Cell) -> str | None:
     """Give the link to the cell's last report, from the dashboard."""
     found = sorted(folder(out).glob(f"{cell.slug}--*.html"))
-    return f"{REPORTS}/{found[-1].name}" if found else None
+    return quote(f"{REPORTS}/{found[-1].name}") if found else None
 
 
 def _changes(

@@ -1,0 +1,6 @@
+"""temporary."""
+
+
+class Store:
+    def __init__(self, url):
+        self.url = url
