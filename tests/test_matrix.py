@@ -1,6 +1,7 @@
 """Whole nights of the small project on a local Ray: what is reused, found, isolated, resumed and blamed."""
 
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -292,6 +293,7 @@ def test_bisect_names_the_package_at_fault(tmp_path: Path, deployed: Project) ->
     environment = plain_environment(PYTHONPATH=str(here), UV_FIND_LINKS=str(wheels), UV_OFFLINE="1", UV_NO_INDEX="1")
 
     def install(version: str) -> None:
+        shutil.rmtree(here, ignore_errors=True)
         command = [uv, "pip", "install", "--quiet", "--no-deps", "--target", here, f"brightness=={version}"]
         subprocess.run(command, check=True, env=environment)
 

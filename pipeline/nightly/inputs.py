@@ -13,6 +13,7 @@ import targets
 from device import machine
 from pipeline import dataset
 from pipeline.cache import file_hash
+from pipeline.imports import imported, normal, providing
 from pipeline.nightly.night import Cell, Inputs
 from pipeline.own_source import own_commit, source_hash
 from pipeline.recipe import Recipe
@@ -21,6 +22,8 @@ BESIDES = (
     "pipeline/nightly/", "pipeline/report/", "pipeline/shipping/", "pipeline/cli", "pipeline/doctor", "pipeline/init",
 )  # fmt: skip
 """Source files that no answer and no time depends on."""
+IMPORTS = "model.imports"
+"""What a model's own code imports, besides what it is."""
 ELSEWHERE = {"name", "version", "license", "precision", "nightly", "data", "targets"}
 """Keys of a recipe that change no result, or are told otherwise."""
 
@@ -47,7 +50,8 @@ def key(cell: Cell, found: Inputs, kind: str) -> str:
 
 def used(cell: Cell, found: Inputs) -> set[str]:
     """Name the distributions that bitferry, the target and the model's source need, directly or not."""
-    return _needed(cell.target) | _providing(found.recipe["model.source"])
+    modules = [_top(json.loads(found.recipe["model.source"])), *json.loads(found.recipe.get(IMPORTS, "[]"))]
+    return _needed(cell.target) | _closure([normal(one) for module in modules for one in providing().get(module, ())])
 
 
 def here() -> dict[str, str]:
@@ -62,11 +66,6 @@ def installed() -> dict[str, str]:
     """Give every installed distribution's version, by its normalized name."""
     found = ((normal(one.name), one.version) for one in metadata.distributions())
     return dict(sorted(dict(reversed([*found])).items()))  # of two of one name the first on the path is imported
-
-
-def normal(name: str) -> str:
-    """Normalize a distribution's name (PyPA's specification of names)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _settings(recipe: Recipe, target: str) -> dict[str, str]:
@@ -96,7 +95,8 @@ def _own_code(recipe: Recipe, folder: Path) -> dict[str, str]:
     beside = (folder / f"{top}.py").is_file() or (folder / top).is_dir()
     files = sorted(folder.rglob("*.py")) if beside else []
     parts = [f"{file.relative_to(folder).as_posix()} {file_hash(file)}" for file in files]
-    return {"model.own_code": hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]} if parts else {}
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return {"model.own_code": digest, IMPORTS: json.dumps(imported(files))} if parts else {}
 
 
 _known: dict[tuple[object, ...], dict[str, str]] = {}
@@ -159,8 +159,7 @@ def _requirements(name: str, extra: str = "") -> Iterator[str]:
             yield normal(re.split(r"[^A-Za-z0-9._-]", wanted.strip(), maxsplit=1)[0])
 
 
-def _providing(source: str) -> set[str]:
-    """Name the distributions that the model's source is imported from, with what they need."""
-    kind, _, name = json.loads(source).partition(":")
-    top = {"module": name.partition(":")[0].partition(".")[0]}.get(kind, kind)
-    return _closure([normal(one) for one in metadata.packages_distributions().get(top, ())])
+def _top(source: str) -> str:
+    """Name the module that a model comes from."""
+    kind, _, name = source.partition(":")
+    return name.partition(":")[0].partition(".")[0] if kind == "module" else kind

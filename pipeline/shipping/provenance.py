@@ -65,7 +65,7 @@ def provenance(origin: Origin, compiled: Compiled) -> dict[str, object]:
             "own_code": load.own_code(recipe, path.parent),
         },
         "quantization": origin.settings.model_dump(mode="json") if origin.settings else None,
-        "tools": _tools(recipe, compiled),
+        "tools": _tools(recipe, compiled) | load.own_imports(recipe, path.parent),
         "data": {split.name: _data(split, recipe) for split in origin.splits},
         "varies": _varies(compiled),
         "source_date_epoch": origin.epoch,

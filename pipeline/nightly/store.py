@@ -1,6 +1,0 @@
-"""temporary."""
-
-
-class Store:
-    def __init__(self, url):
-        self.url = url
