@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from device.errors import InputError
+from pipeline import progress
 from pipeline.nightly import ray_session
 from pipeline.nightly.execution import Execution
 from pipeline.nightly.graph import Done, Task, unique
@@ -24,8 +25,13 @@ def never() -> bool:
     return False
 
 
-def silent(*_: object) -> None:
+def silent(task: Task, node: Node) -> None:
     """Tell nobody."""
+
+
+def told(text: str) -> None:
+    """Say on stderr what became of a node."""
+    progress.stage("node", text)
 
 
 @dataclass
@@ -66,7 +72,7 @@ class Cluster:
 
 
 @contextmanager
-def started(address: str | None = None, *, say: Say = silent, grace: float = GRACE_SECONDS) -> Iterator[Cluster]:
+def started(address: str | None = None, *, say: Say = told, grace: float = GRACE_SECONDS) -> Iterator[Cluster]:
     """Start Ray here, or join the cluster at an address; every node that is there has been asked what it is.
 
     Raises TargetUnavailable without Ray, InputError where no cluster answers or none of its nodes can be used.
