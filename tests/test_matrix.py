@@ -7,7 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from device.errors import InputError
 from pipeline.nightly import bisect, inputs, plan
 from pipeline.nightly.history import History
 from pipeline.nightly.night import Cell
+from pipeline.nightly.work import Order
 from pipeline.recipe import read
 from tests import nights
 from tests.conftest import BITFERRY, Project, plain_environment, write_project
@@ -50,9 +50,7 @@ def by_cell(night: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def three(
-    tmp_path_factory: pytest.TempPathFactory, deployed: Project
-) -> Iterator[tuple[Project, list[tuple[int, Any]]]]:
+def three(tmp_path_factory: pytest.TempPathFactory, deployed: Project) -> tuple[Project, list[tuple[int, Any]]]:
     """Three nights: the first, the same again, and one with broken preprocessing beside a recipe that cannot run."""
     project = with_weights(tmp_path_factory.mktemp("nights") / "project", deployed)
     asked = ("small.toml", "--targets", "openvino", "--precisions", "float32,int8")
@@ -188,7 +186,7 @@ def test_equal_stages_are_one_task_and_cells_wait_for_all_they_need(deployed: Pr
 
 
 def _planned(project: Project, recipe: Any, cell: Cell) -> plan.Planned:
-    order = plan.Order(str(project.recipe), cell.target, cell.precision, str(project.folder / "build"))
+    order = Order(str(project.recipe), cell.target, cell.precision, str(project.folder / "build"))
     made_of = inputs.inputs(recipe, project.recipe, cell, {})
     return plan.Planned(cell, recipe, order, made_of, "here", inputs.key(cell, made_of, "here"))
 
@@ -294,7 +292,16 @@ def test_bisect_names_the_package_at_fault(tmp_path: Path, deployed: Project) ->
 
     def install(version: str) -> None:
         shutil.rmtree(here, ignore_errors=True)
-        command = [uv, "pip", "install", "--quiet", "--no-deps", "--target", here, f"brightness=={version}"]
+        command: list[str | Path] = [
+            uv,
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            here,
+            f"brightness=={version}",
+        ]
         subprocess.run(command, check=True, env=environment)
 
     def bitferry(*arguments: str) -> subprocess.CompletedProcess[str]:

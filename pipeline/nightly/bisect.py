@@ -203,7 +203,7 @@ def _overlay(build: Path, pins: Sequence[str]) -> Path | None:
     folder = build / "bisect" / sha256("\n".join(pins).encode()).hexdigest()[:16]
     if folder.exists():
         return folder
-    own(build)
+    own(folder.parent)
     part = folder.with_name(f".{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")

@@ -186,7 +186,7 @@ def _run(
     """Make and measure, and keep each result as it comes."""
     whole = graph(todo)
     with live.shown(whole) as show:
-        for one, end, seconds in _ends(todo, cluster.execute(whole, stopped=stopped), show):
+        for one, end, seconds in _ends(todo, cluster.execute(whole, stopped=stopped, begun=show.begun), show):
             if not (stopped() and end.error):  # what was stopped did not fail
                 history.write(night, _result(one, end, seconds, reports.folder(out), night))
 

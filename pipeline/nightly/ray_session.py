@@ -108,7 +108,7 @@ def listed() -> list[Listed]:
     """List the nodes that are alive and have CPUs."""
     import ray
 
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = ray.nodes()
     alive = [(node["NodeID"], node["Resources"]) for node in nodes if node["Alive"]]
     return [
         Listed(name, has["CPU"], int(has.get("memory", 0)), has.get(MEASURES, 0) >= 1)
@@ -173,7 +173,7 @@ def packed(value: object) -> bytes:
     """Pickle a function with its arguments, by reference where it can be imported."""
     from ray import cloudpickle
 
-    content: bytes = cloudpickle.dumps(value)  # type: ignore[no-untyped-call]
+    content: bytes = cloudpickle.dumps(value)
     return content
 
 
