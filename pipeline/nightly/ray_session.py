@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from device.errors import InputError, StageFailed, TargetUnavailable, first_line
 from device.machine import usable_cpus
@@ -108,8 +108,8 @@ def listed() -> list[Listed]:
     """List the nodes that are alive and have CPUs."""
     import ray
 
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    alive = [(node["NodeID"], node["Resources"]) for node in nodes if node["Alive"]]
+    nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
+    alive = [(node["NodeID"], node["Resources"]) for node in nodes() if node["Alive"]]
     return [
         Listed(name, has["CPU"], int(has.get("memory", 0)), has.get(MEASURES, 0) >= 1)
         for name, has in alive
@@ -173,8 +173,8 @@ def packed(value: object) -> bytes:
     """Pickle a function with its arguments, by reference where it can be imported."""
     from ray import cloudpickle
 
-    content: bytes = cloudpickle.dumps(value)  # type: ignore[no-untyped-call]
-    return content
+    pickle: Callable[[object], bytes] = cloudpickle.dumps
+    return pickle(value)
 
 
 def unpacked(content: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
