@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MEASURES = "bitferry_measure"
 """The resource that keeps measurements to the nodes that advertise it."""
+KIND = "bitferry-kind"
+"""The label that names a node's kind where its processor and GPU do not tell it apart, as a board's."""
 OBJECT_STORE = 256 << 20
 """Bytes; only verdicts and timings go through it, never artifacts."""
 CALLS = 25
@@ -46,6 +48,8 @@ class Listed:
     cpus: float
     memory_bytes: int
     measures: bool
+    kind: str | None
+    """The label, where it has one."""
 
 
 def connect(address: str | None) -> None:
@@ -109,10 +113,10 @@ def listed() -> list[Listed]:
     import ray
 
     nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
-    alive = [(node["NodeID"], node["Resources"]) for node in nodes() if node["Alive"]]
+    alive = [(node, node["Resources"]) for node in nodes() if node["Alive"]]
     return [
-        Listed(name, has["CPU"], int(has.get("memory", 0)), has.get(MEASURES, 0) >= 1)
-        for name, has in alive
+        Listed(node["NodeID"], has["CPU"], int(has["memory"]), has.get(MEASURES, 0) >= 1, node["Labels"].get(KIND))
+        for node, has in alive
         if has.get("CPU")
     ]
 
