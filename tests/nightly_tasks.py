@@ -6,15 +6,17 @@ import signal
 import time
 from pathlib import Path
 
+import ray
+
 from pipeline.nightly import perform
 
 
 def stamp(folder: Path, name: str, seconds: float = 0.0) -> str:
-    """Leave when it began and ended, and give its name."""
+    """Leave when it began and ended, and on which node; give its name."""
     start = time.time()
     time.sleep(seconds)
     with (folder / name).open("a") as lines:
-        lines.write(f"{start} {time.time()}\n")
+        lines.write(f"{start} {time.time()} {ray.get_runtime_context().get_node_id()}\n")
     return name
 
 
@@ -48,6 +50,11 @@ def die(folder: Path, name: str) -> None:
 def fill_memory(size: int) -> int:
     """Hold so many bytes, for the peak of memory to be seen."""
     return len(bytes(bytearray(size)))
+
+
+def generate() -> object:
+    """Give what no process can send to another."""
+    return (number for number in range(3))
 
 
 def other_bitferry() -> perform.Probed:

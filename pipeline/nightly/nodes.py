@@ -62,7 +62,7 @@ class Nodes:
 
     def again(self, node: Node) -> None:
         """Ask a node whether it is still there."""
-        self.ask(Listed(node.id, node.cpus, node.memory_bytes, node.measures))
+        self.ask(Listed(node.id, node.cpus, node.memory_bytes, node.measures, node.kind))
 
     def answer(self, answer: Answer) -> Node | None:
         """Take in what a node said; None where it did not answer or cannot be used."""
@@ -70,7 +70,8 @@ class Nodes:
         self.silent.discard(listed.id)
         if isinstance(said, Probed) and said.source == self.source:
             if listed.id not in self.used:
-                node = Node(listed.id, said.hostname, said.kind, listed.cpus, listed.memory_bytes, listed.measures)
+                kind = listed.kind or said.kind
+                node = Node(listed.id, said.hostname, kind, listed.cpus, listed.memory_bytes, listed.measures)
                 self.used[listed.id] = node
                 size = f"{node.cpus:g} CPUs, {node.memory_bytes / 2**30:.1f} GiB"
                 self.say(f"{node.hostname} joined: {node.kind}, {size}")

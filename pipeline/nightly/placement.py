@@ -166,10 +166,13 @@ class Placement:
                 del queues[shape]
 
     def _need(self, task: Task) -> tuple[float, int]:
-        """Give the CPUs and memory that a task takes: what it asks for, but no more than the largest node has."""
+        """Give the CPUs and memory that a task takes: what it asks for, or what the largest node has of it."""
         nodes = [room.node for room in self._of_kind(task.kind)]
-        cpus = min(task.cpus, max((node.cpus for node in nodes), default=0))
-        return cpus, min(task.memory_bytes, max((node.memory_bytes for node in nodes), default=0))
+        enough = (node for node in nodes if node.cpus >= task.cpus and node.memory_bytes >= task.memory_bytes)
+        if not nodes or next(enough, None):
+            return task.cpus, task.memory_bytes
+        largest = max(nodes, key=lambda node: (min(node.memory_bytes, task.memory_bytes), node.cpus))
+        return min(task.cpus, largest.cpus), min(task.memory_bytes, largest.memory_bytes)
 
     def _of_kind(self, kind: str | None) -> list[Room]:
         return [room for room in self.rooms.values() if kind in (None, room.node.kind)]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from device.errors import InputError, StageFailed, TargetUnavailable, first_line
 from device.machine import usable_cpus
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MEASURES = "bitferry_measure"
 """The resource that keeps measurements to the nodes that advertise it."""
+KIND = "bitferry-kind"
+"""The label that names a node's kind where its processor and GPU do not tell it apart, as a board's."""
 OBJECT_STORE = 256 << 20
 """Bytes; only verdicts and timings go through it, never artifacts."""
 CALLS = 25
@@ -46,6 +48,8 @@ class Listed:
     cpus: float
     memory_bytes: int
     measures: bool
+    kind: str | None
+    """The label, where it has one."""
 
 
 def connect(address: str | None) -> None:
@@ -108,11 +112,11 @@ def listed() -> list[Listed]:
     """List the nodes that are alive and have CPUs."""
     import ray
 
-    nodes = ray.nodes()
-    alive = [(node["NodeID"], node["Resources"]) for node in nodes if node["Alive"]]
+    nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
+    alive = [(node, node["Resources"]) for node in nodes() if node["Alive"]]
     return [
-        Listed(name, has["CPU"], int(has.get("memory", 0)), has.get(MEASURES, 0) >= 1)
-        for name, has in alive
+        Listed(node["NodeID"], has["CPU"], int(has["memory"]), has.get(MEASURES, 0) >= 1, node["Labels"].get(KIND))
+        for node, has in alive
         if has.get("CPU")
     ]
 
@@ -173,8 +177,8 @@ def packed(value: object) -> bytes:
     """Pickle a function with its arguments, by reference where it can be imported."""
     from ray import cloudpickle
 
-    content: bytes = cloudpickle.dumps(value)
-    return content
+    pickle: Callable[[object], bytes] = cloudpickle.dumps
+    return pickle(value)
 
 
 def unpacked(content: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
