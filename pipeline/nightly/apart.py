@@ -10,8 +10,8 @@ from pipeline.measure import segmentation
 from pipeline.report.record import Recorded
 from pipeline.statistics import mcnemar_mid_p, newcombe_interval, tango_interval
 
-ALPHA = 0.01
-"""Two-sided, so that 1 in 200 changed cells is said to have lost what it lost by chance. One that did not change
+ALPHA = 0.005
+"""Two-sided, so that 1 in 400 changed cells is said to have lost what it lost by chance. One that did not change
 answers alike, loses nothing and is not at risk, however many nights pass."""
 SIDE = 1 - ALPHA / 2
 

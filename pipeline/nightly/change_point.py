@@ -101,11 +101,10 @@ def against_first(values: Figures, errors: Figures) -> Step | None:
     """Tell the last night from the first by their errors; the one before it, where there is one, must agree."""
     if len(values) < 2:
         return None
-    more, freedom = scatter(values[1:], errors[1:]) if len(values) > LEAST_NIGHTS else (1.0, PLENTY)
-    scaled, limit = errors * more, freedom * math.expm1(LIMIT / freedom)
+    scaled = errors * (scatter(values[1:], errors[1:])[0] if len(values) > LEAST_NIGHTS else 1.0)
     last = np.arange(max(1, len(values) - 2), len(values))
     steps, reach = values[last] - values[0], np.hypot(scaled[last], scaled[0])
-    if np.any(np.abs(steps) <= math.sqrt(limit) * reach) or abs(np.sign(steps).sum()) < len(steps):
+    if np.any(np.abs(steps) <= math.sqrt(LIMIT) * reach) or abs(np.sign(steps).sum()) < len(steps):
         return None
     size, width = float(steps[-1]), NormalDist().inv_cdf(0.975) * float(reach[-1])
     return Step(size, size - width, size + width, float(values[0]))

@@ -52,7 +52,11 @@ def _ratio(point: Point) -> tuple[float, float, float] | None:
 def _told(one: Judged, points: Sequence[Point], step: Step) -> Finding:
     night = since(points, step)
     times, low, high = (math.exp(size) for size in (step.size, step.lower, step.upper))
-    began = f"since {day(night, one.tonight)}" if night else f"than on {day(points[0].night, one.tonight)}"
+    began = (
+        f"since {day(night, one.tonight)}"
+        if night
+        else f"{'as' if times >= 2 else 'than'} on {day(points[0].night, one.tonight)}"
+    )
     sentence = f"{one.name} takes {_more(times)} {began} ({_range(low, high)}), {_over(one)}"
     before = math.exp(step.before)
     change = Change(before, before * times, low, high, "ratio")
