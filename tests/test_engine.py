@@ -198,7 +198,7 @@ print("over", flush=True)
 
 def test_on_one_machine_it_is_quiet_and_ctrl_c_ends_it(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    command = [sys.executable, "-c", SCRIPT, tmp_path]
+    command: list[str | Path] = [sys.executable, "-c", SCRIPT, tmp_path]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
     ) as running:

@@ -26,8 +26,6 @@ STAMP = "%Y-%m-%dT%H:%M:%SZ"
 RESUMED = timedelta(hours=20)
 """How old an unfinished night may be that is gone on with."""
 AFTER_STOP = "what runs is stopped, what is done is kept; the next run goes on from there"
-PAST = 30
-"""Nights that are searched for change points."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def judge(history: History, night: str) -> tuple[Finding, ...]:
     found: list[Finding] = []
     for result in history.results(night):
         cell = result.cell
-        past = [point for point in history.points(cell) if point.night < night][-PAST:]
+        past = [point for point in history.points(cell) if point.night < night]
         accepted = history.reference(cell)
         reference = _reference(history, cell, accepted) if accepted and accepted < night else None
         found += regressions.findings(night, result, reference, past, partial(_inputs, history, cell))

@@ -44,25 +44,29 @@ def cells(paths: Sequence[Path], names: str | None, precisions: Sequence[str]) -
     if wrong:
         raise InputError(f"'{wrong[0]}' is no precision; the precisions are {', '.join(known)}")
     seen: dict[str, Path] = {}
+    left_out: dict[str, None] = {}
     for path in paths:
         recipe = read(path, precision="auto")
         if recipe.name in seen:
             raise InputError(f"{path} and {seen[recipe.name]} are both called '{recipe.name}'; a name is one recipe's")
         seen[recipe.name] = path
         for name in choose_targets(names, recipe):
-            for precision in _runs(recipe, name, precisions):
+            able, slow = _runs(recipe, name, precisions)
+            left_out |= dict.fromkeys([slow] if slow else [])
+            for precision in able:
                 yield path.resolve(), recipe, Cell(recipe.name, name, precision)
+    for told in left_out:
+        progress.stage("skip", told)
 
 
-def _runs(recipe: Recipe, name: str, precisions: Sequence[str]) -> list[str]:
-    """Choose the precisions that a target runs, and this machine with speed."""
+def _runs(recipe: Recipe, name: str, precisions: Sequence[str]) -> tuple[list[str], str]:
+    """Choose the precisions that a target runs, and this machine with speed; say which are left out for that."""
     found = targets.get(name).environment(options=recipe.options(name))
     schemes = targets.get(name).SCHEMES
     able = [one for one in precisions if one == "auto" or one in schemes]
     slow = [one for one in able if one in SHORT and one not in found.fast and not found.unmeasured]
-    if slow:
-        progress.stage("skip", f"{', '.join(slow)} on {name}: {found.device} has no instructions for it")
-    return [one for one in able if one not in slow]
+    told = f"{', '.join(slow)} on {name}: {found.device} has no instructions for it" if slow else ""
+    return [one for one in able if one not in slow], told
 
 
 def kind_for(recipe: Recipe, target: str, kinds: Sequence[str], last: str | None) -> str:
