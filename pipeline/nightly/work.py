@@ -3,6 +3,7 @@
 # A node imports torch when it builds, the driver never.
 # ruff: noqa: PLC0415
 
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from pipeline.run import Deployment, Run
 
 
+BUILD = "BITFERRY_BUILD"
+"""Environment variable of a node: where it keeps what it builds, instead of the folder that the driver names."""
 TRIALS = 3
 """Measurements of a cell, where other processes are busy during each."""
 
@@ -132,6 +135,7 @@ def _deployment(order: Order) -> "Deployment":
 
 def _run(order: Order) -> "Run":
     """Open the recipe; what its other targets and precisions have in common stays in this process for the next."""
+    order = replace(order, build=os.environ.get(BUILD, order.build))
     path = unpack(order.parcel, order.recipe, order.store, Path(order.build)) if order.parcel else Path(order.recipe)
     return _kept(path, file_hash(path), order)
 
