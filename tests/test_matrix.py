@@ -17,6 +17,7 @@ from device.errors import InputError
 from pipeline.nightly import bisect, inputs, plan
 from pipeline.nightly.history import History
 from pipeline.nightly.night import Cell
+from pipeline.nightly.ray_session import _importable
 from pipeline.nightly.work import Order
 from pipeline.recipe import read
 from tests import nights
@@ -154,6 +155,31 @@ def test_a_killed_night_is_gone_on_with(tmp_path: Path, deployed: Project) -> No
     with History(kept, read_only=True) as history:
         assert len(history.nights()) == 1
         assert len(history.results(history.nights()[0])) == 2
+
+
+@pytest.mark.slow
+def test_nodes_that_share_no_disk_exchange_files_through_the_store(tmp_path: Path, deployed: Project) -> None:
+    """Each of two nodes keeps its builds in a folder of its own, and has never seen the recipe's."""
+    from ray.cluster_utils import Cluster  # noqa: PLC0415
+
+    project = with_weights(tmp_path / "project", deployed)
+    store, size = tmp_path / "store", {"num_cpus": 1, "memory": 4 << 30, "object_store_memory": 80 << 20}
+    with _importable():
+        cluster = Cluster(initialize_head=True, head_node_args=size | {"num_cpus": 0, "include_dashboard": False})
+        for name in ("a", "b"):
+            cluster.add_node(wait=False, env_vars={"BITFERRY_BUILD": str(tmp_path / name)}, **size)
+        cluster.wait_for_nodes()
+        try:
+            asked = ("small.toml", "--targets", "openvino,onnxruntime", "--precisions", "int8")
+            code, night = matrix(project, *asked, "--ray", cluster.address, "--store", str(store))
+        finally:
+            cluster.shutdown()
+    assert code == 0
+    assert [one["outcome"] for one in night["cells"]] == ["pass", "pass"]
+    assert not (project.folder / "build").exists()
+    assert [(tmp_path / name / "small").is_dir() for name in ("a", "b")] == [True, True]
+    made = {path.name.partition("-")[0] for path in (store / "stages").iterdir()}
+    assert made >= {"parcel", "data", "quantize", "compile", "answers"}
 
 
 def _rows(path: Path) -> int:
