@@ -7,6 +7,17 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from pipeline.cache import MARK
+
+
+def beside(folder: Path) -> list[Path]:
+    """List the Python files of a folder and below; not those of environments, builds and hidden folders."""
+    found = sorted(folder.glob("*.py"))
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))):
+        if inner.name != "site-packages" and not any((inner / mark).exists() for mark in (MARK, "pyvenv.cfg")):
+            found += beside(inner)
+    return found
+
 
 def imported(files: Iterable[Path]) -> list[str]:
     """Give the top-level names that Python files import anywhere in them; none for one that is no Python."""

@@ -20,7 +20,7 @@ def accept(out: Path, names: Sequence[str], night: str | None, why: str) -> list
     where a cell was not measured in that night.
     """
     with History(out / HISTORY) as history:
-        nights = history.nights()
+        nights = history.nights(finished=True)
         if not nights:
             raise InputError(f"{out / HISTORY} has no finished night")
         chosen = night or nights[-1]
@@ -28,8 +28,10 @@ def accept(out: Path, names: Sequence[str], night: str | None, why: str) -> list
             raise InputError(f"there is no finished night '{chosen}'; the last is {nights[-1]}")
         points = {point.cell: point for point in history.points() if point.night == chosen}
         cells = _named(names, [*points])
-        if len(cells) == len(points):
+        if any(set(name) & {"*", "?"} or name == "all" for name in names):
             cells = [cell for cell in cells if points[cell].outcome != "failed"]
+        if not cells:
+            raise InputError(f"every cell of the night {chosen} that is meant failed; there is nothing to compare with")
         before = {cell: history.reference(cell) for cell in cells}
         history.accept(cells, chosen, who=getpass.getuser(), why=why)
     return [f"{cell.name}: {chosen} (before: {before[cell]})" for cell in cells]

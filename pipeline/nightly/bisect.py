@@ -115,7 +115,7 @@ def fewest_that(all_of: Mapping[str, str], good: Callable[[Mapping[str, str]], b
     while len(rest) > 1:
         names, size = [*rest], -(-len(rest) // parts)
         chunks = [names[at : at + size] for at in range(0, len(names), size)]
-        others = [[name for name in names if name not in chunk] for chunk in chunks]
+        others = [[name for name in names if name not in chunk] for chunk in chunks] if parts > 2 else []
         smaller = next((some for some in [*chunks, *others] if some and good({one: rest[one] for one in some})), None)
         if smaller is not None:
             rest, parts = {one: rest[one] for one in smaller}, max(2, parts - 1 if smaller in others else 2)

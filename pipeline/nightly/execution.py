@@ -238,7 +238,7 @@ class Execution:
             outcome.seconds,
             placed.node.hostname,
             placed.node.kind,
-            outcome.peak_memory_bytes or None,
+            peak_memory_bytes=outcome.peak_memory_bytes or None,
         )
         if done.error is not None:
             yield from self._failed(done)
@@ -252,8 +252,9 @@ class Execution:
     def _failed(self, done: Done) -> Iterator[Done]:
         """Give a failure, and those of the tasks that needed it."""
         self.unfinished.discard(done.task.key)
+        done = replace(done, cause="machine" if done.error_kind == "machine" else "ours")
         yield done
         for key in after(done.task.key, self.direct):
             if key in self.unfinished:
                 self.unfinished.discard(key)
-                yield Done(self.tasks[key], None, done.error, "needed")
+                yield replace(done, task=self.tasks[key], error_kind="needed", seconds=0.0)

@@ -50,6 +50,8 @@ class Done:
     """The hostname of the node, the last one where there were several."""
     kind: str = ""
     """Of that node."""
+    cause: Literal["ours", "machine"] = "ours"
+    """Of the error, were it that of a task before."""
     peak_memory_bytes: int | None = None
     """Of the process that ran it, the interpreter and imports included; None where the system does not tell."""
 

@@ -118,10 +118,10 @@ class History:
 
     # What is kept.
 
-    def nights(self, last: int | None = None) -> list[str]:
-        """Name the nights, or the last so many, in order, with those that were stopped."""
-        limit = -1 if last is None else last
-        rows = self._file.rows("SELECT night FROM nights ORDER BY night DESC LIMIT ?", [limit])
+    def nights(self, last: int | None = None, *, finished: bool = False) -> list[str]:
+        """Name the nights, or the last so many, in order; those that run or were stopped too, unless `finished`."""
+        limit, which = -1 if last is None else last, "WHERE seconds IS NOT NULL" if finished else ""
+        rows = self._file.rows(f"SELECT night FROM nights {which} ORDER BY night DESC LIMIT ?", [limit])
         return [row[0] for row in reversed(rows)]
 
     def night(self, night: str) -> Night:

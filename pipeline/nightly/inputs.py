@@ -13,7 +13,8 @@ import targets
 from device import machine
 from pipeline import dataset
 from pipeline.cache import file_hash
-from pipeline.imports import imported, normal, providing
+from pipeline.imports import beside, imported, normal, providing
+from pipeline.measure.latency import Effort
 from pipeline.nightly.night import Cell, Inputs
 from pipeline.own_source import own_commit, source_hash
 from pipeline.recipe import Recipe
@@ -41,9 +42,13 @@ def inputs(recipe: Recipe, path: Path, cell: Cell, machine_facts: Mapping[str, s
     )
 
 
-def key(cell: Cell, found: Inputs, kind: str) -> str:
-    """Hash what the answers and the verdict depend on, `kind` being that of the node that is to measure it."""
-    parts = [cell.name, found.recipe, found.data, found.weights, found.code, kind]
+def key(cell: Cell, found: Inputs, kind: str, *, effort: Effort = "default", minutes: float | None = None) -> str:
+    """Hash what the answers, the times and the verdict depend on.
+
+    `kind` is that of the node that is to measure it, `effort` how long that takes, `minutes` how long a search.
+    """
+    how = [kind, platform.python_version(), effort, minutes if cell.precision == "auto" else None]
+    parts = [cell.name, found.recipe, found.data, found.weights, found.code, how]
     packages = {name: found.packages[name] for name in sorted(used(cell, found) & found.packages.keys())}
     return hashlib.sha256(json.dumps([*parts, packages], sort_keys=True, default=dict).encode()).hexdigest()
 
@@ -92,8 +97,8 @@ def _own_code(recipe: Recipe, folder: Path) -> dict[str, str]:
     if kind != "module":
         return {}
     top = name.partition(":")[0].partition(".")[0]
-    beside = (folder / f"{top}.py").is_file() or (folder / top).is_dir()
-    files = sorted(folder.rglob("*.py")) if beside else []
+    own = (folder / f"{top}.py").is_file() or (folder / top).is_dir()
+    files = beside(folder) if own else []
     parts = [f"{file.relative_to(folder).as_posix()} {file_hash(file)}" for file in files]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return {"model.own_code": digest, IMPORTS: json.dumps(imported(files))} if parts else {}

@@ -60,8 +60,9 @@ def _told(one: Judged, points: Sequence[Point], step: Step) -> Finding:
     sentence = f"{one.name} takes {_more(times)} {began} ({_range(low, high)}), {_over(one)}"
     before = math.exp(step.before)
     change = Change(before, before * times, low, high, "ratio")
-    if any(disturbed(result.verdict) for result in (one.result, one.reference)):
-        told = f"{sentence}; other processes were busy in one of them, so this proves nothing"
+    doubtful = [one.result, *([one.reference] if night is None else [])]
+    if any(disturbed(result.verdict) for result in doubtful):
+        told = f"{sentence}; other processes were busy meanwhile, so this proves nothing"
         return finding(one, "latency", "notice", told, change, since=night)
     return finding(one, "latency", "regression" if times > 1 else "improvement", sentence, change, since=night)
 

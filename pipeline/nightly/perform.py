@@ -82,7 +82,13 @@ def perform(content: bytes, log: str) -> Outcome:
         return Outcome(value, None, None, None, seconds, peak_memory())
     kind: Literal["ours", "machine"] = "machine" if _machine_at_fault(error) else "ours"
     trace = f"{trace}\nIt wrote:\n{told}" if told else trace
-    return Outcome(None, f"{type(error).__name__}: {first_line(error)}", kind, trace, seconds, peak_memory())
+    text = _legible(f"{type(error).__name__}: {first_line(error)}")
+    return Outcome(None, text, kind, _legible(trace), seconds, peak_memory())
+
+
+def _legible(text: str | None) -> str:
+    """Replace what no file of text can hold, as a file's name that is no UTF-8."""
+    return (text or "").encode("utf-8", "replace").decode()
 
 
 def log_file(name: str) -> Path:

@@ -44,7 +44,7 @@ def publish(history: History, night: Night, out: Path) -> Path:
     job = os.environ.get(JOB_SUMMARY)
     if job:
         with Path(job).open("a") as stream:
-            stream.write(text)
+            stream.write(summary.markdown(night, before))
     progress.stage("dashboard", str(page))
     return page
 

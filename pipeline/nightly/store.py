@@ -65,8 +65,10 @@ class Store:
 
     def has(self, name: str) -> bool:
         """Say whether something goes by this name."""
+        files, root = self._place
         with self._reached():
-            return self._pointer(name) is not None
+            pointer = self._pointer(name)
+            return pointer is not None and bool(files.exists(f"{root}/objects/{pointer.sha256}"))
 
     def put_folder(self, name: str, folder: Path) -> str:
         """Keep the files of a folder under a name; give their hash. Equal folders are kept once."""
@@ -133,9 +135,9 @@ class Store:
         files, root = self._place
         try:
             found = json.loads(files.cat_file(f"{root}/stages/{_plain(name)}"))
-        except FileNotFoundError:
+            return Pointer(found["sha256"], found["size"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged: it is made anew
             return None
-        return Pointer(found["sha256"], found["size"])
 
     @contextmanager
     def _got(self, name: str) -> Iterator[IO[bytes] | None]:
@@ -186,8 +188,10 @@ class Store:
     def _reached(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            raise InputError(f"the store {self.url} cannot be used: {error}") from error
+        except BitferryError:
+            raise
+        except Exception as error:  # each file system has errors of its own
+            raise InputError(f"the store {self.url} cannot be used: {first_line(error)}") from error
 
 
 def _plain(name: str) -> str:

@@ -4,6 +4,7 @@
 # ruff: noqa: PLC0415
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 BUILD = "BITFERRY_BUILD"
 """Environment variable of a node: where it keeps what it builds, instead of the folder that the driver names."""
+OURS = ("pipeline", "targets", "device", "__main__")
 TRIALS = 3
 """Measurements of a cell, where other processes are busy during each."""
 
@@ -145,13 +147,28 @@ def _kept(path: Path, digest: str, order: Order) -> "Run":
     return _opened(path, digest, shared)
 
 
-@lru_cache(maxsize=2)
+_folders: set[Path] = set()
+
+
+def _forget_modules_beside(folder: Path) -> None:
+    """Let no recipe find what one before it, in this process, imported from beside itself."""
+    _folders.add(folder)
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "/")
+        beside = "site-packages" not in file.parts and any(file.resolve().is_relative_to(one) for one in _folders)
+        if beside and name.partition(".")[0] not in OURS:
+            del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in _folders]
+
+
+@lru_cache(maxsize=1)  # of several, one could import another's modules
 def _opened(path: Path, digest: str, order: Order) -> "Run":
     from pipeline import memory
     from pipeline.cache import Cache
     from pipeline.run import Run
 
     memory.keep_freed()
+    _forget_modules_beside(path.parent.resolve())
     recipe = read(path, precision=order.precision, minutes=order.minutes)
     root = Path(order.build) / recipe.name
     build = Cache(root, Store(order.store)) if order.store else Cache(root)
