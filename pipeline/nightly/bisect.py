@@ -14,15 +14,23 @@ from typing import Literal
 from device.errors import InputError, StageFailed
 from pipeline import progress
 from pipeline.cache import own
-from pipeline.nightly import inputs, regressions
+from pipeline.nightly import inputs, perform
 from pipeline.nightly.accept import HISTORY
 from pipeline.nightly.changes import changed
 from pipeline.nightly.history import History
-from pipeline.nightly.night import Cell, Finding, Inputs, Result
+from pipeline.nightly.night import Cell, Result, disturbed
+from pipeline.nightly.work import TRIALS
 from pipeline.recipe import read
 from pipeline.report import record
+from pipeline.verdict import Built
+from pipeline.verdict import Verdict as Measured
 
-Verdict = Literal["good", "bad", "does not run"]
+Verdict = Literal["good", "bad", "unsure", "does not run"]
+"""unsure: other processes were busy whenever it was timed."""
+FIGURES = ("accuracy", "float accuracy", "latency", "size", "memory")
+"""Kinds of findings that have a figure, the surest first."""
+Fault = Literal["package", "ours", "gone", "unclear"]
+TIMED = {"latency", "memory"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,8 @@ class Blame:
     good: str
     bad: str
     """The nights."""
-    fault: Literal["package", "ours", "gone", "unclear"]
-    """gone: today the cell is as it was; unclear: with the earlier packages it does not run."""
+    fault: Fault
+    """gone: today the cell is as it was; unclear: it cannot be told, and the sentence says why."""
     sentence: str
     packages: tuple[str, ...]
     """The fewest that, as they were, make it good again."""
@@ -69,8 +77,16 @@ class Case:
     def older(self) -> dict[str, str]:
         """Give the packages that can matter and differ, as they were in the good night."""
         was, now = self.good[1].inputs.packages, inputs.installed()
-        wanted = inputs.used(self.cell, self.good[1].inputs)
-        return {name: was[name] for name in sorted(wanted & was.keys() & now.keys()) if was[name] != now[name]}
+        return {name: was[name] for name in sorted(self._used & was.keys()) if was[name] != now.get(name)}
+
+    @property
+    def added(self) -> list[str]:
+        """Give the packages that can matter and were not there in the good night; nothing takes them away."""
+        return sorted(self._used & (inputs.installed().keys() - self.good[1].inputs.packages.keys()))
+
+    @property
+    def _used(self) -> set[str]:
+        return inputs.used(self.cell, self.good[1].inputs) | inputs.used(self.cell, self.bad[1].inputs)
 
 
 def bisect(  # noqa: PLR0913
@@ -86,24 +102,28 @@ def bisect(  # noqa: PLR0913
     older = case.older
     if not older:
         return _ours(case, (), "no package that the cell depends on differs from that night's")
-    if not (agreed if isinstance(agreed, bool) else agreed([f"{one}=={version}" for one, version in older.items()])):
+    if not (agreed if isinstance(agreed, bool) else agreed([*_pins(older)])):
         raise InputError("nothing was installed, so nothing was tried; --yes agrees beforehand")
     today = _tried(case, {})
-    if today.verdict == "good":
+    if today.verdict != "bad":
         told = f"today the cell is as it was on {case.good[0]}: what made it worse on {case.bad[0]} is gone"
-        return Blame(case.cell.name, case.good[0], case.bad[0], "gone", told, (), (today,))
-    whole = _tried(case, older)
-    trials = [today, whole]
+        fault: Fault = "gone" if today.verdict == "good" else "unclear"
+        return _blame(case, fault, told if fault == "gone" else today.told, (today,))
+    trials = [today, _tried(case, older)]
+    whole = trials[-1]
     if whole.verdict == "bad":
-        return _ours(case, (today, whole), f"with all {len(older)} packages as they were it is as bad")
-    if whole.verdict == "does not run":
-        told = f"with the packages of {case.good[0]} it does not run here: {whole.told}"
-        return Blame(case.cell.name, case.good[0], case.bad[0], "unclear", told, (), tuple(trials))
+        return _ours(case, tuple(trials), f"with all {len(older)} packages as they were it is as bad")
+    if whole.verdict != "good":
+        return _blame(case, "unclear", f"with the packages of {case.good[0]}: {whole.told}", tuple(trials))
     fewest = fewest_that(older, lambda some: _good(case, some, trials))
     now = inputs.installed()
-    changes = ", ".join(f"{one} {version} → {now[one]}" for one, version in fewest.items())
+    changes = ", ".join(f"{one} {version} → {now.get(one, 'none')}" for one, version in fewest.items())
     told = f"it is {changes}: with {'that' if len(fewest) == 1 else 'those'} as before the cell is as on {case.good[0]}"
-    return Blame(case.cell.name, case.good[0], case.bad[0], "package", told, _pins(fewest), tuple(trials))
+    return _blame(case, "package", told, tuple(trials), _pins(fewest))
+
+
+def _blame(case: Case, fault: Fault, sentence: str, trials: tuple[Trial, ...], packages: tuple[str, ...] = ()) -> Blame:
+    return Blame(case.cell.name, case.good[0], case.bad[0], fault, sentence, packages, trials)
 
 
 def fewest_that(all_of: Mapping[str, str], good: Callable[[Mapping[str, str]], bool]) -> dict[str, str]:
@@ -141,7 +161,7 @@ def _case(cell: Cell, recipe: Path, out: Path, build: Path, bad: str | None, goo
     if read(recipe).name != cell.recipe:
         raise InputError(f"{recipe} is the recipe '{read(recipe).name}'; the cell is of '{cell.recipe}'")
     with History(out / HISTORY, read_only=True) as history:
-        nights = history.nights()
+        nights = history.nights(finished=True)
         last = bad or (nights[-1] if nights else "")
         now = history.result(last, cell) if last in nights else None
         first = good or history.reference(cell)
@@ -153,6 +173,13 @@ def _case(cell: Cell, recipe: Path, out: Path, build: Path, bad: str | None, goo
     if not found:
         raise InputError(f"in the night {last} nothing was found to be worse about {cell.name}")
     kinds = frozenset(one.kind for one in found)
+    here = perform.probe().kind
+    if kinds <= TIMED and here != now.kind:
+        raise InputError(
+            f"{last} was measured on {now.kind}, and this is {here}: a latency is compared on one kind only"
+        )
+    if here != now.kind:
+        kinds -= TIMED
     return Case(cell, recipe.resolve(), build.resolve(), (first, then), (last, now), kinds, trust)
 
 
@@ -161,8 +188,10 @@ def _ours(case: Case, trials: tuple[Trial, ...], why: str) -> Blame:
     then, now = case.good[1].inputs, case.bad[1].inputs
     others = changed(then, replace(now, packages=then.packages))
     rest = "; ".join(others) or "nothing else that is recorded"
-    told = f"no package's fault: {why}. What else changed since {case.good[0]}: {rest}"
-    return Blame(case.cell.name, case.good[0], case.bad[0], "ours", told, (), trials)
+    if case.added:
+        told = f"{why}; but {', '.join(case.added)} came since {case.good[0]}, and cannot be taken away here"
+        return _blame(case, "unclear", f"{told}. What else changed: {rest}", trials)
+    return _blame(case, "ours", f"no package's fault: {why}. What else changed since {case.good[0]}: {rest}", trials)
 
 
 def _good(case: Case, some: Mapping[str, str], trials: list[Trial]) -> bool:
@@ -180,20 +209,48 @@ def _tried(case: Case, packages: Mapping[str, str]) -> Trial:
     progress.stage("bisect", f"{case.cell.name} with {', '.join(pins) or 'the packages as installed'}")
     try:
         overlay = _overlay(case.build, pins)
-        result = _verified(case, overlay, {**inputs.installed(), **packages})
+        timed = bool(TIMED & case.kinds)
+        for _ in range(TRIALS if timed else 1):
+            result = _verified(case, overlay)
+            if not (timed and disturbed(result)):
+                break
     except StageFailed as error:
         bad = "failure" in case.kinds and not packages
         return Trial(pins, "bad" if bad else "does not run", str(error))
-    worse = _worse(case, result)
-    headline = result.verdict.headline if result.verdict else ""
-    return Trial(pins, "bad" if worse else "good", worse[0].sentence if worse else headline)
+    if timed and disturbed(result):
+        return Trial(pins, "unsure", "other processes were busy whenever it was timed; try again when it is quiet")
+    return Trial(pins, *_judged(case, result))
 
 
-def _worse(case: Case, result: Result) -> list[Finding]:
-    """Judge it against the good night, as the bad night was."""
-    night = case.bad[0]
-    found = regressions.findings(night, result, case.good, (), lambda _: None)
-    return [one for one in found if one.severity == "regression" and one.kind in case.kinds]
+def _judged(case: Case, found: Built) -> tuple[Verdict, str]:
+    """Say whether the cell is nearer to the good night or to the bad one, in the surest figure that was worse."""
+    kind = next((one for one in FIGURES if one in case.kinds), None)
+    if kind is None:  # another verdict, or none at all in the bad night
+        good, bad = (result.verdict.outcome if result.verdict else None for _, result in (case.good, case.bad))
+        return "good" if found.outcome == good or found.outcome != bad else "bad", found.headline
+    good_figure, bad_figure, now = (
+        _figure(one, kind) for one in (case.good[1].verdict, case.bad[1].verdict, found)
+    )  # fmt: skip
+    if good_figure is None or bad_figure is None or now is None:
+        return "unsure", f"{kind} was not measured in one of them"
+    told = f"{kind} {now:.4g}; {good_figure:.4g} on {case.good[0]}, {bad_figure:.4g} on {case.bad[0]}"
+    return "good" if abs(now - good_figure) < abs(now - bad_figure) else "bad", told
+
+
+def _figure(verdict: Built | None, kind: str) -> float | None:
+    """Give the figure that findings of a kind are about."""
+    if not isinstance(verdict, Measured):
+        return None
+    speedup, footprint = verdict.latency.runtime_speedup or verdict.latency.speedup, verdict.latency.artifact.footprint
+    memory = footprint.peak_memory_bytes - footprint.base_memory_bytes if footprint else None
+    judged = verdict.accuracy.judged
+    return {
+        "accuracy": judged.percent,
+        "float accuracy": judged.float_percent,
+        "latency": 1 / speedup.value,
+        "size": footprint.file_bytes if footprint else None,
+        "memory": memory,
+    }[kind]
 
 
 def _overlay(build: Path, pins: Sequence[str]) -> Path | None:
@@ -218,7 +275,7 @@ def _overlay(build: Path, pins: Sequence[str]) -> Path | None:
     return folder
 
 
-def _verified(case: Case, overlay: Path | None, packages: Mapping[str, str]) -> Result:
+def _verified(case: Case, overlay: Path | None) -> Built:
     """Run `bitferry verify`; raise StageFailed with its last line when it gives no verdict."""
     words = ["verify", str(case.recipe), "--target", case.cell.target, "--precision", case.cell.precision]
     words += ["--build", str(case.build), "--json", *(["--trust"] if case.trust else [])]
@@ -234,9 +291,4 @@ def _verified(case: Case, overlay: Path | None, packages: Mapping[str, str]) -> 
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise StageFailed(last.removeprefix("error: ")) from None
     folder = case.build / case.cell.recipe / "reports" / f"{told['target']}-{told['precision']}"
-    verdict = record.read_built(folder / record.VERDICT)
-    answers = record.read_answers(folder / record.ANSWERS)
-    made_of: Inputs = replace(case.bad[1].inputs, packages=packages)
-    return replace(
-        case.bad[1], status="measured", error=None, verdict=verdict, answers=answers, inputs=made_of, samples={}
-    )
+    return record.read_built(folder / record.VERDICT)

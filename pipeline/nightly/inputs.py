@@ -35,8 +35,8 @@ def inputs(recipe: Recipe, path: Path, cell: Cell, machine_facts: Mapping[str, s
         recipe=_settings(recipe, cell.target) | _own_code(recipe, path.parent),
         data=_data(recipe, path),
         weights=_weights(recipe, path.parent),
-        code=_code(),
-        commit=_commit(),
+        code=code(),
+        commit=commit(),
         packages=installed(),
         machine=machine_facts,
     )
@@ -128,16 +128,23 @@ def _weights(recipe: Recipe, folder: Path) -> str | None:
 
 
 @cache
-def _code() -> str:
+def code() -> str:
+    """Hash that part of bitferry's own source which results depend on."""
     return source_hash(leave_out=BESIDES)
 
 
 @cache
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Give the commit of bitferry's source, and whether it was changed since; None where git does not know."""
     found = own_commit()
     if found["commit"] is None:
         return None
     return f"{found['commit']}{' with changes' if found['modified'] else ''}"
+
+
+def needed() -> dict[str, str]:
+    """Give the versions of what bitferry itself needs, on whatever target."""
+    return {name: installed()[name] for name in _needed("")}
 
 
 @cache

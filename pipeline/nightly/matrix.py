@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from device.errors import BitferryError, InputError
+import targets
+from device.errors import BitferryError, InputError, TargetUnavailable
 from pipeline import progress
 from pipeline.cache import locked
 from pipeline.measure.latency import Effort
@@ -20,6 +20,7 @@ from pipeline.nightly.parcel import pack
 from pipeline.nightly.plan import Planned, cells, graph, kind_for
 from pipeline.nightly.store import Store
 from pipeline.nightly.work import Made, Order
+from pipeline.recipe import Recipe
 
 HISTORY = "history.sqlite"
 STAMP = "%Y-%m-%dT%H:%M:%SZ"
@@ -54,14 +55,15 @@ def matrix(asked: Asked) -> Night:
 
     What ends is kept at once, so a kill loses only what was running.
     """
-    _check(asked)
+    asked = _checked(asked)
     asked.out.mkdir(parents=True, exist_ok=True)
-    start = datetime.now(UTC)
     with locked(asked.out / ".lock", "matrix"), History(asked.out / HISTORY) as history:
+        start = datetime.now(UTC)
         with ExitStack() as stack, progress.until_stopped("matrix", AFTER_STOP) as stopped:
             cluster = stack.enter_context(engine.started(asked.ray)) if asked.ray else None
-            planned = plan(asked, history, cluster.kinds if cluster else [perform.probe().kind])
+            planned, failed = plan(asked, history, cluster.kinds if cluster else [perform.probe().kind])
             night = _begin(history, start, anew=asked.anew)
+            history.write(night, *failed)
             todo = _reuse(planned, history, night, asked.max_age_days)
             if todo:
                 cluster = cluster or stack.enter_context(engine.started())
@@ -76,10 +78,13 @@ def matrix(asked: Asked) -> Night:
     return done
 
 
-def _check(asked: Asked) -> None:
-    """Refuse what cannot be meant."""
+def _checked(asked: Asked) -> Asked:
+    """Refuse what cannot be meant; a store that is a folder is meant from here."""
     if asked.store and not asked.ray:
         raise InputError("--store is for nodes that share no disk; without --ray everything is on this machine")
+    if asked.store and "://" not in asked.store and "::" not in asked.store:
+        return replace(asked, store=str(Path(asked.store).expanduser().resolve()))
+    return asked
 
 
 def _log(url: str, night: Night) -> None:
@@ -90,24 +95,64 @@ def _log(url: str, night: Night) -> None:
         progress.stage("mlflow", f"the night was not logged: {error}")
 
 
-def plan(asked: Asked, history: History, kinds: Sequence[str]) -> list[Planned]:
-    """Find every cell with all that its result depends on; raise InputError when there are none."""
-    store = Store(asked.store) if asked.store else None
-    parcels: dict[Path, tuple[str, str]] = {}
-    found, here = [], inputs.here()
+def plan(asked: Asked, history: History, kinds: Sequence[str]) -> tuple[list[Planned], list[Result]]:
+    """Find every cell with all that its result depends on; and those that cannot be tried, as failed.
+
+    A cell of the last night whose target is no longer ready is one of these. Raises InputError when no cell is left.
+    """
+    found: list[Planned] = []
+    failed: list[Result] = []
+    parcels: dict[Path, tuple[str | None, str]] = {}
     for path, recipe, cell in cells(asked.recipes, asked.targets, asked.precisions):
-        if store and path not in parcels:
-            parcels[path] = pack(recipe, path, store)
-        parcel, name = parcels.get(path, (None, str(path)))
-        order = Order(name, cell.target, cell.precision, str(asked.build.resolve()), asked.effort, asked.minutes,
-                      asked.trust, asked.store, parcel)  # fmt: skip
-        last = _latest(history, cell)
-        kind = kind_for(recipe, cell.target, kinds, last.kind if last else None)
-        made_of = inputs.inputs(recipe, path, cell, here)
-        found.append(Planned(cell, recipe, order, made_of, kind, inputs.key(cell, made_of, kind)))
+        try:
+            if path not in parcels:
+                parcels[path] = pack(recipe, path, Store(asked.store)) if asked.store else (None, str(path))
+            found.append(_planned(asked, history, kinds, (path, recipe, cell), parcels[path]))
+        except InputError as error:
+            progress.stage("failed", f"{cell.name}: {error}")
+            failed.append(_untried(cell, str(error)))
     if not found:
-        raise InputError("no cell: none of the targets runs any of the precisions asked for")
-    return found
+        raise (
+            InputError(failed[0].error or "")
+            if failed
+            else InputError("no cell: none of the targets runs any of the precisions asked for")
+        )
+    return found, [*failed, *_vanished(asked, history, {one.cell for one in found} | {one.cell for one in failed})]
+
+
+def _planned(
+    asked: Asked, history: History, kinds: Sequence[str], of: tuple[Path, Recipe, Cell], parcel: tuple[str | None, str]
+) -> Planned:
+    path, recipe, cell = of
+    order = Order(
+        recipe=parcel[1], target=cell.target, precision=cell.precision, build=str(asked.build.resolve()),
+        effort=asked.effort, minutes=asked.minutes, trust=asked.trust, store=asked.store, parcel=parcel[0],
+    )  # fmt: skip
+    last = _latest(history, cell)
+    kind = kind_for(recipe, cell.target, kinds, last.kind if last else None)
+    made_of = inputs.inputs(recipe, path, cell, inputs.here())
+    key = inputs.key(cell, made_of, kind, effort=asked.effort, minutes=asked.minutes)
+    return Planned(cell, recipe, order, made_of, kind, key)
+
+
+def _vanished(asked: Asked, history: History, known: set[Cell]) -> Iterator[Result]:
+    """Give the last night's cells of these recipes whose target cannot be loaded tonight: an upgrade broke it."""
+    nights = history.nights(1, finished=True)
+    recipes = {cell.recipe for cell in known}
+    points = [point for point in history.points() if nights and point.night == nights[0]]
+    for cell in sorted({point.cell for point in points} - known):
+        if asked.targets == "all" and cell.recipe in recipes and cell.precision in asked.precisions:
+            try:
+                target = targets.get(cell.target)
+                target.environment(options=target.Options())
+            except (TargetUnavailable, InputError) as error:
+                yield _untried(cell, str(error))
+
+
+def _untried(cell: Cell, error: str) -> Result:
+    facts = inputs.here()
+    made_of = Inputs({}, {}, None, inputs.code(), inputs.commit(), inputs.installed(), facts)
+    return Result(cell, "failed", "", made_of, "", 0.0, 0, error=error, error_kind="ours")
 
 
 def judge(history: History, night: str) -> tuple[Finding, ...]:
@@ -123,7 +168,11 @@ def judge(history: History, night: str) -> tuple[Finding, ...]:
 
 
 def _reference(history: History, cell: Cell, night: str) -> tuple[str, Result] | None:
-    result = history.result(night, cell)
+    try:
+        result = history.result(night, cell)
+    except InputError as error:
+        progress.stage("matrix", f"{cell.name} is compared with nothing: {error}; `bitferry accept` a newer night")
+        return None
     return (night, result) if result else None
 
 
@@ -144,8 +193,10 @@ def _begin(history: History, now: datetime, *, anew: bool) -> str:
 
 def _reuse(planned: Sequence[Planned], history: History, night: str, max_age_days: float) -> list[Planned]:
     """Write those results for tonight that stand; give what is to be measured."""
-    done = {point.cell for point in history.points() if point.night == night and point.outcome != "failed"}
-    rest = [one for one in planned if one.cell not in done]
+    tonight = [point for point in history.points() if point.night == night and point.outcome != "failed"]
+    keys = {point.cell: point.key for point in tonight}
+    done = [one for one in planned if keys.get(one.cell) == one.key]
+    rest = [one for one in planned if one not in done]
     standing = {one.cell: found for one in rest if (found := _standing(history, one, max_age_days, night))}
     history.write(night, *standing.values())
     told = f"{len(planned)} cells: {len(done)} done before, " if done else f"{len(planned)} cells: "
@@ -156,6 +207,9 @@ def _reuse(planned: Sequence[Planned], history: History, night: str, max_age_day
 def _standing(history: History, planned: Planned, max_age_days: float, night: str) -> Result | None:
     """Give the cell's last result as tonight's, where nothing that it depends on changed and it is not too old."""
     last = _latest(history, planned.cell, night)
+    before = [point for point in history.points(planned.cell, last=2) if point.night < night]
+    if before and before[-1].outcome == "failed":
+        return None
     if last is None or last.key != planned.key or last.measured_at is None:
         return None
     age = datetime.now(UTC) - datetime.fromisoformat(last.measured_at)
@@ -207,8 +261,9 @@ def _result(planned: Planned, end: Done, seconds: float, folder: Path, night: st
     """Turn what came of a cell's last task into its result, the report kept in a folder."""
     plain = Result(planned.cell, "failed", planned.key, planned.inputs, planned.kind, seconds, end.attempts)
     if not isinstance(end.value, Made):
-        kind: Literal["ours", "machine"] = "machine" if end.error_kind == "machine" else "ours"
-        return replace(plain, error=end.error or f"no verdict but {type(end.value).__name__}", error_kind=kind)
+        reports.keep_trace(folder, planned.cell, night, end.trace)
+        error = end.error or f"no verdict but {type(end.value).__name__}"
+        return replace(plain, error=error, error_kind=end.cause)
     made = end.value
     reports.keep(folder, planned.cell, night, made.report)
     return replace(

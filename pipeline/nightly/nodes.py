@@ -88,8 +88,8 @@ class Nodes:
 def _reason(listed: Listed, said: object) -> str:
     if isinstance(said, Probed):
         return (
-            f"{said.hostname} has another bitferry than this machine and is not used; install this one there "
-            "and start Ray there anew"
+            f"{said.hostname} has another bitferry than this machine, or other versions of what it needs, and is not "
+            "used; install the same there and start Ray there anew"
         )
     text = first_line(said) if isinstance(said, BaseException) else repr(said)
     return f"node {listed.id[:8]} cannot run bitferry and is not used; install it there with its extras ({text})"

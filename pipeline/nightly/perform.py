@@ -2,6 +2,8 @@
 
 import errno
 import getpass
+import hashlib
+import json
 import os
 import platform
 import socket
@@ -19,6 +21,7 @@ import targets
 from device import gpu
 from device.errors import first_line
 from device.footprint import peak_memory
+from pipeline.nightly import inputs
 from pipeline.nightly.ray_session import unpacked
 from pipeline.own_source import source_hash
 
@@ -36,7 +39,7 @@ class Probed:
     hostname: str
     kind: str
     source: str
-    """Hash of the bitferry that is installed there."""
+    """Hash of the bitferry that is installed there, and of the versions of what it needs."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,13 @@ def probe() -> Probed:
     found = gpu.find(0)
     name = found.name if isinstance(found, gpu.Gpu) else ""
     kind = " ".join(part for part in (processor, *targets.cpu_isa()[-1:], name) if part)
-    return Probed(socket.gethostname(), kind, source_hash())
+    return Probed(socket.gethostname(), kind, whole())
+
+
+def whole() -> str:
+    """Hash this bitferry's source with the versions of the packages that it needs, directly or not."""
+    told = [source_hash(), sorted(inputs.needed().items())]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def perform(content: bytes, log: str) -> Outcome:

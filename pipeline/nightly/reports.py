@@ -66,9 +66,17 @@ def keep(folder: Path, cell: Cell, night: str, page: bytes) -> Path:
     part = path.with_suffix(".part")
     part.write_bytes(page)
     part.replace(path)
-    for old in sorted(folder.glob(f"{cell.slug}--*.html"))[:-KEPT]:
-        old.unlink()
+    for ending in ("html", "txt"):
+        for old in sorted(folder.glob(f"{cell.slug}--*.{ending}"))[:-KEPT]:
+            old.unlink()
     return path
+
+
+def keep_trace(folder: Path, cell: Cell, night: str, trace: str | None) -> None:
+    """Write why a cell failed, with all that was said, beside the reports."""
+    if trace:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{cell.slug}--{night.replace(':', '')}.txt").write_text(trace)
 
 
 def latest(out: Path, cell: Cell) -> str | None:

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-from device.errors import InputError, TargetUnavailable, first_line
+from device.errors import BitferryError, InputError, TargetUnavailable, first_line
 from pipeline import progress
 
 if TYPE_CHECKING:
