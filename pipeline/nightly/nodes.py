@@ -10,7 +10,6 @@ from pipeline.nightly import ray_session
 from pipeline.nightly.perform import Probed, probe
 from pipeline.nightly.placement import Node
 from pipeline.nightly.ray_session import Listed
-from pipeline.own_source import source_hash
 
 Say = Callable[[str], None]
 
