@@ -3,11 +3,12 @@
 import hashlib
 import json
 import platform
-import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 import targets
 from device import machine
@@ -23,6 +24,8 @@ BESIDES = (
     "pipeline/nightly/", "pipeline/report/", "pipeline/shipping/", "pipeline/cli", "pipeline/doctor", "pipeline/init",
 )  # fmt: skip
 """Source files that no answer and no time depends on."""
+RAYS_OWN = "thirdparty_files"
+"""The folder of packages that Ray carries, and puts on its workers' path."""
 IMPORTS = "model.imports"
 """What a model's own code imports, besides what it is."""
 ELSEWHERE = {"name", "version", "license", "precision", "nightly", "data", "targets"}
@@ -69,7 +72,8 @@ def here() -> dict[str, str]:
 @cache
 def installed() -> dict[str, str]:
     """Give every installed distribution's version, by its normalized name."""
-    found = ((normal(one.name), one.version) for one in metadata.distributions())
+    every = (one for one in metadata.distributions() if RAYS_OWN not in str(one.locate_file("")))
+    found = ((normal(one.name), one.version) for one in every)
     return dict(sorted(dict(reversed([*found])).items()))  # of two of one name the first on the path is imported
 
 
@@ -164,11 +168,11 @@ def _closure(names: list[str]) -> set[str]:
 
 
 def _requirements(name: str, extra: str = "") -> Iterator[str]:
-    """Give the distributions that one requires by itself, and with an extra of its own."""
+    """Give the distributions that one requires on this system by itself, and with an extra of its own."""
     for line in metadata.requires(name) or ():
-        wanted, _, condition = line.partition(";")
-        if "extra ==" not in condition or (extra and re.search(rf"extra == ['\"]{re.escape(extra)}['\"]", condition)):
-            yield normal(re.split(r"[^A-Za-z0-9._-]", wanted.strip(), maxsplit=1)[0])
+        wanted = Requirement(line)
+        if wanted.marker is None or any(wanted.marker.evaluate({"extra": one}) for one in {"", extra}):
+            yield normal(wanted.name)
 
 
 def _top(source: str) -> str:
