@@ -5,6 +5,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ MEASURES = "bitferry_measure"
 """The resource that keeps measurements to the nodes that advertise it."""
 KIND = "bitferry-kind"
 """The label that names a node's kind where its processor and GPU do not tell it apart, as a board's."""
+CONNECT_SECONDS = 10.0
 OBJECT_STORE = 256 << 20
 """Bytes; only verdicts and timings go through it, never artifacts."""
 CALLS = 25
@@ -70,10 +72,14 @@ def connect(address: str | None) -> None:
         with _importable():
             _start()
         return
-    settings = {"env_vars": SETTINGS}
+    host, _, port = address.rpartition(":")
     try:
+        socket.create_connection(
+            (host.strip("[]"), int(port)), CONNECT_SECONDS
+        ).close()  # Ray itself would wait minutes
+        settings = {"env_vars": SETTINGS}
         ray.init(address, runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"no Ray cluster answers at {address} ({first_line(error)}); "
             "give the HOST:PORT that `ray start --head` printed, with the same versions of Ray and Python"
