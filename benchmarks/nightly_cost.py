@@ -1,9 +1,10 @@
 """What the nightly matrix costs beside the work itself, and how long one would take on many nodes.
 
-    python benchmarks/nightly_cost.py [--cells 100 1000 10000] [--models 1000] [--nodes 50] [--cpus 16]
+    python benchmarks/nightly_cost.py [--cells 100 1000 10000] [--replaced 100 1000] [--models 1000] [--nodes 50] [--cpus 16]
 
 First cells whose tasks do nothing, on Ray on this machine: all that is left is the engine's own time. Each ten cells
 are a model on ten targets: one task prepares the model, and each cell quantizes, converts, compiles and measures.
+`--cells` keeps the processes that run tasks; `--replaced` replaces each after so many tasks as the matrix does.
 Then the same tasks with their seconds, on nodes that are imagined: the engine's own placement with a clock that jumps
 to the next end. Prints both tables and keeps them in benchmarks/results/.
 """
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from device.footprint import peak_memory
-from pipeline.nightly import engine
+from pipeline.nightly import engine, ray_session
 from pipeline.nightly.graph import Task, ordered
 from pipeline.nightly.placement import GIB, Node, Placed, Placement
 
@@ -31,6 +32,8 @@ STAGES = ("quantize", "convert", "compile", "measure")
 class Cost:
     """What the engine took for cells whose tasks do nothing."""
 
+    calls: int
+    """Tasks after which a process is replaced; 0: never."""
     cells: int
     tasks: int
     seconds: float
@@ -65,13 +68,14 @@ def tasks(cells: int) -> Iterator[Task]:
             last = key
 
 
-def real(cluster: engine.Cluster, cells: int) -> Cost:
-    """Run tasks that do nothing."""
+def real(cluster: engine.Cluster, cells: int, calls: int) -> Cost:
+    """Run tasks that do nothing, each process replaced after so many calls."""
+    ray_session.CALLS = calls
     given, before, start = list(tasks(cells)), peak_memory(), time.perf_counter()
     ended = [done.error for done in cluster.execute(given)]
     if ended != [None] * len(given):
         raise SystemExit(f"{len(given)} tasks, and {ended.count(None)} ended well")
-    return Cost(cells, len(given), time.perf_counter() - start, peak_memory() - before)
+    return Cost(calls, cells, len(given), time.perf_counter() - start, peak_memory() - before)
 
 
 def imagined(cells: int, nodes: int, cpus: int, seconds: Mapping[str, float]) -> Imagined:
@@ -101,11 +105,13 @@ def imagined(cells: int, nodes: int, cpus: int, seconds: Mapping[str, float]) ->
 
 def show(costs: list[Cost], nights: list[Imagined]) -> None:
     """Print both tables as the documentation has them."""
-    print("\n| cells | tasks | seconds | ms per cell | of a 30 s cell | driver, MiB |\n|---|---|---|---|---|---|")
+    print("\n| processes replaced | cells | tasks | seconds | ms per cell | of a 30 s cell | driver, MiB |")
+    print("|---|---|---|---|---|---|---|")
     for one in costs:
         each = one.seconds / one.cells
         share, memory = each / CELL_SECONDS, one.memory_bytes / 2**20
-        print(f"| {one.cells:,} | {one.tasks:,} | {one.seconds:.1f} | {1e3 * each:.0f} | {share:.1%} | {memory:.0f} |")
+        counts = f"{f'after {one.calls} tasks' if one.calls else 'never'} | {one.cells:,} | {one.tasks:,}"
+        print(f"| {counts} | {one.seconds:.1f} | {1e3 * each:.0f} | {share:.1%} | {memory:.0f} |")
     print("\n| nodes | cells | hours | nodes' CPUs in use | placing a task, ms |\n|---|---|---|---|---|")
     for night in nights:
         print(f"| {night.nodes} | {night.cells:,} | {night.hours:.2f} | {night.busy:.0%} | {night.placing_ms:.2f} |")
@@ -114,6 +120,7 @@ def show(costs: list[Cost], nights: list[Imagined]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--cells", type=int, nargs="*", default=[100, 1000, 10000], help="that do nothing, on Ray")
+    parser.add_argument("--replaced", type=int, nargs="*", default=[100, 1000], help="the same, in fresh processes")
     parser.add_argument("--models", type=int, default=1000, help="of the imagined night, on ten targets each")
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 10, 50], help="of the imagined nights")
     parser.add_argument("--cpus", type=int, default=16, help="of each imagined node")
@@ -122,13 +129,15 @@ def main() -> None:
     seconds = SECONDS | {name: float(value) for name, _, value in (one.partition("=") for one in asked.seconds)}
     costs: list[Cost] = []
     begin = time.perf_counter()
-    if asked.cells:
+    if asked.cells or asked.replaced:
         with engine.started() as cluster:
             started = time.perf_counter() - begin
             print(f"Ray started in {started:.1f} s; {next(iter(cluster.nodes.used.values())).cpus:g} CPUs", flush=True)
-            for cells in asked.cells:
-                costs.append(real(cluster, cells))
-                print(costs[-1], flush=True)
+            replaced = ray_session.CALLS
+            for calls, sizes in ((0, asked.cells), (replaced, asked.replaced)):
+                for cells in sizes:
+                    costs.append(real(cluster, cells, calls))
+                    print(costs[-1], flush=True)
     nights = [imagined(TARGETS * asked.models, nodes, asked.cpus, seconds) for nodes in asked.nodes]
     show(costs, nights)
     keep({"ray": [vars(one) for one in costs], "imagined": [vars(one) for one in nights], "seconds": seconds})

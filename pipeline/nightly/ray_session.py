@@ -141,7 +141,7 @@ def send(
     """Run a function on a node, once; another thread calls `ended` with its result or with Ray's error."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    chosen = _remote(function).options(
+    chosen = _remote(function, CALLS).options(
         num_cpus=cpus,
         memory=memory_bytes or None,
         resources={MEASURES: 1} if alone else None,
@@ -153,11 +153,11 @@ def send(
 
 
 @lru_cache
-def _remote(function: Callable[..., object]) -> "RemoteFunction":
+def _remote(function: Callable[..., object], calls: int) -> "RemoteFunction":
     """Make a function Ray's, once: each time would send it to the nodes again."""
     import ray
 
-    made: RemoteFunction = ray.remote(max_retries=0, max_calls=CALLS)(function)
+    made: RemoteFunction = ray.remote(max_retries=0, max_calls=calls)(function)
     return made
 
 
