@@ -1,6 +1,6 @@
 """What the nightly matrix costs beside the work itself, and how long one would take on many nodes.
 
-    python benchmarks/nightly_cost.py [--cells 100 1000 10000] [--replaced 100 1000] [--models 1000] [--nodes 50] [--cpus 16]
+    python benchmarks/nightly_cost.py [--cells 100 1000 10000] [--replaced 100 1000] [--nodes 1 10 50]
 
 First cells whose tasks do nothing, on Ray on this machine: all that is left is the engine's own time. Each ten cells
 are a model on ten targets: one task prepares the model, and each cell quantizes, converts, compiles and measures.

@@ -56,7 +56,7 @@ class Listed:
 
 
 def connect(address: str | None) -> None:
-    """Start Ray on this machine, or join the cluster at an address.
+    """Start Ray on this machine, or join the cluster at HOST:PORT, or with `auto` the one that runs on this machine.
 
     Raises TargetUnavailable without Ray, InputError where no cluster answers, StageFailed where Ray does not start.
     """
@@ -72,13 +72,12 @@ def connect(address: str | None) -> None:
         with _importable():
             _start()
         return
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection(
-            (host.strip("[]"), int(port)), CONNECT_SECONDS
-        ).close()  # Ray itself would wait minutes
-        settings = {"env_vars": SETTINGS}
-        ray.init(address, runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR)
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            # Ray itself would wait for minutes
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        ray.init(address, runtime_env={"env_vars": SETTINGS}, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"no Ray cluster answers at {address} ({first_line(error)}); "
