@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 from device.errors import first_line
 from pipeline.nightly import ray_session
-from pipeline.nightly.perform import Probed, probe
+from pipeline.nightly.perform import Probed, probe, whole
 from pipeline.nightly.placement import Node
 from pipeline.nightly.ray_session import Listed
 
@@ -30,7 +30,7 @@ class Nodes:
     """Where an Answer arrives."""
     say: Say
     """Told in one line of each node that joins, leaves or is refused."""
-    source: str = field(default_factory=source_hash)
+    source: str = field(default_factory=whole)
     used: dict[str, Node] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     """Node → why it is not used."""
