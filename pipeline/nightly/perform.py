@@ -69,12 +69,12 @@ def whole() -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def perform(content: bytes, log: str) -> Outcome:
+def perform(content: bytes, key: str) -> Outcome:
     """Run a packed function and give what came of it, its error too.
 
     What it writes goes to a file that stays only where the process dies.
     """
-    path = log_file(log)
+    path = log_file(key)
     _forget_peak()
     start = time.perf_counter()
     value, error, trace = None, None, None
@@ -100,11 +100,11 @@ def _legible(text: str | None) -> str:
     return (text or "").encode("utf-8", "replace").decode()
 
 
-def log_file(name: str) -> Path:
+def log_file(key: str) -> Path:
     """Give where a task's output is written on its node while it runs; a process that dies leaves it there."""
     folder = Path(tempfile.gettempdir()) / f"bitferry-logs-{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    return folder / f"{name}.log"
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.log"
 
 
 def _machine_at_fault(error: BaseException) -> bool:

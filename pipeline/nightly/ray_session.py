@@ -5,6 +5,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ MEASURES = "bitferry_measure"
 """The resource that keeps measurements to the nodes that advertise it."""
 KIND = "bitferry-kind"
 """The label that names a node's kind where its processor and GPU do not tell it apart, as a board's."""
+CONNECT_SECONDS = 10.0
 OBJECT_STORE = 256 << 20
 """Bytes; only verdicts and timings go through it, never artifacts."""
 CALLS = 25
@@ -54,7 +56,7 @@ class Listed:
 
 
 def connect(address: str | None) -> None:
-    """Start Ray on this machine, or join the cluster at an address.
+    """Start Ray on this machine, or join the cluster at HOST:PORT, or with `auto` the one that runs on this machine.
 
     Raises TargetUnavailable without Ray, InputError where no cluster answers, StageFailed where Ray does not start.
     """
@@ -70,10 +72,13 @@ def connect(address: str | None) -> None:
         with _importable():
             _start()
         return
-    settings = {"env_vars": SETTINGS}
     try:
-        ray.init(address, runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            # Ray itself would wait for minutes
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        ray.init(address, runtime_env={"env_vars": SETTINGS}, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"no Ray cluster answers at {address} ({first_line(error)}); "
             "give the HOST:PORT that `ray start --head` printed, with the same versions of Ray and Python"
@@ -135,7 +140,7 @@ def send(
     """Run a function on a node, once; another thread calls `ended` with its result or with Ray's error."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    chosen = _remote(function).options(
+    chosen = _remote(function, CALLS).options(
         num_cpus=cpus,
         memory=memory_bytes or None,
         resources={MEASURES: 1} if alone else None,
@@ -147,11 +152,11 @@ def send(
 
 
 @lru_cache
-def _remote(function: Callable[..., object]) -> "RemoteFunction":
+def _remote(function: Callable[..., object], calls: int) -> "RemoteFunction":
     """Make a function Ray's, once: each time would send it to the nodes again."""
     import ray
 
-    made: RemoteFunction = ray.remote(max_retries=0, max_calls=CALLS)(function)
+    made: RemoteFunction = ray.remote(max_retries=0, max_calls=calls)(function)
     return made
 
 
