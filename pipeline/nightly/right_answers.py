@@ -13,6 +13,9 @@ from pipeline.nightly.judged import Change, Judged, Kind, day, finding, since
 from pipeline.nightly.night import Finding, Point
 
 REACH = NormalDist().inv_cdf(0.975)
+WIDER = 1.08
+"""What the errors of shares are multiplied by, so that fewer than 1 in 100 nights is told to be worse by chance: they
+have no room of their own, as those of ratios have in the 1 % for loading again."""
 
 
 def found(one: Judged) -> Iterator[Finding]:
@@ -108,7 +111,7 @@ def step(percents: Figures, apart: Apart) -> Step | None:
 
     A night scatters by half of what lies between two of them, in variance.
     """
-    error = (apart.upper_pp - apart.lower_pp) / (2 * REACH * math.sqrt(2))
+    error = WIDER * (apart.upper_pp - apart.lower_pp) / (2 * REACH * math.sqrt(2))
     return change_point.follow(percents, np.full(len(percents), error))[-1]
 
 
