@@ -155,7 +155,7 @@ def test_class_maps_are_judged_by_their_overlap() -> None:
 
 def test_a_slow_drift_of_a_nightly_rebuilt_artifact_shows_in_the_nights_together() -> None:
     rng = np.random.default_rng(1)
-    shares = [91.5 + rng.normal(0, 0.2) - 0.7 * (night >= 18) for night in range(24)]
+    shares = [91.5 + rng.normal(0, 0.2) - 1.0 * (night >= 18) for night in range(24)]
     history = [result(images=4000, percent=share, seed=night + 1) for night, share in enumerate(shares)]
     found = only(judged(history), "accuracy")
     assert found.severity == "regression"
