@@ -30,13 +30,25 @@ def task(name: str, run: Callable[..., object], *arguments: object, **more: obje
     return replace(Task(name, name, run, arguments, memory_bytes=1 << 28), **more)  # type: ignore[arg-type]
 
 
+def join(nodes: RayCluster, kind: str) -> None:
+    """Start a node; Ray gives it 15 s for that, which a busy machine may need three times."""
+    for last in (False, False, True):
+        try:
+            nodes.add_node(wait=False, labels={"bitferry-kind": kind}, **NODE)
+        except Exception as error:
+            if last or "timed out during startup" not in str(error):
+                raise
+        else:
+            return
+
+
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[RayCluster]:
     """A cluster whose head has no CPUs, with two nodes of one kind and one of another."""
     with _importable():
         made = RayCluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
         for kind in (SERVER, SERVER, BOARD):
-            made.add_node(wait=False, labels={"bitferry-kind": kind}, **NODE)
+            join(made, kind)
         made.wait_for_nodes()
         yield made
         made.shutdown()
@@ -93,7 +105,7 @@ def test_failures_stay_alone_and_what_a_machine_broke_is_tried_once_more(cluster
     )
     kinds = {name: (one.error_kind, one.attempts) for name, one in done.items()}
     assert kinds == {
-        "good": (None, 1), "bad": ("ours", 1), "after bad": ("needed", 0), "after that": ("needed", 0),
+        "good": (None, 1), "bad": ("ours", 1), "after bad": ("needed", 1), "after that": ("needed", 1),
         "crash once": (None, 2), "after crash": (None, 1), "crash": ("machine", 2), "disk": ("machine", 2),
         "unpicklable": ("ours", 1), "exit": ("ours", 1), "vax": ("machine", 0), "vax, whole": ("machine", 0),
     }  # fmt: skip
@@ -152,7 +164,7 @@ def test_a_node_killed_in_the_middle_and_one_that_joins(
             killed = where["build long"][0]
             victim = next(node for node in nodes.worker_nodes if node.node_id == killed)
             nodes.remove_node(victim, allow_graceful=False)
-            nodes.add_node(wait=False, labels={"bitferry-kind": LATE}, **NODE)
+            join(nodes, LATE)
     assert killed
     assert sorted(one.task.name for one in done) == sorted(one.name for one in [*builds, *measured, late])
     assert [one.error for one in done] == [None] * len(done)
@@ -233,7 +245,7 @@ def test_a_node_with_another_bitferry_is_refused() -> None:
     assert made.answer(Answer("n1", nightly_tasks.other_bitferry())) is None
     made.asked["n2"] = Listed("n2", 4, 1 << 30, measures=False, kind=None)
     assert made.answer(Answer("n2", ModuleNotFoundError("No module named 'pipeline'"))) is None
-    assert said[0].startswith("elsewhere has another bitferry than this machine and is not used")
+    assert said[0].startswith("elsewhere has another bitferry than this machine, or other versions of what it needs")
     assert "cannot run bitferry and is not used; install it there" in said[1]
     assert set(made.refused) == {"n1", "n2"}
 
