@@ -5,41 +5,58 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from device.errors import InputError
 from pipeline.cli_more import Json
 
+if TYPE_CHECKING:
+    from pipeline.measure.latency import Effort
+
 commands = typer.Typer()
 
 Nightly = Annotated[Path, typer.Option("--out", "-o", help="The folder of the history and the dashboard.")]
 
 
+RecipePaths = Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="The recipes to build.")]
+TargetNames = Annotated[
+    str, typer.Option("--targets", "-t", help="As openvino,onnxruntime; all takes those that are ready.")
+]
+Precisions = Annotated[str, typer.Option(help="Those of these that a target runs; also auto.")]
+BuildFolder = Annotated[Path, typer.Option("--build", help="Where stages keep their output.")]
+Ray = Annotated[str | None, typer.Option(help="A Ray cluster's address, or auto; default: this machine.")]
+Store = Annotated[
+    str | None, typer.Option(help="Where nodes without a common disk exchange files: a folder's path, s3://…, …")
+]
+MaxAge = Annotated[float, typer.Option(min=0, help="Days after which an unchanged cell is measured again.")]
+Remeasure = Annotated[bool, typer.Option("--remeasure", help="Measure unchanged cells as well.")]
+New = Annotated[bool, typer.Option("--new", help="Begin a night even if the last one was stopped.")]
+Minutes = Annotated[float | None, typer.Option(min=0, help="Of precision auto: how long to look for mixes.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Time each cell for a second and a half.")]
+Thorough = Annotated[bool, typer.Option("--thorough", help="Time each cell for a minute.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Load .pt2 programs, which can run code.")]
+Mlflow = Annotated[str | None, typer.Option(help="Log the night to this MLflow server, too.")]
+
+
 @commands.command()
 def matrix(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="The recipes to build.")],
-    targets: Annotated[
-        str, typer.Option("--targets", "-t", help="As openvino,onnxruntime; all takes those that are ready.")
-    ] = "all",
-    precisions: Annotated[str, typer.Option(help="Those of these that a target runs.")] = "float32,bfloat16,int8",
+    recipes: RecipePaths,
+    targets: TargetNames = "all",
+    precisions: Precisions = "float32,bfloat16,int8",
     out: Nightly = Path("nightly"),
-    build: Annotated[Path, typer.Option("--build", help="Where stages keep their output.")] = Path("build"),
-    ray: Annotated[str | None, typer.Option(help="A Ray cluster's address, or auto; default: this machine.")] = None,
-    store: Annotated[
-        str | None, typer.Option(help="Where nodes without a common disk exchange files: a folder's path, s3://…, …")
-    ] = None,
-    max_age: Annotated[float, typer.Option(min=0, help="Days after which an unchanged cell is measured again.")] = 7,
-    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure unchanged cells as well.")] = False,
-    new: Annotated[bool, typer.Option("--new", help="Begin a night even if the last one was stopped.")] = False,
-    search_minutes: Annotated[
-        float | None, typer.Option(min=0, help="Of precision auto: how long to look for mixes.")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Time each cell for a second and a half.")] = False,
-    thorough: Annotated[bool, typer.Option("--thorough", help="Time each cell for a minute.")] = False,
-    trust: Annotated[bool, typer.Option("--trust", help="Load .pt2 programs, which can run code.")] = False,
-    mlflow: Annotated[str | None, typer.Option(help="Log the night to this MLflow server, too.")] = None,
+    build: BuildFolder = Path("build"),
+    ray: Ray = None,
+    store: Store = None,
+    max_age: MaxAge = 7,
+    remeasure: Remeasure = False,
+    new: New = False,
+    search_minutes: Minutes = None,
+    quick: Quick = False,
+    thorough: Thorough = False,
+    trust: Trust = False,
+    mlflow: Mlflow = None,
     json_: Json = False,
 ) -> None:
     """Measure every recipe on every target in every precision, and say what changed since the accepted nights.
@@ -55,25 +72,18 @@ def matrix(
     from pipeline.nightly.matrix import matrix as run
     from pipeline.nightly.shown import show
 
+    effort: Effort = "quick" if quick else "thorough" if thorough else "default"
+    names = _listed(precisions)
+    age = 0 if remeasure else max_age
     night = run(
-        Asked(
-            recipes=tuple(recipes),
-            targets=targets,
-            precisions=tuple(dict.fromkeys(part.strip() for part in precisions.split(",") if part.strip())),
-            out=out,
-            build=build,
-            ray=ray,
-            store=store,
-            effort="quick" if quick else "thorough" if thorough else "default",
-            minutes=search_minutes,
-            max_age_days=0 if remeasure else max_age,
-            anew=new,
-            trust=trust,
-            mlflow=mlflow,
-        )
+        Asked(tuple(recipes), targets, names, out, build, ray, store, effort, search_minutes, age, new, trust, mlflow)
     )
     show(night, as_json=json_)
     raise typer.Exit(130 if not night.finished else int(night.regressed))
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 @commands.command()
