@@ -136,7 +136,8 @@ def load_artifact(compiled: Compiled) -> Predict:
 def float_answers(model: FloatModel, evaluation: Split, build: cache.Cache) -> Kept:
     """Answer every evaluation image with the float model, once."""
     key = cache.key(
-        "baseline", code=__file__, codes=KEPT, packages=("torch",), model=model.key, data=evaluation.key
+        "baseline", code=__file__, codes=KEPT, packages=("torch",), model=model.key, data=evaluation.key,
+        isa=targets.cpu_isa(),
     )  # fmt: skip
     load = partial(eager, model.module())
     return _answers(build, "baseline", key, load, evaluation.images, "float")
