@@ -11,6 +11,7 @@ STAMP  := $(VENV)/.made-from-pyproject
 PEERS  ?= .venv-peers
 PEERS_STAMP := $(PEERS)/.made-from-lock
 ARGS   ?=
+RECIPES ?= $(wildcard recipes/fashion-*.toml)
 
 .DEFAULT_GOAL := help
 .PHONY: help deploy test fuzz check format static bench nightly clean
@@ -42,8 +43,8 @@ format: $(STAMP) ## format the code
 bench: $(STAMP) $(PEERS_STAMP) ## compare RECIPE in int8 with other tools; ARGS, as "--jobs --readme", to benchmarks/peers.py
 	@$(BIN)/python benchmarks/peers.py "$(RECIPE)" --nncf "$(PEERS)/bin/python" $(ARGS)
 
-nightly: ## the nightly accuracy and latency matrix (not yet)
-	@echo "not yet: the nightly matrix is not written"; exit 2
+nightly: $(STAMP) ## the nightly matrix of RECIPES; ARGS, as "--targets openvino --quick", to bitferry matrix
+	@$(BIN)/bitferry matrix $(RECIPES) $(ARGS)
 
 clean: ## remove the environments, the builds and the bundles
 	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -16,6 +16,7 @@ import targets
 from device.arrays import Images, Outputs
 from device.pixels import Maps
 from device.preprocess import Preprocessing
+from device.timing import Series
 from pipeline.verdict import Built, Verdict
 from targets import Options, Precision, Scheme
 
@@ -205,6 +206,8 @@ class Verified:
     maps: tuple[Maps, ...] = ()
     """The classes of all pixels, N×H×W, as the float model and the artifact say; of segmentation alone, whose scores
     are those of a few pixels."""
+    series: tuple[Series, ...] = ()
+    """Every timed call, in the order of the verdict's candidates."""
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,19 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from device.errors import InputError
 from pipeline import progress
+
+if TYPE_CHECKING:
+    from pipeline.nightly.store import Store
 
 MARK = ".bitferry"
 MARK_TEXT = "This folder belongs to bitferry; it may replace what is in it.\n"
@@ -104,25 +108,42 @@ class Cache:
     """The build folder of one recipe."""
 
     root: Path
+    store: "Store | None" = None
+    """Where what this machine does not have may be, and goes."""
 
     def folder(self, stage: str, key: str, make: Callable[[Path], None], *, of: str = "") -> Path:
         """Return the stage's folder, calling `make` with an empty one to fill if this key was never made.
 
         `of` says of what, for the line on stderr.
 
-        A killed run leaves only a hidden folder, which the next one throws away. Two runs at once wait for
-        each other here.
+        A killed run leaves only a hidden folder and a lock, which the next one throws away. Two runs at once wait
+        for each other here.
         """
         final = self.root / f"{stage}-{key}"
+        lock = self.root / f".{final.name}.lock"
         own(self.root)
-        with locked(self.root / f".{stage}.lock", stage):
+        with locked(lock, stage):
             if final.is_dir():
                 progress.stage(stage, f"{of} reused from {final}".strip())
-                return final
-            temporary = self.root / f".{stage}-{key}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            with _removed_on_failure(temporary), progress.timed(stage, of):
-                make(temporary)
-            publish(temporary, final)
+            else:
+                self._fill(final, make, stage, of)
+            # Who waits for the removed file finds the folder made; a failure, after which it is not, keeps the file.
+            with suppress(OSError):
+                lock.unlink()
         return final
+
+    def _fill(self, final: Path, make: Callable[[Path], None], stage: str, of: str) -> None:
+        """Fetch the folder from the store, or make it and put it there."""
+        temporary = final.with_name(f".{final.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        with _removed_on_failure(temporary):
+            fetched = self.store is not None and self.store.get_folder(final.name, temporary)
+            if self.store and fetched:
+                progress.stage(stage, f"{of} fetched from {self.store.url}".strip())
+            else:
+                with progress.timed(stage, of):
+                    make(temporary)
+        publish(temporary, final)
+        if self.store and not fetched:
+            self.store.put_folder(final.name, final)

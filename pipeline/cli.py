@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from device.errors import BitferryError, InputError
-from pipeline import cli_ship
+from pipeline import cli_nightly, cli_ship
 from pipeline.cli_more import Json, commands
 
 if TYPE_CHECKING:
@@ -265,6 +265,7 @@ app.command(name="bundle")(deploy)
 
 app.add_typer(commands)
 app.add_typer(cli_ship.commands)
+app.add_typer(cli_nightly.commands)
 
 
 def _stop(*_: object) -> None:

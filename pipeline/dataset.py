@@ -35,6 +35,24 @@ NOISE, APART, LOOKED_AT = 0.1, 2, 64
 """A correlation of pixels that far apart that no picture has, and how many images are looked at."""
 
 
+def read(name: str, source: Path, classes: Sequence[str], contract: Preprocessing, task: Task) -> list[Sample]:
+    """Read what a split holds, undecoded; raise InputError when there are no images, or a label is of no class."""
+    found = _samples(source, classes, contract, task, labelled=name != UNLABELLED)
+    if not found:
+        raise InputError(f"the {name} data {source} holds no images")
+    return found
+
+
+def content(found: Sequence[Sample]) -> list[tuple[list[str], list[str], tuple[int, ...]]]:
+    """Give what each sample holds: the sha256 of each of its files, how those are to be read, and its labels."""
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        hashes = list(pool.map(_content_hash, found))
+    return [
+        (digest, [picture.form for picture in sample.pictures], sample.labels)
+        for digest, sample in zip(hashes, found, strict=True)
+    ]
+
+
 def split(
     name: str,
     source: Path,
@@ -48,11 +66,7 @@ def split(
 
     Raises InputError when there are no images, one is broken, or a label does not fit the classes.
     """
-    found = _samples(source, classes, contract, task, labelled=name != UNLABELLED)
-    if not found:
-        raise InputError(f"the {name} data {source} holds no images")
-    with ThreadPoolExecutor(usable_cpus()) as pool:
-        hashes = list(pool.map(_content_hash, found))
+    found = read(name, source, classes, contract, task)
     key = cache.key(
         "data",
         code=__file__,
@@ -61,10 +75,7 @@ def split(
         contract=contract,
         task=task,
         classes=len(classes),
-        samples=[
-            (digest, [picture.form for picture in sample.pictures], sample.labels)
-            for digest, sample in zip(hashes, found, strict=True)
-        ],
+        samples=content(found),
     )
     folder = build.folder("data", key, partial(_decode, name, found, contract, classes), of=name)
     return Split(

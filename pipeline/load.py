@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from device.errors import BitferryError, InputError, TargetUnavailable, first_line
 from device.preprocess import Preprocessing
-from pipeline import cache, checkpoint, progress
+from pipeline import cache, checkpoint, imports, progress
 from pipeline.artifacts import FloatModel
 from pipeline.measure.metrics import Task
 from pipeline.recipe import Recipe
@@ -86,6 +86,7 @@ def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: 
             contract=recipe.preprocessing,
             weights=digest,
             own_code=own_code(recipe, folder),
+            own_imports=own_imports(recipe, folder),
         ),
     )
 
@@ -155,10 +156,17 @@ def _factory(name: str, options: dict[str, Any], folder: Path) -> nn.Module:
 
 
 def own_code(recipe: Recipe, folder: Path = Path()) -> dict[str, str]:
-    """Hash each file that a `module:` source has loaded from beside itself, so that an edit makes a new model.
+    """Hash each file that a `module:` source has loaded from beside itself, so that an edit makes a new model."""
+    return {name: cache.file_hash(file) for name, file in _own_files(recipe, folder).items()}
 
-    Installed packages are left out; their versions are in the keys.
-    """
+
+def own_imports(recipe: Recipe, folder: Path = Path()) -> dict[str, str]:
+    """Give the installed packages that those files import from, with their versions: another one, another model."""
+    return imports.versions(_own_files(recipe, folder).values())
+
+
+def _own_files(recipe: Recipe, folder: Path) -> dict[str, Path]:
+    """Find those files, each by its path from where the source is looked for."""
     kind, _, name = recipe.model.source.partition(":")
     if kind != "module":
         return {}
@@ -171,7 +179,7 @@ def own_code(recipe: Recipe, folder: Path = Path()) -> dict[str, str]:
     home = home.parent if hasattr(sys.modules[top], "__path__") else home
     beside = {f for f in files if f.resolve().is_relative_to(home) and "site-packages" not in f.parts}
     # torch.classes names a file "_classes.py" that does not exist
-    return {str(f.resolve().relative_to(home)): cache.file_hash(f) for f in sorted(beside) if f.is_file()}
+    return {str(f.resolve().relative_to(home)): f for f in sorted(beside) if f.is_file()}
 
 
 def _told(error: BaseException) -> str:

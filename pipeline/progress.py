@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+BEST = "ends with the best as soon as there is one"
 
 
 class Stopped(BaseException):
@@ -64,14 +65,14 @@ def stopping(over: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextmanager
-def until_stopped(what: str) -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C end a long stage early and not the program; the second one does."""
+def until_stopped(what: str, told: str = BEST) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C end a long stage early and not the program, saying what is `told`; the second one does."""
     before, pressed = signal.getsignal(signal.SIGINT), list[int]()
 
     def stop(number: int, frame: FrameType | None) -> None:
         pressed.append(number)
         signal.signal(signal.SIGINT, before)
-        stage(what, "ends with the best as soon as there is one; Ctrl-C again stops at once")
+        stage(what, f"{told}; Ctrl-C again stops at once")
 
     signal.signal(signal.SIGINT, stop)
     try:

@@ -142,6 +142,13 @@ class Search(Section):
     """For mixes of int8 and float, after every whole precision was tried."""
 
 
+class Nightly(Section):
+    """How the nightly matrix treats it."""
+
+    nodes: dict[str, str] = {}
+    """Target → what the kind of node that measures it must be, as "avx512_vnni" or "H100"; "*" for all others."""
+
+
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9._+-]*$")] = "0.1.0"
@@ -157,6 +164,7 @@ class Recipe(Section):
     quantization: Quantization = Quantization()
     budget: Budget = Budget()
     search: Search = Search()
+    nightly: Nightly = Nightly()
     targets: dict[str, dict[str, JsonValue]] = {}
     """Each target's own options (`Options` in its file)."""
 
@@ -248,6 +256,8 @@ def read(path: Path, *, precision: str | None = None, minutes: float | None = No
     except ValidationError as error:
         faults = [_told(dict(detail), detail["loc"], _known_keys(detail["loc"][:-1])) for detail in error.errors()]
         raise InputError(f"recipe {path}: {'; '.join(faults)}") from None
+    for name in recipe.nightly.nodes.keys() - {"*"}:
+        targets.check_name(name)
     for name, options in recipe.targets.items():
         targets.check_name(name)
         if options:

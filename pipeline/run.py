@@ -40,7 +40,7 @@ from pipeline.shipping.provenance import Origin, epoch
 from pipeline.trace import torchscript, trace
 from pipeline.train import train
 from pipeline.verdict import Search
-from pipeline.verify import Way, eager, load_artifact, unmeasured, verify
+from pipeline.verify import Way, eager, evaluate, load_artifact, unmeasured, verify
 from targets import Precision
 
 
@@ -198,16 +198,23 @@ class Deployment:
             return None
         return Deployment(self.run, self.name, "float32", options=self.options).compiled
 
+    @property
+    def way(self) -> Way:
+        """Give how the artifact came about; without its own answers where this machine cannot run it."""
+        runs = not self.compiled.environment.unmeasured
+        return Way(self.program, self.compiled, self.runtime_float if runs else None, self._steps(measured=runs))
+
+    def evaluate(self) -> None:
+        """Do what verification does that does not depend on the moment, for it to be reused."""
+        evaluate(self.way, self.run.evaluation, self.run.build)
+
     @cached_property
     def verified(self) -> Verified | Unmeasured:
-        run, recipe = self.run, self.run.recipe.at_look(self.look)
+        run, recipe, way = self.run, self.run.recipe.at_look(self.look), self.way
         found: Verified | Unmeasured
-        reason = self.compiled.environment.unmeasured
-        if reason:
-            way = Way(self.program, self.compiled, None, self._steps(measured=False))
+        if self.compiled.environment.unmeasured:
             found = unmeasured(recipe, way, run.evaluation, run.build, command=self._command())
         else:
-            way = Way(self.program, self.compiled, self.runtime_float, self._steps())
             measured = verify(recipe, way, run.evaluation, run.build, command=self._command(), effort=run.effort)
             found = replace(measured, verdict=replace(measured.verdict, search=self.search))
         progress.stage("report", str(record.write(found, run.build)))

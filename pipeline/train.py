@@ -30,6 +30,7 @@ def train(recipe: Recipe, data: Split, build: cache.Cache, *, folder: Path = Pat
         packages=PACKAGES[recipe.model.source.partition(":")[0]],
         load=cache.file_hash(Path(load.__file__)),
         own_code=load.own_code(recipe, folder),
+        own_imports=load.own_imports(recipe, folder),
         model=recipe.model.model_dump(mode="json"),
         contract=recipe.preprocessing,
         classes=len(recipe.classes),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
-import onnx
 import torch
 from pydantic import TypeAdapter
 from torch import nn
@@ -25,7 +24,7 @@ from pipeline.judge import Measured, judge
 from pipeline.measure import accuracy, execution, golden, ladder, layers, segmentation, speed
 from pipeline.measure.latency import Effort
 from pipeline.recipe import Recipe
-from pipeline.verdict import SCHEMA, Built, Execution, Ladder, LayerError, Verdict
+from pipeline.verdict import SCHEMA, Built, Ladder, LayerError, Verdict
 
 LAYER_IMAGES = 32
 PACKAGES = (
@@ -66,7 +65,7 @@ def verify(
         fresh = speed.fresh(compiled, model.preprocessing, golden.paths(files, model.preprocessing))
         predict = load_artifact(compiled)
         proved = golden.prove(files, model.preprocessing, predict, fresh.scores, eager(model.module()))
-        timed = speed.measure(
+        timed, series = speed.measure(
             eager(model.module()),
             compiled,
             way.runtime_float,
@@ -77,7 +76,17 @@ def verify(
     timed = _with_accuracy(timed, found, way.runtime_float, evaluation, recipe, build)
     verdict = _verdict(recipe, way, evaluation, Measured(found, timed, climbed, proved), command)
     maps = kept.maps(baseline, answers)
-    return Verified(verdict, baseline.scores, answers.scores, fresh.scores, files, evaluation, maps)
+    return Verified(verdict, baseline.scores, answers.scores, fresh.scores, files, evaluation, maps, series)
+
+
+def evaluate(way: Way, evaluation: Split, build: cache.Cache) -> None:
+    """Answer, climb and make golden files: all of `verify` that does not depend on the moment, to be reused by it."""
+    baseline = float_answers(way.program.baseline, evaluation, build)
+    for one in (way.compiled, way.runtime_float):
+        if one and not one.environment.unmeasured:
+            artifact_answers(one, evaluation, build)
+    _ladder(way, evaluation, baseline.scores, build)
+    golden.make(evaluation, way.program.baseline.preprocessing, build)
 
 
 def unmeasured(recipe: Recipe, way: Way, evaluation: Split, build: cache.Cache, *, command: str) -> Unmeasured:
@@ -127,7 +136,8 @@ def load_artifact(compiled: Compiled) -> Predict:
 def float_answers(model: FloatModel, evaluation: Split, build: cache.Cache) -> Kept:
     """Answer every evaluation image with the float model, once."""
     key = cache.key(
-        "baseline", code=__file__, codes=KEPT, packages=("torch",), model=model.key, data=evaluation.key
+        "baseline", code=__file__, codes=KEPT, packages=("torch",), model=model.key, data=evaluation.key,
+        isa=targets.cpu_isa(),
     )  # fmt: skip
     load = partial(eager, model.module())
     return _answers(build, "baseline", key, load, evaluation.images, "float")
@@ -167,7 +177,7 @@ def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, co
         reasons=reasons,
         accuracy=measured.accuracy,
         latency=measured.latency,
-        execution=_execution(way),
+        execution=execution.told(compiled, way.runtime_float),
         ladder=measured.ladder,
         golden=measured.golden,
         **_made(recipe, way, evaluation, command),
@@ -212,24 +222,6 @@ def _made(recipe: Recipe, way: Way, evaluation: Split, command: str) -> _Made:
         data_key=evaluation.key,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _execution(way: Way) -> Execution:
-    ran = execution.executed(way.compiled)
-    floats = execution.executed(way.runtime_float) if way.runtime_float else None
-    count = _matrix_products_and_convolutions(way.compiled.source.path)
-    return Execution(
-        summary=execution.summary(way.compiled.precision, ran, expected=count),
-        layers=ran,
-        float_summary=execution.summary("float32", floats, expected=count) if floats is not None else None,
-    )
-
-
-def _matrix_products_and_convolutions(source: Path) -> int | None:
-    """Count them in what the target compiled, to see whether its runtime tells of all; None for TorchScript."""
-    if source.suffix != ".onnx":
-        return None
-    return sum(node.op_type in export.NAMED for node in onnx.load(source).graph.node)
 
 
 def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) -> Ladder:

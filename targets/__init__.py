@@ -26,6 +26,7 @@ Precision = Literal["int8", "float32", "bfloat16", "float16", "float8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Batch = int | Literal["dynamic"]
 MOST_THREADS, MOST_BATCH = 1024, 4096
+OURS = ("targets", "device", "pipeline")
 TIMED_CALLS = 11
 """Of an artifact whose layers are timed; the first of them only warms up."""
 
@@ -181,11 +182,18 @@ def get(name: str) -> Target[Any]:
         module = importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing in ("targets", "device", "pipeline", ""):
+        if missing in ("", *OURS):
             raise  # our own mistake, not the user's machine
         raise TargetUnavailable(
             f"target '{name}' needs the Python package '{missing}', which is not installed; "
             f"install it (`{install_command(name, missing)}`) or leave this target out"
+        ) from error
+    except (ImportError, OSError) as error:  # a shared library that is missing or does not fit
+        if "cannot import name" in str(error) and any(f"'{ours}" in str(error) for ours in OURS):
+            raise  # our own mistake
+        raise TargetUnavailable(
+            f"target '{name}' cannot be loaded: {str(error).splitlines()[0]}; repair its packages "
+            f"(`{install_command(name, name)}`) or leave this target out"
         ) from error
     return cast(Target[Any], module)
 

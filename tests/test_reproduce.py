@@ -13,6 +13,7 @@ import pytest
 
 import targets
 from device.errors import InputError
+from pipeline import own_source
 from pipeline.cache import file_hash
 from pipeline.report import record
 from pipeline.shipping import provenance, reproduce
@@ -174,16 +175,16 @@ def git(folder: Path, *words: str) -> None:
 def test_a_commit_is_told_with_whether_the_files_are_its_own(tmp_path: Path) -> None:
     recipe = tmp_path / "a.toml"
     recipe.write_text("1")
-    assert provenance._commit(tmp_path, [recipe]) == {"commit": None, "modified": None}
+    assert own_source.commit(tmp_path, [recipe]) == {"commit": None, "modified": None}
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", "a.toml")
     git(tmp_path, "commit", "-qm", "one")
     (tmp_path / "other").touch()
-    found = provenance._commit(tmp_path, [recipe])
+    found = own_source.commit(tmp_path, [recipe])
     assert len(str(found["commit"])) == 40
     assert found["modified"] is False
     recipe.write_text("2")
-    assert provenance._commit(tmp_path, [recipe]) == {"commit": found["commit"], "modified": True}
+    assert own_source.commit(tmp_path, [recipe]) == {"commit": found["commit"], "modified": True}
 
 
 def test_an_artifact_is_tied_to_the_instructions_it_ran_with(deployed: Project) -> None:

@@ -33,15 +33,12 @@ def test_make_alone_lists_the_targets() -> None:
         assert re.search(rf"^  {name} +\w", listed, re.MULTILINE), name
 
 
-def test_what_is_not_there_yet_says_so_and_fails() -> None:
-    done = make("nightly")
-    assert "not yet" in done.stdout
-    assert done.returncode == 2
-
-
 def test_make_hands_its_variables_on() -> None:
     done = make("-n", "deploy", "RECIPE=a.toml", "TARGET=openvino,onnxruntime", "OUT=there", f"VENV={sys.prefix}")
     assert 'deploy "a.toml" --target "openvino,onnxruntime" --out "there"' in done.stdout
+    done = make("-n", "nightly", "ARGS=--quick", f"VENV={sys.prefix}")
+    assert "matrix recipes/fashion-" in done.stdout
+    assert done.stdout.rstrip().endswith(".toml --quick")
 
 
 def test_conda_users_get_the_same_pins() -> None:

@@ -3,9 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
+
+import onnx
 
 import targets
+from pipeline import export
 from pipeline.artifacts import Compiled
+from pipeline.verdict import Execution
 from targets import Layer, Precision
 
 MOST_NAMED = 3
@@ -53,3 +58,22 @@ def _kind(requested: Precision, kind: str, layers: Sequence[Layer]) -> str:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
+
+
+def told(compiled: Compiled, runtime_float: Compiled | None) -> Execution:
+    """Say what precision each layer ran in, of the artifact and of the same runtime's float."""
+    ran = executed(compiled)
+    floats = executed(runtime_float) if runtime_float else None
+    count = _matrix_products_and_convolutions(compiled.source.path)
+    return Execution(
+        summary=summary(compiled.precision, ran, expected=count),
+        layers=ran,
+        float_summary=summary("float32", floats, expected=count) if floats is not None else None,
+    )
+
+
+def _matrix_products_and_convolutions(source: Path) -> int | None:
+    """Count them in what the target compiled, to see whether its runtime tells of all; None for TorchScript."""
+    if source.suffix != ".onnx":
+        return None
+    return sum(node.op_type in export.NAMED for node in onnx.load(source).graph.node)

@@ -50,10 +50,11 @@ def measure(
     *,
     effort: Effort,
     footprint: Footprint,
-) -> Latency:
+) -> tuple[Latency, tuple[Series, ...]]:
     """Time all of them interleaved with the artifact's threads, then what the artifact can do at once.
 
-    `image` 1×H×W×3 is repeated to the artifact's batch, the same for all; each time is of the whole batch.
+    `image` 1×H×W×3 is repeated to the artifact's batch, the same for all; each time is of the whole batch. Gives every
+    timed call as well, in the order of the candidates.
     """
     compiled = [*([runtime_float] if runtime_float else []), artifact]
     predicts = {EAGER: eager} | {_name(one): _load(one, artifact.threads) for one in compiled}
@@ -71,7 +72,7 @@ def measure(
     medians = [s.block_medians for s in series.values()]
     speedup = Ratio(*ratio_interval(medians[0], medians[-1]))
     told = suspicions(series, threads=artifact.threads, conditions=machine.conditions(others()))
-    return Latency(
+    timed = Latency(
         threads=artifact.threads,
         batch=artifact.batch,
         seconds=spent,
@@ -80,6 +81,7 @@ def measure(
         runtime_speedup=Ratio(*ratio_interval(medians[1], medians[-1])) if runtime_float else None,
         suspicions=(*told, *contradiction(candidates[0], candidates[-1], speedup)),
     )
+    return timed, tuple(series.values())
 
 
 def throughput(compiled: Compiled, image: Images, seconds: float) -> Throughput:

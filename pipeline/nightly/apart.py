@@ -51,7 +51,8 @@ def apart(before: Recorded, after: Recorded, who: Who, *, same_data: bool) -> Ap
     if after.labels.ndim == 3:
         return _maps(before, after, who, (ours, theirs), how) if len(ours) else None
     was, now = (_right(one, who) for one in (before, after))
-    return paired(was[ours], now[theirs], how) if len(ours) else _unpaired(was, now)
+    enough = 2 * len(ours) >= min(len(was), len(now))
+    return paired(was[ours], now[theirs], how) if enough else _unpaired(was, now)
 
 
 def _right(recorded: Recorded, who: Who) -> Flags:

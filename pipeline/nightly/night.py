@@ -107,6 +107,11 @@ class Result:
         return self.verdict.outcome if self.verdict else "failed"
 
 
+def disturbed(verdict: Built | None) -> bool:
+    """Say whether other processes were busy during the timing, which slows some candidates more than others."""
+    return isinstance(verdict, Verdict) and any(one.kind == "other load" for one in verdict.latency.suspicions)
+
+
 @dataclass(frozen=True)
 class Point:
     """One cell in one night in the few figures that trends are about; None for what was not measured."""
@@ -202,7 +207,7 @@ class Night:
     findings: tuple[Finding, ...]
     seconds: float
     finished: bool
-    """False where it was stopped; the next `bitferry matrix --resume` goes on with it."""
+    """False where it was stopped; the next `bitferry matrix` goes on with it."""
 
     @property
     def regressed(self) -> bool:

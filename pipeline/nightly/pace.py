@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.nightly import change_point
 from pipeline.nightly.change_point import Figures, Step
 from pipeline.nightly.judged import Change, Judged, day, finding, since
-from pipeline.nightly.night import Finding, Point
+from pipeline.nightly.night import Finding, Point, disturbed
 from pipeline.statistics import RELOAD
 
 REACH = NormalDist().inv_cdf(0.975)
@@ -60,6 +60,10 @@ def _told(one: Judged, points: Sequence[Point], step: Step) -> Finding:
     sentence = f"{one.name} takes {_more(times)} {began} ({_range(low, high)}), {_over(one)}"
     before = math.exp(step.before)
     change = Change(before, before * times, low, high, "ratio")
+    doubtful = [one.result, *([one.reference] if night is None else [])]
+    if any(disturbed(result.verdict) for result in doubtful):
+        told = f"{sentence}; other processes were busy meanwhile, so this proves nothing"
+        return finding(one, "latency", "notice", told, change, since=night)
     return finding(one, "latency", "regression" if times > 1 else "improvement", sentence, change, since=night)
 
 

@@ -45,7 +45,7 @@ def render(verdict: Verdict, images: Mapping[int, Images], *, others: Sequence[V
     """Give the page as text."""
     measured = [candidate for _, candidate in charts.measured(verdict, others)]
     return (
-        _environment()
+        environment()
         .get_template("report.html.jinja")
         .render(
             v=verdict,
@@ -64,19 +64,20 @@ def render(verdict: Verdict, images: Mapping[int, Images], *, others: Sequence[V
 
 def write_built(built: Built, path: Path) -> None:
     """Write the page of an artifact that was built and not measured."""
-    path.write_text(_environment().get_template("built.html.jinja").render(v=built), encoding="utf-8")
+    path.write_text(environment().get_template("built.html.jinja").render(v=built), encoding="utf-8")
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Make what renders the templates of this folder: everything escaped, a name that is missing an error."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= FORMATS
-    return environment
+    made.filters |= FORMATS
+    return made
 
 
 def by_change(classes: Sequence[ClassChange]) -> list[ClassChange]:

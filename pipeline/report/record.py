@@ -5,7 +5,7 @@ import shlex
 import shutil
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,24 +120,32 @@ def read_built(path: Path) -> Built:
     """
     try:
         text = path.read_bytes()
-        found = json.loads(text, parse_constant=_refuse)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise InputError(f"{path} is no verdict: {first_line(error)}") from error
+    return parsed(text, str(path))
+
+
+def parsed(text: bytes, place: str) -> Built:
+    """Read the text of a `verdict.json`, which is kept at `place`; raise InputError as `read_built` does."""
+    try:
+        found = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is no verdict: {first_line(error)}") from error
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
-        raise InputError(f"{path} has schema {schema!r}; this bitferry reads schema {SCHEMA}: verify again")
+        raise InputError(f"{place} has schema {schema!r}; this bitferry reads schema {SCHEMA}: verify again")
     kind: TypeAdapter[Built] | TypeAdapter[Verdict] = BUILT if found["outcome"] == "unmeasured" else VERDICTS
     try:
         built = kind.validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        told = f"{error.error_count()} faults, the first in {place or 'its nesting'}: {first['msg']}"
-        raise InputError(f"{path} is damaged: {told}") from None
+        field = ".".join(map(str, first["loc"]))
+        told = f"{error.error_count()} faults, the first in {field or 'its nesting'}: {first['msg']}"
+        raise InputError(f"{place} is damaged: {told}") from None
     if isinstance(built, Verdict) and not (
         built.latency.candidates and min(built.latency.speedup.lower, built.latency.speedup.value) > 0
     ):
-        raise InputError(f"{path} is damaged: it holds no speed-up of one candidate over another")
+        raise InputError(f"{place} is damaged: it holds no speed-up of one candidate over another")
     return built
 
 
@@ -152,16 +160,21 @@ def read_answers(path: Path) -> Recorded:
             if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
                 raise InputError(f"{path} unpacks to more than {MOST_BYTES / 1e9:g} GB; it is not one of bitferry's")
         with np.load(path) as arrays:
-            names = [name for name in NAMES if name in arrays or name != "answers"]
-            found = [arrays[name].astype(np.int64) if name != "digests" else arrays[name] for name in names]
+            return recorded(arrays, str(path))
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def recorded(arrays: Mapping[str, NDArray[Any]], place: str) -> Recorded:
+    """Take the answers out of the arrays kept at `place`; raise KeyError or InputError when they are none."""
+    names = [name for name in NAMES if name in arrays or name != "answers"]
+    found: list[Any] = [arrays[name].astype(np.int64) if name != "digests" else arrays[name] for name in names]
     if (
         any(array.ndim == 0 for array in found)
         or len({array.shape[:1] for array in found}) != 1
         or len({array.shape for array in found[1:]}) != 1
     ):
-        raise InputError(f"{path} is damaged: its arrays are not of the same images")
+        raise InputError(f"{place} is damaged: its arrays are not of the same images")
     return Recorded(*found)
 
 

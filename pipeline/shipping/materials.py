@@ -13,7 +13,7 @@ from uuid import NAMESPACE_URL, uuid5
 from device.preprocess import Preprocessing
 from pipeline import cache
 from pipeline.figures import Change, Latency
-from pipeline.shipping.provenance import SOURCES, version
+from pipeline.own_source import SOURCES, version
 from pipeline.verdict import Built, Verdict
 
 FILE, LICENSE = "bom.cdx.json", "LICENSE-bitferry.txt"

@@ -3,8 +3,6 @@
 import hashlib
 import os
 import platform
-import subprocess
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,12 +14,11 @@ from device import rebuilt
 from device.errors import InputError
 from pipeline import cache, load, verify
 from pipeline.artifacts import Compiled, Split
+from pipeline.own_source import commit, own_commit, source_hash, version
 from pipeline.recipe import Quantization, Recipe
 from pipeline.verdict import Built, Verdict
 from targets import ISA, Needs
 
-SOURCES = Path(__file__).parents[2]
-PACKAGES = ("pipeline", "targets", "device")
 RUNNER = ("numpy", "pillow")
 """What run.pyz imports besides the target's own packages."""
 EPOCH = "SOURCE_DATE_EPOCH"
@@ -60,15 +57,15 @@ def provenance(origin: Origin, compiled: Compiled) -> dict[str, object]:
     weights = cache.file_hash(origin.weights) if origin.weights else None
     return {
         "recipe": _fields(recipe),
-        "recipe_file": {"name": path.name, "sha256": cache.file_hash(path), **_commit(path.parent, [path])},
-        "bitferry": {"version": metadata.version("bitferry"), "source_sha256": _source_hash(), **_own_commit()},
+        "recipe_file": {"name": path.name, "sha256": cache.file_hash(path), **commit(path.parent, [path])},
+        "bitferry": {"version": metadata.version("bitferry"), "source_sha256": source_hash(), **own_commit()},
         "model": {
             "trained": origin.trained,
             "weights_sha256": weights,
             "own_code": load.own_code(recipe, path.parent),
         },
         "quantization": origin.settings.model_dump(mode="json") if origin.settings else None,
-        "tools": _tools(recipe, compiled),
+        "tools": _tools(recipe, compiled) | load.own_imports(recipe, path.parent),
         "data": {split.name: _data(split, recipe) for split in origin.splits},
         "varies": _varies(compiled),
         "source_date_epoch": origin.epoch,
@@ -130,14 +127,6 @@ def _tools(recipe: Recipe, compiled: Compiled) -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def version(package: str) -> str | None:
-    """Give an installed package's version; None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _data(split: Split, recipe: Recipe) -> dict[str, object]:
     """Give a split's name, and the hash of its pixels as the model gets them and of its labels, in their order."""
     labels = np.ascontiguousarray(split.labels)
@@ -154,37 +143,3 @@ def _varies(compiled: Compiled) -> dict[str, object]:
     made_of = source if source.exists() else compiled.source.path
     note = {"made_of": rebuilt.SOURCE, "made_of_sha256": cache.file_hash(made_of)}
     return {name: {"reason": reason, **note} for name, reason in _needs(compiled).varies.items()}
-
-
-def _source_hash() -> str:
-    """Hash bitferry's own source files, with their names."""
-    files = sorted(path for package in PACKAGES for path in (SOURCES / package).rglob("*"))
-    digest = hashlib.sha256()
-    for path in (path for path in files if path.suffix in {".py", ".jinja"}):
-        digest.update(f"{path.relative_to(SOURCES).as_posix()} {cache.file_hash(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _own_commit() -> Mapping[str, object]:
-    """Give the commit of bitferry's own checkout; that of a repository it is merely installed in means nothing."""
-    top = _git(SOURCES, "rev-parse", "--show-toplevel")
-    ours = top is not None and Path(top).resolve() == SOURCES.resolve()
-    return _commit(SOURCES, [SOURCES / name for name in PACKAGES]) if ours else {"commit": None, "modified": None}
-
-
-def _commit(folder: Path, files: Sequence[Path]) -> Mapping[str, object]:
-    """Give the commit that a folder's repository is at, and whether these files differ from it; None without one."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return {"commit": None, "modified": None}
-    changed = _git(folder, "status", "--porcelain", "--ignored", "--", *(str(path.resolve()) for path in files))
-    lines = [line for line in (changed or "").splitlines() if "__pycache__" not in line]
-    return {"commit": commit, "modified": bool(lines)}
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=False)
-    except OSError:  # there is no git
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,99 @@
+"""A recipe with every file that it names, packed for nodes that share no disk with the driver."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from device.errors import InputError
+from pipeline import cache, dataset
+from pipeline.imports import beside
+from pipeline.nightly.store import Store
+from pipeline.recipe import Recipe
+
+
+def pack(recipe: Recipe, path: Path, store: Store) -> tuple[str, str]:
+    """Put the recipe and its files into the store as they lie to each other; give the parcel's and the recipe's name.
+
+    Raises InputError for a recipe that names a file by an absolute path, which would be another one on a node.
+    """
+    _refuse_absolute(path)
+    files = sorted({_absolute(path), *(_absolute(file) for file in _files(recipe, path))})
+    home = Path(os.path.commonpath([file.parent for file in files]))
+    names = [file.relative_to(home).as_posix() for file in files]
+    told = "\n".join(f"{name} {cache.file_hash(file)}" for name, file in zip(names, files, strict=True))
+    parcel = f"parcel-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    if not store.has(parcel):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, file in zip(names, files, strict=True):
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, Path(folder) / name)
+            store.put_folder(parcel, Path(folder))
+    return parcel, _absolute(path).relative_to(home).as_posix()
+
+
+def unpack(parcel: str, recipe: str, store: str | None, build: Path) -> Path:
+    """Fetch a parcel into the node's build folder, once; give the recipe's file in it."""
+    if store is None:
+        raise InputError(f"the parcel {parcel} is in no store")
+    kept = cache.Cache(build / "parcels", Store(store))
+
+    def missing(folder: Path) -> None:
+        raise InputError(f"the store {store} has no {folder.name}")
+
+    return kept.folder("parcel", parcel.removeprefix("parcel-"), missing, of=recipe) / recipe
+
+
+def _absolute(file: Path) -> Path:
+    """Give where a file is, with symbolic links as they are: on a node nothing else leads to it."""
+    return Path(os.path.abspath(file))  # noqa: PTH100 - resolve() follows links
+
+
+def _files(recipe: Recipe, path: Path) -> Iterator[Path]:
+    """List every file that building needs, besides the recipe's own."""
+    folder, (kind, _, name) = path.parent, recipe.model.source.partition(":")
+    if kind == "pt2":
+        yield folder / name
+    if kind == "module":
+        yield from beside(folder)
+    if recipe.model.weights:
+        yield recipe.model.weights
+    for split, source in recipe.data.model_dump().items():
+        if source is None:
+            continue
+        if source.is_file():
+            yield source
+            _refuse_absolute_lines(source)
+        found = dataset.read(split, source, recipe.classes, recipe.preprocessing, recipe.task)
+        yield from (Path(one.source) for sample in found for one in sample.pictures if one.form == "file")
+    named = _named(path).get("classes")
+    if named:
+        yield folder / named
+
+
+def _refuse_absolute(path: Path) -> None:
+    absolute = [f"{key} = {name!r}" for key, name in _named(path).items() if Path(name).expanduser().is_absolute()]
+    if absolute:
+        told = f"recipe {path} names an absolute path, {absolute[0]}"
+        raise InputError(f"{told}; for nodes that share no disk name it relative to the recipe")
+
+
+def _refuse_absolute_lines(source: Path) -> None:
+    if source.suffix == ".npz":
+        return
+    for number, line in enumerate(source.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if Path(line.partition("\t")[0]).is_absolute():
+            told = f"{source}:{number} names an absolute path, {line.partition(chr(9))[0]!r}"
+            raise InputError(f"{told}; for nodes that share no disk name it relative to the list")
+
+
+def _named(path: Path) -> dict[str, str]:
+    """Give what the recipe's file calls its files, by key."""
+    given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    kind, _, program = given["model"]["source"].partition(":")
+    named = {"classes": given["classes"], "weights": given["model"].get("weights"), **given["data"]}
+    named |= {"source": program} if kind == "pt2" else {}
+    return {key: name for key, name in named.items() if isinstance(name, str)}

@@ -1,0 +1,175 @@
+"""What the nodes do: each stage of a cell as a function of an order, its output kept in the node's build folder."""
+
+# A node imports torch when it builds, the driver never.
+# ruff: noqa: PLC0415
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline import progress
+from pipeline.cache import file_hash
+from pipeline.measure.latency import Effort
+from pipeline.nightly.inputs import here, installed
+from pipeline.nightly.night import ARTIFACT, EAGER, RUNTIME_FLOAT, Samples, disturbed
+from pipeline.nightly.parcel import unpack
+from pipeline.nightly.store import Store
+from pipeline.recipe import read
+from pipeline.report.record import REPORT, Recorded
+from pipeline.verdict import Built
+
+if TYPE_CHECKING:
+    from pipeline.artifacts import Unmeasured, Verified
+    from pipeline.run import Deployment, Run
+
+
+BUILD = "BITFERRY_BUILD"
+"""Environment variable of a node: where it keeps what it builds, instead of the folder that the driver names."""
+OURS = ("pipeline", "targets", "device", "__main__")
+TRIALS = 3
+"""Measurements of a cell, where other processes are busy during each."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a node must know to work on a cell."""
+
+    recipe: str
+    """The recipe's file; with a parcel, its name in there."""
+    target: str
+    precision: str
+    build: str
+    """The folder for the stages' output; each recipe has one of its own in it."""
+    effort: Effort = "default"
+    minutes: float | None = None
+    """Of a search, instead of the recipe's."""
+    trust: bool = False
+    store: str | None = None
+    """Where nodes that share no disk exchange what they made; None for one machine."""
+    parcel: str | None = None
+    """The recipe's own files in the store."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of measuring a cell, as it travels to the driver."""
+
+    verdict: Built
+    answers: Recorded
+    samples: Samples
+    report: bytes
+    """report.html."""
+    machine: dict[str, str]
+    packages: dict[str, str]
+    """Of the node that measured."""
+
+
+def prepare(order: Order) -> None:
+    """Read the data, train or load the float model, and answer every evaluation image with it."""
+    from pipeline.verify import float_answers
+
+    run = _run(order)
+    float_answers(run.model, run.evaluation, run.build)
+
+
+def quantize(order: Order) -> None:
+    """Make the quantized program."""
+    _ = _deployment(order).program
+
+
+def convert(order: Order) -> None:
+    """Trace and export the program into what the target compiles from."""
+    _ = _deployment(order).source
+
+
+def compile(order: Order) -> None:
+    """Compile for the target."""
+    _ = _deployment(order).compiled
+
+
+def evaluate(order: Order) -> None:
+    """Answer every evaluation image with the artifact, and climb the ladder to it."""
+    _deployment(order).evaluate()
+
+
+def measure(order: Order) -> Made:
+    """Time the artifact beside its baselines, and judge it; nothing else may run on this machine meanwhile."""
+    from pipeline.artifacts import Unmeasured
+    from pipeline.deploy import way
+    from pipeline.report import record
+
+    run = _run(order)
+    chosen = way(run, order.target) if order.precision == "auto" else _deployment(order)
+    found = _undisturbed(chosen)
+    folder = run.build.root / "reports" / f"{found.verdict.target}-{found.verdict.precision}"
+    answers = record.read_answers(folder / record.ANSWERS)
+    samples = {} if isinstance(found, Unmeasured) else _samples(found)
+    return Made(found.verdict, answers, samples, (folder / REPORT).read_bytes(), here(), installed())
+
+
+def _undisturbed(chosen: "Deployment") -> "Verified | Unmeasured":
+    """Measure; again where other processes were busy meanwhile, a few times at most, and with --quick once."""
+    for _ in range(0 if chosen.run.effort == "quick" else TRIALS - 1):
+        found = replace(chosen).verified
+        if not disturbed(found.verdict):
+            return found
+        progress.stage("measure", "other processes were busy: once more")
+    return replace(chosen).verified
+
+
+def _samples(found: "Verified") -> Samples:
+    names = (EAGER, RUNTIME_FLOAT, ARTIFACT) if len(found.series) == 3 else (EAGER, ARTIFACT)
+    return {name: one.seconds.astype(np.float32) for name, one in zip(names, found.series, strict=True)}
+
+
+def _deployment(order: Order) -> "Deployment":
+    from pipeline.run import Deployment
+    from targets import PRECISIONS
+
+    precision = next(one for one in PRECISIONS if one == order.precision)
+    return Deployment(_run(order), order.target, precision)
+
+
+def _run(order: Order) -> "Run":
+    """Open the recipe; what its other targets and precisions have in common stays in this process for the next."""
+    order = replace(order, build=os.environ.get(BUILD, order.build))
+    path = unpack(order.parcel, order.recipe, order.store, Path(order.build)) if order.parcel else Path(order.recipe)
+    return _kept(path, file_hash(path), order)
+
+
+def _kept(path: Path, digest: str, order: Order) -> "Run":
+    shared = replace(order, target="", precision="auto" if order.precision == "auto" else "float32")
+    return _opened(path, digest, shared)
+
+
+_folders: set[Path] = set()
+
+
+def _forget_modules_beside(folder: Path) -> None:
+    """Let no recipe find what one before it, in this process, imported from beside itself."""
+    _folders.add(folder)
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "/")
+        beside = "site-packages" not in file.parts and any(file.resolve().is_relative_to(one) for one in _folders)
+        if beside and name.partition(".")[0] not in OURS:
+            del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in _folders]
+
+
+@lru_cache(maxsize=1)  # of several, one could import another's modules
+def _opened(path: Path, digest: str, order: Order) -> "Run":
+    from pipeline import memory
+    from pipeline.cache import Cache
+    from pipeline.run import Run
+
+    memory.keep_freed()
+    _forget_modules_beside(path.parent.resolve())
+    recipe = read(path, precision=order.precision, minutes=order.minutes)
+    root = Path(order.build) / recipe.name
+    build = Cache(root, Store(order.store)) if order.store else Cache(root)
+    return Run(recipe, path, build, order.trust, order.effort)
