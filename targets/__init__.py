@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar, cast, get_args
 
 from device.arrays import Predict
-from device.errors import InputError, TargetUnavailable
+from device.errors import InputError, TargetUnavailable, first_line
 from device.machine import usable_cpus as usable_cpus
 
 Kind = Literal["convolution", "matrix product"]
@@ -192,7 +192,7 @@ def get(name: str) -> Target[Any]:
         if "cannot import name" in str(error) and any(f"'{ours}" in str(error) for ours in OURS):
             raise  # our own mistake
         raise TargetUnavailable(
-            f"target '{name}' cannot be loaded: {str(error).splitlines()[0]}; repair its packages "
+            f"target '{name}' cannot be loaded: {type(error).__name__}: {first_line(error)}; repair its packages "
             f"(`{install_command(name, name)}`) or leave this target out"
         ) from error
     return cast(Target[Any], module)

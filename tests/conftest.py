@@ -118,6 +118,11 @@ class Project:
         return lines[0]
 
 
+def half_made(build: Path, stage: str) -> list[Path]:
+    """List the hidden folders of a stage that did not end; the lock of one that failed stays for who waits for it."""
+    return [one for one in build.glob(f".{stage}-*") if one.is_dir()]
+
+
 def subset(
     split: str, count: int, *, classes: int = 3, skip: int = 0
 ) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
