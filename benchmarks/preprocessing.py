@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from device.preprocess import Preprocessing
-from pipeline.dataset import image_files
+from pipeline.data.formats.folder import image_files
 from pipeline.measure.golden import TORCHVISION_LIMIT, second_opinion
 
 

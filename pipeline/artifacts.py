@@ -29,6 +29,14 @@ N×H×W uint8, a class index for each pixel or 255 where none counts."""
 
 
 @dataclass(frozen=True)
+class Roomy:
+    """The images of a split larger than the model takes them, of the same dimensions, for random crops."""
+
+    images: Images
+    masks: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True)
 class Split:
     """Images of one purpose, decoded and resized by the recipe's contract: N×H×W×3 uint8 (of several views N×V×H×W×3),
     memory-mapped."""
@@ -41,6 +49,9 @@ class Split:
     digests: tuple[bytes, ...]
     """A hash of each image's pixels, for the leak check."""
     key: str
+    hashes: NDArray[np.uint16] | None = None
+    """A perceptual hash of each image, N×16, by which near duplicates are found."""
+    roomy: Roomy | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -60,15 +60,16 @@ PrecisionName = Annotated[str | None, typer.Option("--precision", help="Instead 
 def options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Let torchvision fetch data it names.")] = False,
 ) -> None:
     from pipeline import progress
 
     progress.console.quiet = quiet
-    _State.debug = debug
+    _State.debug, _State.download = debug, download
 
 
 class _State:
-    debug = False
+    debug = download = False
 
 
 def _run(recipe: "Recipe", path: Path, build: Path, trust: bool, effort: "Effort" = "default") -> "Run":
@@ -77,7 +78,7 @@ def _run(recipe: "Recipe", path: Path, build: Path, trust: bool, effort: "Effort
     from pipeline.run import Run
 
     memory.keep_freed()
-    return Run(recipe, path, Cache(build / recipe.name), trust, effort)
+    return Run(recipe, path, Cache(build / recipe.name), trust, effort, _State.download)
 
 
 def _each(path: Path, names: str | None, build: Path, trust: bool, precision: str | None) -> "list[Deployment]":
@@ -281,9 +282,9 @@ def _fail(error: Exception) -> None:
 
 
 def main() -> None:
-    """Run the command line; --quiet and --debug may stand anywhere."""
+    """Run the command line; --quiet, --debug and --download may stand anywhere."""
     signal.signal(signal.SIGINT, _stop)
-    anywhere = [a for a in sys.argv[1:] if a in ("--quiet", "-q", "--debug")]
+    anywhere = [a for a in sys.argv[1:] if a in ("--quiet", "-q", "--debug", "--download")]
     others = [a for a in sys.argv[1:] if a not in anywhere]
     try:
         app([*anywhere, *others])

@@ -1,52 +1,89 @@
-"""Images and labels from a folder, a list or an array file, decoded once; and the leak check between splits."""
+"""A source's images and labels, decoded once by the recipe's contract and kept by content: a split."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import open_memmap
-from numpy.typing import NDArray
-from PIL import Image
 
 from device import preprocess
-from device.arrays import Images
 from device.errors import InputError
 from device.preprocess import Preprocessing
-from pipeline import cache, labels, progress, samples
-from pipeline.artifacts import Labels, Split
+from pipeline import cache
+from pipeline.artifacts import Labels, Roomy, Split
+from pipeline.data import broken, decoding, formats, labels, splitting
+from pipeline.data.sample import Sample, Wanted
+from pipeline.data.source import BROKEN_SHARE, Part, Source, title
 from pipeline.measure.metrics import Task
-from pipeline.samples import Sample
 from targets import usable_cpus
 
-CHUNK_BYTES, MOST_CHUNK = 256_000_000, 256
-ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"}
 SEVERAL = 8
 """Calibration images that should not all be of one class."""
 UNLABELLED = "calibration"
 """The split whose labels, where it has any, are not used but to see that it is not of one class."""
-MOST_COPIES = 0.01
-"""Share of a split's images that may be copies of others in it; each counts as evidence, and a copy is none."""
-NOISE, APART, LOOKED_AT = 0.1, 2, 64
-"""A correlation of pixels that far apart that no picture has, and how many images are looked at."""
 
 
-def read(name: str, source: Path, classes: Sequence[str], contract: Preprocessing, task: Task) -> list[Sample]:
-    """Read what a split holds, undecoded; raise InputError when there are no images, or a label is of no class."""
-    found = _samples(source, classes, contract, task, labelled=name != UNLABELLED)
+@dataclass(frozen=True)
+class Handling:
+    """How a split is read, besides what is asked of it."""
+
+    broken_share: float = BROKEN_SHARE
+    """So many of its images may be broken, and are left out."""
+    room: float = 1.0
+    """How many times larger than the model's input images are kept besides, for random crops."""
+    download: bool = False
+    """Whether torchvision may fetch what is not there."""
+
+
+PLAINLY = Handling()
+
+
+def read(
+    name: str,
+    source: Source,
+    classes: Sequence[str],
+    contract: Preprocessing,
+    task: Task,
+    *,
+    download: bool = False,
+    keep: Path | None = None,
+) -> list[Sample]:
+    """Read what a split holds, undecoded; raise InputError when there are no images, or a label is of no class.
+
+    How one source is divided is written into the folder `keep`.
+    """
+    wanted = Wanted(classes, contract, task, name != UNLABELLED or isinstance(source, Part), download)
+    whole = source.source if isinstance(source, Part) else source
+    found = formats.of(whole).read(whole, wanted)
+    if isinstance(source, Part):
+        made = splitting.manifest(found, source, classes)
+        found = splitting.part(found, made, source.part)
+        if keep is not None:
+            splitting.write(made, keep)
     if not found:
-        raise InputError(f"the {name} data {source} holds no images")
-    return found
+        raise InputError(f"the {name} data {title(source)} holds no images")
+    if name != UNLABELLED:
+        return found
+    if task == "classification":
+        _refuse_one_class(source, classes, found)
+    return [replace(sample, labels=(), mask=None) for sample in found]
+
+
+def files(source: Source) -> list[Path]:
+    """List the files that a source is, besides image files that its samples name."""
+    whole = source.source if isinstance(source, Part) else source
+    pinned = [source.manifest] if isinstance(source, Part) and source.manifest else []
+    return [*formats.of(whole).files(whole), *pinned]
 
 
 def content(found: Sequence[Sample]) -> list[tuple[list[str], list[str], tuple[int, ...]]]:
     """Give what each sample holds: the sha256 of each of its files, how those are to be read, and its labels."""
     with ThreadPoolExecutor(usable_cpus()) as pool:
-        hashes = list(pool.map(_content_hash, found))
+        hashes = list(pool.map(Sample.sha256, found))
     return [
         (digest, [picture.form for picture in sample.pictures], sample.labels)
         for digest, sample in zip(hashes, found, strict=True)
@@ -55,37 +92,57 @@ def content(found: Sequence[Sample]) -> list[tuple[list[str], list[str], tuple[i
 
 def split(
     name: str,
-    source: Path,
+    source: Source,
     classes: Sequence[str],
     contract: Preprocessing,
     build: cache.Cache,
     *,
     task: Task = "classification",
+    how: Handling = PLAINLY,
 ) -> Split:
     """Read a split, decoding every image by `contract`; the result is kept by content, not by file name.
 
-    Raises InputError when there are no images, one is broken, or a label does not fit the classes.
+    Raises InputError when there are no images, too many are broken, or a label does not fit the classes.
     """
-    found = read(name, source, classes, contract, task)
+    found = read(name, source, classes, contract, task, download=how.download, keep=build.root)
+    roomy = decoding.roomier(contract, how.room) if how.room > 1 else None
     key = cache.key(
         "data",
         code=__file__,
-        readers=[cache.file_hash(Path(str(module.__file__))) for module in (labels, samples, preprocess)],
-        packages=("pillow",),
+        readers={path.name: cache.file_hash(path) for path in _readers()},
+        packages=("pillow", "imagehash"),
         contract=contract,
+        roomy=roomy,
         task=task,
         classes=len(classes),
         samples=content(found),
     )
-    folder = build.folder("data", key, partial(_decode, name, found, contract, classes), of=name)
+    job = decoding.Job(name, tuple(classes), contract, roomy, how.broken_share)
+    folder = build.folder("data", key, partial(decoding.decode, job, found, build.root), of=name)
+    return _split(job, found, task, folder, build.root, key)
+
+
+def _split(job: decoding.Job, found: Sequence[Sample], task: Task, folder: Path, root: Path, key: str) -> Split:
+    """Open what was decoded into a folder, with the labels of what was not broken."""
+    lost = broken.read(folder)
+    broken.refuse_many(job.name, len(found), lost, job.broken_share, root)
+    broken.tell(job.name, len(found), lost, folder)
+    left = [sample for i, sample in enumerate(found) if i not in lost]
     return Split(
-        name=name,
+        name=job.name,
         images=np.load(folder / "images.npy", mmap_mode="r"),
-        labels=_labels(name, folder, found, len(classes), task),
-        sources=tuple(sample.source for sample in found),
+        labels=_labels(job.name, folder, left, len(job.classes), task),
+        sources=tuple(sample.source for sample in left),
         digests=tuple(bytes.fromhex(d) for d in json.loads((folder / "digests.json").read_text())),
-        key=key,
+        key=hashlib.sha256(f"{key} {lost}".encode()).hexdigest()[:16] if lost else key,
+        hashes=np.load(folder / "hashes.npy"),
+        roomy=_roomy(folder, task) if job.roomy else None,
     )
+
+
+def _readers() -> list[Path]:
+    """List the source files that decide what is read."""
+    return [Path(preprocess.__file__), *sorted(Path(formats.__file__).parents[1].rglob("*.py"))]
 
 
 def _labels(name: str, folder: Path, found: Sequence[Sample], classes: int, task: Task) -> Labels:
@@ -97,164 +154,17 @@ def _labels(name: str, folder: Path, found: Sequence[Sample], classes: int, task
     return labels.gathered([sample.labels for sample in found], classes, task)
 
 
-def refuse_leaks(*splits: Split) -> None:
-    """Raise InputError when one image, by its pixels, is in two splits, or too often in one.
-
-    Of several views all must be the same: a reference image may rightly be one view of many.
-    """
-    seen: dict[bytes, tuple[Split, str]] = {}
-    for part in splits:
-        copies = len(part) - len(set(part.digests))
-        if copies > MOST_COPIES * len(part):
-            raise InputError(
-                f"{copies} of the {len(part)} {part.name} images are copies of others among them; remove them"
-            )
-        leaks = []
-        for digest, source in zip(part.digests, part.sources, strict=True):
-            first, other = seen.setdefault(digest, (part, source))
-            if first is not part:
-                leaks.append((source, first.name, other))
-        if leaks:
-            source, other_name, other = leaks[0]
-            raise InputError(
-                f"{len(leaks)} {part.name} images are also in the {other_name} data, "
-                f"for example {source} = {other}; take them out of one of the two"
-            )
+def _roomy(folder: Path, task: Task) -> Roomy:
+    masks = np.load(folder / "roomy_masks.npy", mmap_mode="r") if task == "segmentation" else None
+    return Roomy(np.load(folder / "roomy.npy", mmap_mode="r"), masks)
 
 
-def refuse_senseless(calibration: Split, evaluation: Split) -> None:
-    """Raise InputError for calibration images of one colour each, or whose pixels have nothing to do with those nearby.
-
-    Ranges from such pixels mean nothing. Where the evaluation images are like that too, it is what the model is for.
-    """
-    if _flat(calibration.images) and not _flat(evaluation.images):
-        raise InputError(f"every calibration image is of one colour, and the evaluation images are not; {_REAL_IMAGES}")
-    found, usual = likeness(calibration.images), likeness(evaluation.images)
-    if found < NOISE < 3 * NOISE < usual:
-        raise InputError(
-            f"the calibration images look like random noise: pixels correlate with those nearby by {found:.2f}, in the "
-            f"evaluation images by {usual:.2f}; {_REAL_IMAGES}"
-        )
-
-
-_REAL_IMAGES = "give real images of the kind that the device will see"
-
-
-def _flat(images: Images) -> bool:
-    return all(bool((image == image[..., :1, :1, :]).all()) for image in images)
-
-
-def likeness(images: Images) -> float:
-    """Give the correlation of pixels with the second to their right, the median of some images; 1 of one colour.
-
-    Not the first: resizing mixes noise with its neighbours.
-    """
-    chosen = np.linspace(0, len(images) - 1, min(len(images), LOOKED_AT)).astype(int)
-    found = []
-    for image in images[chosen].astype(np.float64):
-        if image.shape[-2] > APART:
-            left, right = (part - part.mean() for part in (image[..., :-APART, :], image[..., APART:, :]))
-            power = np.sqrt(np.square(left).sum() * np.square(right).sum())
-            found.append(float((left * right).sum() / power) if power > 0 else 1.0)
-    return float(np.median(found)) if found else 1.0
-
-
-def _content_hash(sample: Sample) -> list[str]:
-    return [hashlib.sha256(picture.content()).hexdigest() for picture in sample.pictures]
-
-
-def _decode(name: str, found: Sequence[Sample], contract: Preprocessing, classes: Sequence[str], folder: Path) -> None:
-    """Write images.npy, digests.json and any masks.npy, a chunk at a time so that memory stays small."""
-    images = open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(len(found), *contract.shape))
-    masks = None
-    if found[0].mask:
-        shape = (len(found), contract.height, contract.width)
-        masks = open_memmap(folder / "masks.npy", mode="w+", dtype=np.uint8, shape=shape)
-    digests: list[str] = []
-    chunk = int(np.clip(CHUNK_BYTES // images[0].size, 1, MOST_CHUNK))
-    with ThreadPoolExecutor(usable_cpus()) as pool:
-        chunks = range(0, len(found), chunk)
-        for start in progress.track(chunks, f"decode {name}", total=len(chunks)):
-            fitted = list(pool.map(partial(_fitted, contract), found[start : start + chunk]))
-            for index, (pixels, mask) in enumerate(fitted, start):
-                images[index] = pixels
-                digests.append(hashlib.sha256(pixels.tobytes()).hexdigest()[:32])
-                if masks is not None:
-                    masks[index] = mask
-    images.flush()
-    if masks is not None:
-        labels.refuse_unmarked(masks, name, classes)
-        masks.flush()
-    (folder / "digests.json").write_text(json.dumps(digests))
-
-
-def _fitted(contract: Preprocessing, sample: Sample) -> tuple[Images, NDArray[np.uint8] | None]:
-    """Give what the model takes, and the mask resized and cropped as the image it belongs to, the first view."""
-    images = [view.decode(view.content()) for view in sample.views]
-    pixels = contract.join([contract.finish(image) for image in images])
-    if sample.mask is None:
-        return pixels, None
-    mask = sample.mask.decode(sample.mask.content())
-    if mask.size != images[0].size:
-        sizes = ["×".join(map(str, one.size)) for one in (mask, images[0])]
-        raise InputError(f"the mask {sample.mask.source} is {sizes[0]} pixels, its image {sizes[1]}: {sample.source}")
-    return pixels, np.asarray(contract.place(mask, Image.Resampling.NEAREST))
-
-
-def _samples(
-    source: Path, classes: Sequence[str], contract: Preprocessing, task: Task, *, labelled: bool
-) -> list[Sample]:
-    found = _read(source, classes, contract, task, labelled=labelled)
-    if labelled:
-        return found
-    if task == "classification":
-        _refuse_one_class(source, classes, found)
-    return [replace(sample, labels=(), mask=None) for sample in found]
-
-
-def _refuse_one_class(source: Path, classes: Sequence[str], found: Sequence[Sample]) -> None:
+def _refuse_one_class(source: Source, classes: Sequence[str], found: Sequence[Sample]) -> None:
     """Refuse calibration images that are all in one class's folder, or listed with one label."""
     names = {classes[label] for sample in found for label in sample.labels}
-    if source.is_dir():
-        names = {Path(sample.source).relative_to(source).parts[0] for sample in found}
+    if isinstance(source, Path) and source.is_dir() and not names:
+        relative = [Path(sample.source) for sample in found]
+        names = {one.relative_to(source).parts[0] for one in relative if one.is_relative_to(source)}
     if len(names) == 1 and names <= set(classes) and len(found) >= SEVERAL:
-        told = f"all {len(found)} calibration images in {source} are of the class '{names.pop()}'"
+        told = f"all {len(found)} calibration images in {title(source)} are of the class '{names.pop()}'"
         raise InputError(f"{told}; give some of every class, whose values reach further")
-
-
-def _read(source: Path, classes: Sequence[str], contract: Preprocessing, task: Task, *, labelled: bool) -> list[Sample]:
-    if source.is_dir() and not labelled and contract.views == 1:
-        return [Sample((samples.file(path),), ()) for path in image_files(source)]
-    if source.is_dir() and task in labels.FOLDER_HINTS:
-        raise InputError(f"{source} is a folder, {labels.FOLDER_HINTS[task]}")
-    if source.is_dir() and contract.views > 1:
-        raise InputError(
-            f"{source} is a folder, which does not say which {contract.views} images belong together; for "
-            f"preprocessing.views = {contract.views} give a list of {samples.form(contract, task)} lines, or an .npz"
-        )
-    if source.is_dir():
-        return _from_folder(source, classes)
-    if not source.is_file():
-        raise InputError(f"the data {source} does not exist")
-    if source.suffix == ".npz":
-        return samples.from_arrays(source, classes, contract, task, labelled=labelled)
-    return samples.from_list(source, classes, contract, task, labelled=labelled)
-
-
-def _from_folder(root: Path, classes: Sequence[str]) -> list[Sample]:
-    """Read root/CLASS/**/IMAGE, the layout of torchvision's ImageFolder."""
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise InputError(f"{root} has no class folders; expected {root}/{classes[0]}/… with images, or use a list file")
-    found = labels.of_folders([folder.name for folder in folders], classes, root)
-    return [
-        Sample((samples.file(path),), (label,))
-        for folder, label in zip(folders, found, strict=True)
-        for path in image_files(folder)
-    ]
-
-
-def image_files(folder: Path) -> list[Path]:
-    """List the images below a folder by their endings, in order; what is hidden is left out."""
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS and path.is_file())
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from device.errors import InputError
-from pipeline import cache, checkpoint, dataset, progress
+from pipeline import cache, checkpoint, progress
+from pipeline.data.formats.folder import image_files
 
 CALIBRATION_SHARE = 0.25
 MOST_CALIBRATION = 512
@@ -84,7 +85,7 @@ def _split(images: Path, classes: list[str]) -> dict[str, list[tuple[Path, int]]
     """Take a quarter of each class, seeded, for calibration and the rest for evaluation."""
     parts: dict[str, list[tuple[Path, int]]] = {"calibration": [], "evaluation": []}
     for label, name in enumerate(classes):
-        by_content = {cache.file_hash(path): path for path in reversed(dataset.image_files(images / name))}
+        by_content = {cache.file_hash(path): path for path in reversed(image_files(images / name))}
         files = sorted(by_content.values())  # a copy in the other list would be a leak
         if len(files) < 2:
             raise InputError(f"{images / name} has {len(files)} images; expected two or more, for two lists")

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from device.arrays import Images
 from device.errors import InputError, first_line
 from device.preprocess import Preprocessing
-from pipeline import cache, dataset, progress, recipe, samples
+from pipeline import cache, progress, recipe
 from pipeline.artifacts import FloatModel
+from pipeline.data import sample
+from pipeline.data.formats.folder import image_files
 from pipeline.load import load
 from pipeline.run import Run
 from pipeline.verify import eager
@@ -43,7 +45,7 @@ def pick(path: Path, folder: Path, count: int, out: Path, *, build: Path, trust:
     read = recipe.read(path)
     if read.preprocessing.views > 1:
         raise InputError(f"the model takes {read.preprocessing.views} images at a time, which a folder cannot pair up")
-    files = dataset.image_files(folder) if folder.is_dir() else []
+    files = image_files(folder) if folder.is_dir() else []
     if not files:
         raise InputError(f"{folder} is no folder with images")
     seen = _look(Run(read, path, cache.Cache(build / read.name), trust), files)
@@ -127,7 +129,7 @@ def _model(run: Run) -> FloatModel:
 
 def _decoded(contract: Preprocessing, path: Path) -> Images | str:
     """Give what the model takes, or why not."""
-    picture = samples.file(path)
+    picture = sample.file(path)
     try:
         return contract.finish(picture.decode(picture.content()))
     except InputError as error:

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     TypeAdapter,
@@ -26,13 +24,12 @@ import targets
 from device.errors import InputError, TargetUnavailable
 from device.pixels import IGNORED
 from device.preprocess import Preprocessing
+from pipeline.augmentation import Augmentation, with_alias
+from pipeline.data.source import Data, Part, Sizes, Table
 from pipeline.measure import metrics
 from pipeline.measure.metrics import COUNTED, TORCHMETRICS, Task
+from pipeline.section import Beside, Section, beside_recipe
 from targets import Options, Precision
-
-
-def _beside_recipe(path: Path, info: ValidationInfo) -> Path:
-    return Path((info.context or {}).get("folder", "."), path.expanduser())
 
 
 def _class_names(value: object, info: ValidationInfo) -> object:
@@ -42,7 +39,7 @@ def _class_names(value: object, info: ValidationInfo) -> object:
             raise ValueError(f"a count of classes must be 2 to {MOST_CLASSES}")
         return [str(index) for index in range(value)]
     if isinstance(value, str):
-        path = _beside_recipe(Path(value), info)
+        path = beside_recipe(Path(value), info)
         if not path.is_file():
             raise ValueError(f"the file {path} does not exist")
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").strip().splitlines()]
@@ -50,15 +47,7 @@ def _class_names(value: object, info: ValidationInfo) -> object:
 
 
 ClassName = Annotated[str, Field(min_length=1)]
-Beside = Annotated[Path, AfterValidator(_beside_recipe)]
-"""A path; a relative one starts at the recipe's own folder."""
-
-
 MOST_CLASSES = 100_000
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Model(Section):
@@ -66,16 +55,8 @@ class Model(Section):
 
     source: Annotated[str, Field(pattern=r"^(torchvision|timm|module|pt2):.+$")]
     weights: Beside | None = None
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the model's constructor."""
-
-
-class Data(Section):
-    """Each an image folder (one class and one view per image), a list or an `.npz` with `images` and `labels`."""
-
-    calibration: Beside
-    evaluation: Beside
-    train: Beside | None = None
 
 
 class Training(Section):
@@ -124,7 +105,7 @@ class Quantization(Section):
 class Budget(Section):
     metric: Annotated[str, Field(min_length=1)] | None = None
     """One of `metrics.COUNTED`, or `torchmetrics:CLASS`; None for the task's first (`Recipe.metric`)."""
-    metric_options: dict[str, JsonValue] = {}
+    metric_options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the torchmetrics class."""
     accuracy_drop_pp: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Of the metric · 100."""
@@ -145,7 +126,7 @@ class Search(Section):
 class Nightly(Section):
     """How the nightly matrix treats it."""
 
-    nodes: dict[str, str] = {}
+    nodes: dict[str, str] = Field(default_factory=dict)
     """Target → what the kind of node that measures it must be, as "avx512_vnni" or "H100"; "*" for all others."""
 
 
@@ -161,17 +142,24 @@ class Recipe(Section):
     preprocessing: Preprocessing
     data: Data
     training: Training = Training()
+    augmentation: Augmentation = Augmentation()
     quantization: Quantization = Quantization()
     budget: Budget = Budget()
     search: Search = Search()
     nightly: Nightly = Nightly()
-    targets: dict[str, dict[str, JsonValue]] = {}
+    targets: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     """Each target's own options (`Options` in its file)."""
 
     @property
     def metric(self) -> str:
         """Give the metric that the budget is about."""
         return self.budget.metric or COUNTED[self.task][0]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flip_of_training(cls, given: object) -> object:
+        """Take `training.horizontal_flip` as what it was before there were other augmentations."""
+        return with_alias(given)
 
     @model_validator(mode="after")
     def _fits_its_task(self) -> "Recipe":
@@ -286,5 +274,8 @@ def _known_keys(where: tuple[str | int, ...]) -> list[str]:
         return list(Recipe.model_fields)
     if where[0] == "preprocessing":
         return list(Preprocessing.__dataclass_fields__)
+    if where[0] == "data":
+        inner = {"table": Table, "split": Sizes, "part": Part}.get(str(where[-1]), Data)
+        return [*inner.model_fields, *(("source", "split", "manifest") * (inner is Data))]
     section = Recipe.model_fields[str(where[0])].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

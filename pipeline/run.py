@@ -29,6 +29,8 @@ from pipeline.bundle import bundle
 from pipeline.cache import Cache
 from pipeline.capture import capture, read_program
 from pipeline.compile import compile
+from pipeline.data import leaks, near, senseless
+from pipeline.data import source as sources
 from pipeline.export import answer, export, simplify
 from pipeline.load import load
 from pipeline.measure.ladder import Step, Steps
@@ -54,6 +56,8 @@ class Run:
     build: Cache
     trust: bool = False
     effort: Effort = "default"
+    download: bool = False
+    """Whether torchvision may fetch data that is not there."""
 
     @cached_property
     def calibration(self) -> Split:
@@ -99,13 +103,16 @@ class Run:
 
     def check_data(self) -> None:
         """Read every split the recipe names and refuse images that are in two of them."""
-        splits = [self.calibration, self.evaluation]
-        dataset.refuse_leaks(*splits, *([self.training] if self.recipe.data.train else []))
-        dataset.refuse_senseless(self.calibration, self.evaluation)
+        splits = [self.calibration, self.evaluation, *([self.training] if self.recipe.data.train else [])]
+        leaks.refuse(*splits)
+        near.refuse(splits, self.build, allow=self.recipe.data.near_duplicates == "allow")
+        senseless.refuse(self.calibration, self.evaluation)
 
-    def _split(self, name: str, source: Path) -> Split:
+    def _split(self, name: str, source: sources.Source) -> Split:
         recipe = self.recipe
-        return dataset.split(name, source, recipe.classes, recipe.preprocessing, self.build, task=recipe.task)
+        room = recipe.augmentation.room if name == "train" else 1.0
+        how = dataset.Handling(recipe.data.broken_share, room, self.download)
+        return dataset.split(name, source, recipe.classes, recipe.preprocessing, self.build, task=recipe.task, how=how)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from device.errors import InputError, StageFailed
 from pipeline import dataset, recipe
 from pipeline.artifacts import Labels, Split
 from pipeline.cache import Cache
+from pipeline.data import leaks
 from pipeline.figures import Bin, Change
 from pipeline.load import load
 from pipeline.measure import metrics
@@ -450,7 +451,7 @@ def test_a_multi_label_model_is_trained_and_measured(project: Project) -> None:
         dataset.split(name, path, read.classes, read.preprocessing, build, task=read.task)
         for name, path in (("train", Path(read.data.train or "")), ("evaluation", read.data.evaluation))
     ]
-    dataset.refuse_leaks(*splits)
+    leaks.refuse(*splits)
     weights = train(read, splits[0], build, folder=project.folder)
     model = load(read, weights.path, folder=project.folder)
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline import pick, recipe
 from pipeline.cache import Cache
-from pipeline.dataset import likeness
+from pipeline.data.senseless import likeness
 from pipeline.run import Run
 from tests.conftest import Project, subset
 

@@ -11,6 +11,7 @@ from device.preprocess import Preprocessing
 from pipeline import dataset
 from pipeline.artifacts import Split
 from pipeline.cache import Cache
+from pipeline.data import leaks
 from pipeline.measure.metrics import Task
 from tests.conftest import subset
 
@@ -88,7 +89,7 @@ def test_the_same_picture_in_two_splits_is_refused_even_as_another_file(pictures
     Image.open(pictures / "cat/2.png").save(other / "cat/copy.bmp")
     calibration = read(other, tmp_path, name="calibration", classes=("cat", "dog"))
     with pytest.raises(InputError, match=r"1 evaluation images are also in the calibration data.*2\.png = .*copy\.bmp"):
-        dataset.refuse_leaks(calibration, evaluation)
+        leaks.refuse(calibration, evaluation)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_a_class_name_that_stands_twice_needs_indices(pictures: Path, tmp_path: 
 def test_copies_are_no_further_evidence(pictures: Path, tmp_path: Path) -> None:
     (pictures / "list.tsv").write_text("cat/1.png\t0\ncat/2.png\t0\ncat/1.png\t0\n")
     with pytest.raises(InputError, match="1 of the 3 evaluation images are copies of others among them"):
-        dataset.refuse_leaks(read(pictures / "list.tsv", tmp_path))
+        leaks.refuse(read(pictures / "list.tsv", tmp_path))
 
 
 def test_hidden_files_and_other_files_beside_images_are_left_out(pictures: Path, tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_a_multi_label_list_names_any_number_of_classes(pictures: Path, tmp_path
     assert split.labels.dtype == np.int64
     assert split.labels.tolist() == [[1, 1], [0, 1], [0, 0], [1, 1]]
     assert len(split) == 4
-    dataset.refuse_leaks(split)
+    leaks.refuse(split)
     listed.write_text(listed.read_text().replace("cat|dog", "cat"))
     assert read(listed, tmp_path, task="multilabel").key != split.key
 

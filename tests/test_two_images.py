@@ -18,6 +18,7 @@ from device.preprocess import Preprocessing
 from pipeline import dataset
 from pipeline.artifacts import Split
 from pipeline.cache import Cache
+from pipeline.data import leaks
 from pipeline.load import Deployable
 from pipeline.measure.metrics import Task
 from pipeline.train import _flipped
@@ -222,10 +223,10 @@ def test_a_view_may_come_again_but_not_a_whole_pair(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("0.png\t1.png\tcat\n0.png\t2.png\tdog\n")
     (tmp_path / "b.tsv").write_text("0.png\t3.png\tcat\n1.png\t0.png\tdog\n")
     calibration, evaluation = (read(tmp_path / f"{one}.tsv", tmp_path, name=one) for one in "ab")
-    dataset.refuse_leaks(calibration, evaluation)
+    leaks.refuse(calibration, evaluation)
     (tmp_path / "b.tsv").write_text("0.png\t1.png\tcat\n")
     with pytest.raises(InputError, match=r"1 b images are also in the a data, .*0\.png \+ .*1\.png"):
-        dataset.refuse_leaks(calibration, read(tmp_path / "b.tsv", tmp_path, name="b"))
+        leaks.refuse(calibration, read(tmp_path / "b.tsv", tmp_path, name="b"))
 
 
 @pytest.mark.parametrize("views", [0, 17])

@@ -14,6 +14,7 @@ import targets
 from device import machine
 from pipeline import dataset
 from pipeline.cache import file_hash
+from pipeline.data.source import Source
 from pipeline.imports import beside, imported, normal, providing
 from pipeline.measure.latency import Effort
 from pipeline.nightly.night import Cell, Inputs
@@ -113,14 +114,14 @@ _known: dict[tuple[object, ...], dict[str, str]] = {}
 
 def _data(recipe: Recipe, path: Path) -> dict[str, str]:
     """Hash each split's files and labels; once for the cells of one recipe."""
-    wanted = {name: source for name, source in recipe.data.model_dump().items() if source is not None}
+    wanted = recipe.data.splits()
     memo = (path.resolve(), path.stat().st_mtime_ns, *map(str, wanted.values()))
     if memo not in _known:
         _known[memo] = {name: _split(recipe, name, source) for name, source in wanted.items()}
     return _known[memo]
 
 
-def _split(recipe: Recipe, name: str, source: Path) -> str:
+def _split(recipe: Recipe, name: str, source: Source) -> str:
     found = dataset.read(name, source, recipe.classes, recipe.preprocessing, recipe.task)
     return hashlib.sha256(json.dumps(dataset.content(found)).encode()).hexdigest()
 

@@ -7,12 +7,16 @@ import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from device.errors import InputError
 from pipeline import cache, dataset
 from pipeline.imports import beside
 from pipeline.nightly.store import Store
 from pipeline.recipe import Recipe
+
+PATHS = ("path", "images", "labels", "root")
+"""Keys of a table of [data] that name a file or a folder."""
 
 
 def pack(recipe: Recipe, path: Path, store: Store) -> tuple[str, str]:
@@ -61,14 +65,13 @@ def _files(recipe: Recipe, path: Path) -> Iterator[Path]:
         yield from beside(folder)
     if recipe.model.weights:
         yield recipe.model.weights
-    for split, source in recipe.data.model_dump().items():
-        if source is None:
-            continue
-        if source.is_file():
-            yield source
-            _refuse_absolute_lines(source)
+    for split, source in recipe.data.splits().items():
+        for file in dataset.files(source):
+            yield file
+            if file == source:
+                _refuse_absolute_lines(file)
         found = dataset.read(split, source, recipe.classes, recipe.preprocessing, recipe.task)
-        yield from (Path(one.source) for sample in found for one in sample.pictures if one.form == "file")
+        yield from (one.path for sample in found for one in sample.pictures if one.path is not None)
     named = _named(path).get("classes")
     if named:
         yield folder / named
@@ -82,7 +85,7 @@ def _refuse_absolute(path: Path) -> None:
 
 
 def _refuse_absolute_lines(source: Path) -> None:
-    if source.suffix == ".npz":
+    if source.suffix in (".npz", ".npy", ".tar", ".parquet"):
         return
     for number, line in enumerate(source.read_text(encoding="utf-8-sig").splitlines(), 1):
         if Path(line.partition("\t")[0]).is_absolute():
@@ -94,6 +97,13 @@ def _named(path: Path) -> dict[str, str]:
     """Give what the recipe's file calls its files, by key."""
     given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     kind, _, program = given["model"]["source"].partition(":")
-    named = {"classes": given["classes"], "weights": given["model"].get("weights"), **given["data"]}
+    named = {"classes": given["classes"], "weights": given["model"].get("weights"), **_flat(given["data"])}
     named |= {"source": program} if kind == "pt2" else {}
     return {key: name for key, name in named.items() if isinstance(name, str)}
+
+
+def _flat(data: dict[str, Any]) -> dict[str, Any]:
+    """Give what names files under [data], with what its tables hold."""
+    tables = {name: value for name, value in data.items() if isinstance(value, dict)}
+    inner = {f"{name}.{key}": one for name, value in tables.items() for key, one in value.items() if key in PATHS}
+    return {name: value for name, value in data.items() if name not in tables} | inner

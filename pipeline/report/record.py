@@ -19,10 +19,10 @@ from device.arrays import Images, Outputs
 from device.errors import InputError, first_line
 from pipeline import cache, verdict
 from pipeline.artifacts import Labels, Unmeasured, Verified
+from pipeline.data.sample import VIEWS_JOINED
 from pipeline.measure import segmentation
 from pipeline.measure.answers import answers
 from pipeline.report import page
-from pipeline.samples import VIEWS_JOINED
 from pipeline.verdict import SCHEMA, Built, Verdict
 
 VERDICT, ANSWERS, REPORT = "verdict.json", "answers.npz", "report.html"

@@ -14,6 +14,7 @@ from device import rebuilt
 from device.errors import InputError
 from pipeline import cache, load, verify
 from pipeline.artifacts import Compiled, Split
+from pipeline.data.source import base_name
 from pipeline.own_source import commit, own_commit, source_hash, version
 from pipeline.recipe import Quantization, Recipe
 from pipeline.verdict import Built, Verdict
@@ -111,7 +112,7 @@ def _own(field: str) -> str:
 def _fields(recipe: Recipe) -> dict[str, object]:
     """Give the recipe without the paths of this machine; the data is pinned by content elsewhere."""
     fields = recipe.model_dump(mode="json", exclude={"classes"})
-    fields["data"] = {name: Path(path).name for name, path in fields["data"].items() if path}
+    fields["data"] = {name: base_name(source) for name, source in recipe.data.splits().items()}
     kind, _, name = fields["model"]["source"].partition(":")
     fields["model"]["source"] = f"{kind}:{Path(name).name}" if kind == "pt2" else fields["model"]["source"]
     if fields["model"]["weights"]:
@@ -133,7 +134,7 @@ def _data(split: Split, recipe: Recipe) -> dict[str, object]:
     digest = hashlib.sha256(b"".join(split.digests))
     digest.update(f"{labels.dtype.name} {labels.shape}".encode())
     digest.update(labels.data)
-    name = Path(getattr(recipe.data, split.name)).name
+    name = base_name(getattr(recipe.data, split.name))
     return {"name": name, "images": len(split), "sha256": digest.hexdigest()}
 
 

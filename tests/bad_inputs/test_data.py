@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from device.errors import InputError
+from pipeline import dataset, recipe
+from pipeline.cache import Cache
 from tests.conftest import Project, subset, write_project
 
 NAMES = ("T-shirt", "Trouser", "Pullover")
@@ -202,3 +205,28 @@ def test_55_a_folder_without_class_folders(user: Project) -> None:
     assert "has no class folders; expected pictures/T-shirt/… with images, or use a list file" in line
     (user.folder / "pictures/Trouser").mkdir()
     assert "the evaluation data pictures holds no images" in user.refused("deploy", "small.toml")
+
+
+def test_a_few_broken_images_are_left_out_and_listed(user: Project) -> None:
+    pictures(user.folder / "pictures", "evaluation", 150)
+    whole = [len([*(user.folder / "pictures" / name).iterdir()]) for name in NAMES]
+    (user.folder / "pictures/T-shirt/0-odd.jpg").write_bytes(b"")
+    done = user.bitferry("train", "small.toml")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "evaluation: left out 1 of 151 that are broken, for example pictures/T-shirt/0-odd.jpg: not an" in done.stderr
+    )
+    (user.folder / "pictures/T-shirt/1-odd.jpg").write_bytes(encoded("JPEG")[:500])
+    line = user.refused("train", "small.toml")
+    assert "2 of the 152 evaluation images are broken, more than data.broken_share = 0.01 allows: pictures/T-" in line
+    listed = json.loads((user.folder / "build/small/broken-evaluation.json").read_text())
+    assert [one.partition(": ")[0] for one in listed] == [f"pictures/T-shirt/{i}-odd.jpg" for i in (0, 1)]
+    user.edit(('evaluation = "pictures"', 'evaluation = "pictures"\nbroken_share = 0.02'))
+    read, build = recipe.read(user.recipe), Cache(user.folder / "build/small")
+    how = dataset.Handling(read.data.broken_share)
+    found = dataset.split("evaluation", read.data.evaluation, read.classes, read.preprocessing, build, how=how)
+    assert np.bincount(found.labels).tolist() == whole
+    for image, source in zip(found.images, found.sources, strict=True):
+        np.testing.assert_array_equal(image, read.preprocessing.load(Path(source).read_bytes(), source))
+    with pytest.raises(InputError, match="2 of the 152 evaluation images are broken"):  # as it was kept before, too
+        dataset.split("evaluation", read.data.evaluation, read.classes, read.preprocessing, build)

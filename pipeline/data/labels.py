@@ -16,6 +16,8 @@ from pipeline import progress
 from pipeline.artifacts import Labels
 from pipeline.measure.metrics import Task
 
+Found = tuple[int, ...]
+"""The indices of an image's classes."""
 LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
 WAYS: dict[Task, str] = {
     "classification": "`file<TAB>label`",
@@ -39,15 +41,51 @@ def of_text(text: str, classes: Sequence[str], task: Task, where: str) -> tuple[
 
 def of_folders(names: Sequence[str], classes: Sequence[str], root: Path) -> list[int]:
     """Match folders with classes by name; where none matches but the counts agree, by sorted order (torchvision)."""
+    return _matched(names, classes, f"{root} has folders that are", f"{root}: no folder is named like a class")
+
+
+def of_names(names: Sequence[str], classes: Sequence[str], where: str) -> list[int]:
+    """Match a data set's own names of its classes with the recipe's, in its order where none is known by name."""
+    return _matched(names, classes, f"{where} has classes that are", f"{where}: no class has a name of the recipe's")
+
+
+def _matched(names: Sequence[str], classes: Sequence[str], strangers: str, unnamed: str) -> list[int]:
     strange = [name for name in names if name not in classes]
     if not strange:
         return [_by_name(name, classes) for name in names]
     if len(strange) == len(names) == len(classes):
-        progress.stage("data", f"{root}: no folder is named like a class; taken in sorted order")
+        progress.stage("data", f"{unnamed}; taken in {'sorted' if 'folder' in unnamed else 'its'} order")
         return list(range(len(names)))
-    raise InputError(
-        f"{root} has folders that are no class of this recipe: {_some(strange)}; the classes are {_some(classes)}"
-    )
+    raise InputError(f"{strangers} no class of this recipe: {_some(strange)}; the classes are {_some(classes)}")
+
+
+def of_value(value: object, own: Sequence[int] | None, classes: Sequence[str], task: Task, where: str) -> Found:
+    """Read a record's label: an index, a name, or for multi-label data a list of either, or K of true and false.
+
+    `own` gives the recipe's class for each index of the data set's, where it has names of its own.
+    """
+    if isinstance(value, str):
+        return of_text(value, classes, task, where)
+    values = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+    if task == "multilabel" and len(values) == len(classes) and all(isinstance(one, bool | float) for one in values):
+        if strange := sorted({float(one) for one in values} - {0.0, 1.0}):
+            raise InputError(f"{where}: expected a 0 or 1 for each class, found {strange[0]:g}")
+        return tuple(index for index, one in enumerate(values) if one)
+    if task == "classification" and len(values) != 1:
+        hint = '; for several labels per image set task = "multilabel"' if values else ""
+        raise InputError(f"{where}: expected one label, found {len(values)}{hint}")
+    return tuple(_of_one(one, own, classes, where) for one in values)
+
+
+def _of_one(value: object, own: Sequence[int] | None, classes: Sequence[str], where: str) -> int:
+    if isinstance(value, str):
+        return _label(value, classes, where)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{where}: expected the index or the name of a class, found {value!r}")
+    if not 0 <= value < len(classes if own is None else own):
+        known = len(classes if own is None else own)
+        raise InputError(f"{where}: label {value} is out of range; there are {known} classes, counted from 0")
+    return value if own is None else own[value]
 
 
 def of_array(

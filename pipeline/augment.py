@@ -1,0 +1,138 @@
+"""Training images changed at random, by torchvision's operators: views and mask of one sample alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+from torchvision.transforms.v2.functional import InterpolationMode
+
+from device.pixels import IGNORED
+from pipeline.augmentation import Augmentation
+
+NEAREST, BILINEAR = InterpolationMode.NEAREST, InterpolationMode.BILINEAR
+TRIES = 10
+"""At a rectangle of the asked area that fits, before the whole image is taken, as torchvision does."""
+ERASED, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)
+RAND_CHANGES, RAND_STRENGTH = 2, 9 / 30
+
+Place = tuple[int, int, int, int]
+"""Top, left, height and width of a rectangle."""
+Random = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What moves pixels, which the mask needs too."""
+
+    crop: Place | None
+    flips: tuple[bool, bool]
+    """Left to right, top to bottom."""
+    angle: float
+
+
+def sample(
+    views: Tensor, mask: Tensor | None, size: tuple[int, int], how: Augmentation, random: Random
+) -> list[Tensor]:
+    """Change one sample's views, V×3×H×W uint8, and its mask, H×W; give both, of the size that the model takes."""
+    geometry = _geometry(how, views.shape[-2:], random)
+    changed = _moved(views, size, geometry, BILINEAR, [int(one) for one in views.float().mean((0, 2, 3))])
+    moved = None if mask is None else _moved(mask[None, None], size, geometry, NEAREST, [IGNORED])
+    changed = _coloured(changed, how, random)
+    changed, moved = _automatic(changed, moved, how, random)
+    if how.erase and random.random() < how.erase:
+        top, left, height, width = _rectangle(size, ERASED, ERASED_RATIO, random)
+        colour = changed.float().mean((0, 2, 3)).to(torch.uint8)[:, None, None]
+        changed = tv.erase(changed, top, left, height, width, colour.expand(3, height, width))
+        if moved is not None:
+            moved = tv.erase(moved, top, left, height, width, torch.tensor(IGNORED, dtype=torch.uint8))
+    return [changed] if moved is None else [changed, moved[0, 0]]
+
+
+def _geometry(how: Augmentation, size: tuple[int, ...], random: Random) -> Geometry:
+    crop = None if how.crop is None else _rectangle((size[0], size[1]), how.crop, how.ratio, random)
+    flips = tuple(asked and bool(random.random() < 0.5) for asked in (how.horizontal_flip, how.vertical_flip))
+    angle = float(random.uniform(-how.rotate, how.rotate)) if how.rotate else 0.0
+    return Geometry(crop, (flips[0], flips[1]), angle)
+
+
+def _rectangle(size: tuple[int, int], area: tuple[float, float], ratio: tuple[float, float], random: Random) -> Place:
+    """Give a rectangle of a random share of the area, as torchvision's RandomResizedCrop draws it."""
+    height, width = size
+    for _ in range(TRIES):
+        share = random.uniform(*area) * height * width
+        shape = float(np.exp(random.uniform(*np.log(ratio)))) * width / height
+        w, h = round((share * shape) ** 0.5), round((share / shape) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
+    return 0, 0, height, width
+
+
+def _moved(images: Tensor, size: tuple[int, int], to: Geometry, how: InterpolationMode, fill: list[int]) -> Tensor:
+    if to.crop is not None:
+        images = tv.resized_crop(images, *to.crop, list(size), how, antialias=how is BILINEAR)
+    elif images.shape[-2:] != size:
+        images = tv.resize(images, list(size), how, antialias=how is BILINEAR)
+    images = tv.horizontal_flip(images) if to.flips[0] else images
+    images = tv.vertical_flip(images) if to.flips[1] else images
+    return tv.rotate(images, to.angle, how, fill=fill) if to.angle else images
+
+
+def _coloured(images: Tensor, how: Augmentation, random: Random) -> Tensor:
+    """Jitter brightness, contrast, saturation and hue, in an order of chance."""
+    jitters: list[tuple[float, Callable[[Tensor, float], Tensor], float]] = [
+        (how.brightness, tv.adjust_brightness, 1), (how.contrast, tv.adjust_contrast, 1),
+        (how.saturation, tv.adjust_saturation, 1), (how.hue, tv.adjust_hue, 0),
+    ]  # fmt: skip
+    asked = [one for one in jitters if one[0]]
+    for index in random.permutation(len(asked)):
+        strength, change, middle = asked[index]
+        images = change(images, float(random.uniform(middle - strength, middle + strength)))
+    return images
+
+
+def _automatic(images: Tensor, mask: Tensor | None, how: Augmentation, random: Random) -> tuple[Tensor, Tensor | None]:
+    """Apply one change of random strength (trivial), or some of one strength (rand); `mask` moves along."""
+    times = {"none": 0, "trivial": 1, "rand": RAND_CHANGES}[how.auto]
+    for _ in range(times):
+        strength = float(random.random()) if how.auto == "trivial" else RAND_STRENGTH
+        names = sorted(MOVES) + sorted(CHANGES)
+        name = names[int(random.integers(len(names)))]
+        signed = strength if random.random() < 0.5 else -strength
+        if name in CHANGES:
+            images = CHANGES[name](images, strength, signed)
+            continue
+        images = MOVES[name](images, signed, BILINEAR, 0)
+        mask = None if mask is None else MOVES[name](mask, signed, NEAREST, IGNORED)
+    return images, mask
+
+
+def _affine(images: Tensor, how: InterpolationMode, fill: int, *, shift: tuple[int, int] = (0, 0),
+            shear: tuple[float, float] = (0.0, 0.0), angle: float = 0.0) -> Tensor:  # fmt: skip
+    return tv.affine(images, angle, list(shift), 1.0, list(shear), how, [float(fill)])
+
+
+Move = Callable[[Tensor, float, InterpolationMode, int], Tensor]
+Change = Callable[[Tensor, float, float], Tensor]
+WIDEST_SHEAR, FARTHEST, MOST_DEGREES = 45.0, 32 / 224, 135.0
+MOVES: dict[str, Move] = {
+    "rotate": lambda x, s, how, fill: _affine(x, how, fill, angle=MOST_DEGREES * s),
+    "shear_x": lambda x, s, how, fill: _affine(x, how, fill, shear=(WIDEST_SHEAR * s, 0.0)),
+    "shear_y": lambda x, s, how, fill: _affine(x, how, fill, shear=(0.0, WIDEST_SHEAR * s)),
+    "shift_x": lambda x, s, how, fill: _affine(x, how, fill, shift=(round(x.shape[-1] * FARTHEST * s), 0)),
+    "shift_y": lambda x, s, how, fill: _affine(x, how, fill, shift=(0, round(x.shape[-2] * FARTHEST * s))),
+}
+"""What `auto` may do that a mask does too; the strength is −1 to 1."""
+CHANGES: dict[str, Change] = {
+    "nothing": lambda x, s, signed: x,
+    "brightness": lambda x, s, signed: tv.adjust_brightness(x, 1 + 0.99 * signed),
+    "colour": lambda x, s, signed: tv.adjust_saturation(x, 1 + 0.99 * signed),
+    "contrast": lambda x, s, signed: tv.adjust_contrast(x, 1 + 0.99 * signed),
+    "sharpness": lambda x, s, signed: tv.adjust_sharpness(x, 1 + 0.99 * signed),
+    "posterize": lambda x, s, signed: tv.posterize(x, 8 - round(6 * s)),
+    "solarize": lambda x, s, signed: tv.solarize(x, 255 * (1 - s)),
+    "autocontrast": lambda x, s, signed: tv.autocontrast(x),
+    "equalize": lambda x, s, signed: tv.equalize(x),
+}

@@ -1,0 +1,47 @@
+"""Calibration images from which no range can come: of one colour each, or of noise."""
+
+import numpy as np
+
+from device.arrays import Images
+from device.errors import InputError
+from pipeline.artifacts import Split
+
+NOISE, APART, LOOKED_AT = 0.1, 2, 64
+"""A correlation of pixels that far apart that no picture has, and how many images are looked at."""
+
+
+def refuse(calibration: Split, evaluation: Split) -> None:
+    """Raise InputError for calibration images of one colour each, or whose pixels have nothing to do with those nearby.
+
+    Ranges from such pixels mean nothing. Where the evaluation images are like that too, it is what the model is for.
+    """
+    if _flat(calibration.images) and not _flat(evaluation.images):
+        raise InputError(f"every calibration image is of one colour, and the evaluation images are not; {_REAL_IMAGES}")
+    found, usual = likeness(calibration.images), likeness(evaluation.images)
+    if found < NOISE < 3 * NOISE < usual:
+        raise InputError(
+            f"the calibration images look like random noise: pixels correlate with those nearby by {found:.2f}, in the "
+            f"evaluation images by {usual:.2f}; {_REAL_IMAGES}"
+        )
+
+
+_REAL_IMAGES = "give real images of the kind that the device will see"
+
+
+def _flat(images: Images) -> bool:
+    return all(bool((image == image[..., :1, :1, :]).all()) for image in images)
+
+
+def likeness(images: Images) -> float:
+    """Give the correlation of pixels with the second to their right, the median of some images; 1 of one colour.
+
+    Not the first: resizing mixes noise with its neighbours.
+    """
+    chosen = np.linspace(0, len(images) - 1, min(len(images), LOOKED_AT)).astype(int)
+    found = []
+    for image in images[chosen].astype(np.float64):
+        if image.shape[-2] > APART:
+            left, right = (part - part.mean() for part in (image[..., :-APART, :], image[..., APART:, :]))
+            power = np.sqrt(np.square(left).sum() * np.square(right).sum())
+            found.append(float((left * right).sum() / power) if power > 0 else 1.0)
+    return float(np.median(found)) if found else 1.0
