@@ -62,16 +62,16 @@ def _batch(split: Split, how: Augmentation, task: Task, seed: int, number: int, 
     size = (int(split.images.shape[-3]), int(split.images.shape[-2]))
     images = split.images if split.roomy is None else split.roomy.images
     masks = split.labels if split.roomy is None or split.roomy.masks is None else split.roomy.masks
-    made = torch.empty((len(rows), *split.images.shape[1:]), dtype=torch.uint8)
-    labels = torch.from_numpy(np.array(split.labels[rows]))
+    made = np.empty((len(rows), *split.images.shape[1:]), np.uint8)
+    labels = np.array(split.labels[rows])
     for place, row in enumerate(rows):
-        views = torch.from_numpy(np.array(images[row])).reshape(-1, *images.shape[-3:]).permute(0, 3, 1, 2)
-        mask = torch.from_numpy(np.array(masks[row])) if masked else None
-        changed = augment.sample(views, mask, size, how, random)
-        made[place] = changed[0].permute(0, 2, 3, 1).reshape(made.shape[1:])
+        views = images[row].reshape(-1, *images.shape[-3:])
+        changed = augment.sample(views, masks[row] if masked else None, size, how, random)
+        # NumPy's copy, since PyTorch's would wake a team of threads for each image in each of ours.
+        made[place] = changed[0].permute(0, 2, 3, 1).numpy().reshape(made.shape[1:])
         if masked:
-            labels[place] = changed[1]
-    return made, labels
+            labels[place] = changed[1].numpy()
+    return torch.from_numpy(made), torch.from_numpy(labels)
 
 
 def _flipped(
