@@ -89,7 +89,8 @@ def _moved(images: Tensor, size: tuple[int, int], angle: float, how: Interpolati
     if not angle:
         return images
     fill = [float(IGNORED)] if how is NEAREST else [float(one) for one in images.float().mean((0, 2, 3)).round()]
-    return tv.rotate(images, angle, how, fill=fill)
+    turned: Tensor = tv.rotate(images, angle, how, fill=fill)
+    return turned
 
 
 def _coloured(images: Tensor, how: Augmentation, random: Random) -> Tensor:
@@ -123,7 +124,8 @@ def _automatic(images: Tensor, mask: Tensor | None, how: Augmentation, random: R
 
 def _affine(images: Tensor, how: InterpolationMode, fill: int, *, shift: tuple[int, int] = (0, 0),
             shear: tuple[float, float] = (0.0, 0.0), angle: float = 0.0) -> Tensor:  # fmt: skip
-    return tv.affine(images, angle, list(shift), 1.0, list(shear), how, [float(fill)])
+    moved: Tensor = tv.affine(images, angle, list(shift), 1.0, list(shear), how, [float(fill)])
+    return moved
 
 
 Move = Callable[[Tensor, float, InterpolationMode, int], Tensor]

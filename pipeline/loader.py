@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from pipeline.augmentation import Augmentation
 from pipeline.measure.metrics import Task
 from targets import usable_cpus
 
-Order = Sequence[int] | NDArray[np.integer]  # type: ignore[type-arg]
+Order = Sequence[int] | NDArray[np.integer[Any]]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -54,7 +55,9 @@ def batches(
                 one.cancel()
 
 
-def _batch(split: Split, how: Augmentation, task: Task, seed: int, number: int, rows: NDArray[np.integer]) -> Batch:  # type: ignore[type-arg]
+def _batch(
+    split: Split, how: Augmentation, task: Task, seed: int, number: int, rows: NDArray[np.integer[Any]]
+) -> Batch:
     random = np.random.default_rng([seed, number])
     masked = task == "segmentation"
     if how.only_flips:
@@ -76,12 +79,12 @@ def _batch(split: Split, how: Augmentation, task: Task, seed: int, number: int, 
 
 def _flipped(
     images: NDArray[np.uint8],
-    labels: NDArray[np.integer],
+    labels: NDArray[np.integer[Any]],
     how: Augmentation,
     random: np.random.Generator,
     *,
     masked: bool,
-) -> Batch:  # type: ignore[type-arg]
+) -> Batch:
     """Mirror whole batches at once, which is all that many recipes ask for."""
     for asked, axis in ((how.horizontal_flip, -1), (how.vertical_flip, -2)):
         if asked:

@@ -109,7 +109,9 @@ def _arrays(
 def _put(arrays: dict[str, "np.memmap[tuple[int, ...], np.dtype[np.uint8]]"], row: int, one: Fitted) -> None:
     values = {"images": one.pixels, "masks": one.mask, "roomy": one.roomy, "roomy_masks": one.roomy_mask}
     for name, array in arrays.items():
-        array[row] = values[name]
+        value = values[name]
+        if value is not None:
+            array[row] = value
 
 
 def _shorten(path: Path, count: int) -> None:
