@@ -12,6 +12,7 @@ round's speeds, with the 95 % interval of their mean by Student's t. `--docs` wr
 import argparse
 import io
 import json
+import math
 import os
 import tempfile
 import time
@@ -142,6 +143,16 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
     return tuple(float(np.exp(logs.mean() + side * half)) for side in (0, -1, 1))  # type: ignore[return-value]
 
 
+def ahead_from(rounds: list[dict[str, dict[str, float]]]) -> int | None:
+    """Give the epoch by whose end bitferry has given more images in all; None where it never does."""
+    took = {name: [float(np.median([1 / one[epoch][name] for one in rounds])) for epoch in ("first", "later")]
+            for name in ("bitferry", "torchvision")}  # fmt: skip
+    (first, later), (their_first, their_later) = took["bitferry"], took["torchvision"]
+    if later >= their_later:
+        return None if first >= their_first else 1
+    return 1 + max(0, math.ceil((first - their_first) / (their_later - later)))
+
+
 def table(rounds: list[dict[str, dict[str, float]]], told: str) -> str:
     lines = [
         "| epoch | bitferry, images/s | torchvision, images/s | ratio (95 % interval) |",
@@ -154,7 +165,8 @@ def table(rounds: list[dict[str, dict[str, float]]], told: str) -> str:
             f"| {epoch} | {speeds['bitferry']:,.0f} | {speeds['torchvision']:,.0f} | "
             f"{value:.2f} ({low:.2f} to {high:.2f}) |"
         )
-    return "\n".join([*lines, "", told])
+    ahead = ahead_from(rounds)
+    return "\n".join([*lines, "", f"{told} Over all epochs bitferry is ahead from number {ahead or '∞'} on."])
 
 
 def main() -> None:
@@ -175,10 +187,11 @@ def main() -> None:
     cpus, isa = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(), targets.cpu_isa()[-1:]
     told = (
         f"{count} JPEGs ({what} and mirrored ones), {asked.rounds} rounds in turns, batches of {BATCH}, {SIDE}×{SIDE} "
-        f"pixels, torchvision with {WORKERS} processes; {cpus} CPUs ({' '.join(isa)})."
+        f"pixels, torchvision with {WORKERS} processes; {cpus} CPUs ({' '.join(isa)}), which other "
+        f"processes, DataLoader's among them, used for {others() or 0:.0%}."
     )
     found = table(rounds, told)
-    result_path("loader").write_text(json.dumps({"told": told, "rounds": rounds, "other_load": others}, default=vars))
+    result_path("loader").write_text(json.dumps({"told": told, "rounds": rounds, "other_load": others()}))
     print(found)
     if asked.docs:
         before, _, rest = DOCS.read_text().partition(BEGIN)
