@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     TypeAdapter,
@@ -26,13 +24,13 @@ import targets
 from device.errors import InputError, TargetUnavailable
 from device.pixels import IGNORED
 from device.preprocess import Preprocessing
+from pipeline.augmentation import Augmentation
 from pipeline.measure import metrics
 from pipeline.measure.metrics import COUNTED, TORCHMETRICS, Task
+from pipeline.section import Beside, Section, beside_recipe
+from pipeline.training import settings
+from pipeline.training.settings import Training
 from targets import Options, Precision
-
-
-def _beside_recipe(path: Path, info: ValidationInfo) -> Path:
-    return Path((info.context or {}).get("folder", "."), path.expanduser())
 
 
 def _class_names(value: object, info: ValidationInfo) -> object:
@@ -42,7 +40,7 @@ def _class_names(value: object, info: ValidationInfo) -> object:
             raise ValueError(f"a count of classes must be 2 to {MOST_CLASSES}")
         return [str(index) for index in range(value)]
     if isinstance(value, str):
-        path = _beside_recipe(Path(value), info)
+        path = beside_recipe(Path(value), info)
         if not path.is_file():
             raise ValueError(f"the file {path} does not exist")
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").strip().splitlines()]
@@ -50,15 +48,9 @@ def _class_names(value: object, info: ValidationInfo) -> object:
 
 
 ClassName = Annotated[str, Field(min_length=1)]
-Beside = Annotated[Path, AfterValidator(_beside_recipe)]
-"""A path; a relative one starts at the recipe's own folder."""
 
 
 MOST_CLASSES = 100_000
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Model(Section):
@@ -76,16 +68,6 @@ class Data(Section):
     calibration: Beside
     evaluation: Beside
     train: Beside | None = None
-
-
-class Training(Section):
-    epochs: Annotated[int, Field(gt=0)] = 10
-    batch_size: Annotated[int, Field(gt=1)] = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    horizontal_flip: bool = False
-    seed: int = 0
 
 
 class Quantization(Section):
@@ -161,6 +143,7 @@ class Recipe(Section):
     preprocessing: Preprocessing
     data: Data
     training: Training = Training()
+    augmentation: Augmentation = Augmentation()
     quantization: Quantization = Quantization()
     budget: Budget = Budget()
     search: Search = Search()
@@ -176,8 +159,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_its_task(self) -> "Recipe":
         faults = [*_metric_faults(self)]
-        if self.task == "multilabel" and self.training.label_smoothing:
-            faults.append("training.label_smoothing is for classification only; take it out for task 'multilabel'")
+        faults += settings.faults(self.training, self.task, self.model.weights is None)
         if self.task == "segmentation" and len(self.classes) > IGNORED:
             told = f"{len(self.classes)} classes, at most {IGNORED} for task 'segmentation', whose masks are 8-bit"
             faults.append(f"classes: {told}")
