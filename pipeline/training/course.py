@@ -56,6 +56,8 @@ class Job:
     checkpoint: Path
     curves: Path | None
     out: Path
+    every: float = SECONDS
+    """Seconds between two checkpoints."""
 
 
 def _seed(*parts: int) -> int:
@@ -129,7 +131,7 @@ class Course:
                     self.position.lines.append(line)
                     if board:
                         board.tell(line)
-                if main and time.monotonic() - saved > SECONDS:
+                if main and time.monotonic() - saved > self.job.every:
                     self.whole.save()
                     saved = time.monotonic()
         except progress.Stopped:  # between two steps
