@@ -34,7 +34,7 @@ def train(
     job, key = prepare(recipe, data, build, folder=folder, download=download)
     done = build.folder("train", key, partial(_train, job, processes))
     state.remove(job.checkpoint)
-    return Weights(done / "weights.safetensors", key)
+    return Weights(done / course.WEIGHTS, key)
 
 
 def prepare(
