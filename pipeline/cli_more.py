@@ -11,6 +11,15 @@ import typer
 
 commands = typer.Typer()
 
+
+class Said:
+    """What was said beside a command, and holds for any."""
+
+    debug = False
+    download = False
+    """A library may fetch data and weights that a recipe names and that are not there."""
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -29,6 +29,8 @@ from pipeline.data.source import Data, Part, Sizes, Table
 from pipeline.measure import metrics
 from pipeline.measure.metrics import COUNTED, TORCHMETRICS, Task
 from pipeline.section import Beside, Section, beside_recipe
+from pipeline.training import settings
+from pipeline.training.settings import Training
 from targets import Options, Precision
 
 
@@ -47,6 +49,8 @@ def _class_names(value: object, info: ValidationInfo) -> object:
 
 
 ClassName = Annotated[str, Field(min_length=1)]
+
+
 MOST_CLASSES = 100_000
 
 
@@ -57,16 +61,6 @@ class Model(Section):
     weights: Beside | None = None
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the model's constructor."""
-
-
-class Training(Section):
-    epochs: Annotated[int, Field(gt=0)] = 10
-    batch_size: Annotated[int, Field(gt=1)] = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    horizontal_flip: bool = False
-    seed: int = 0
 
 
 class Quantization(Section):
@@ -151,6 +145,11 @@ class Recipe(Section):
     """Each target's own options (`Options` in its file)."""
 
     @property
+    def lessons(self) -> Training:
+        """Give how a quantized model is fine-tuned: mirrored images too, where training has them."""
+        return self.training.model_copy(update={"horizontal_flip": self.augmentation.horizontal_flip})
+
+    @property
     def metric(self) -> str:
         """Give the metric that the budget is about."""
         return self.budget.metric or COUNTED[self.task][0]
@@ -164,8 +163,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_its_task(self) -> "Recipe":
         faults = [*_metric_faults(self)]
-        if self.task == "multilabel" and self.training.label_smoothing:
-            faults.append("training.label_smoothing is for classification only; take it out for task 'multilabel'")
+        faults += settings.faults(self.training, self.task, self.model.weights is None)
         if self.task == "segmentation" and len(self.classes) > IGNORED:
             told = f"{len(self.classes)} classes, at most {IGNORED} for task 'segmentation', whose masks are 8-bit"
             faults.append(f"classes: {told}")
