@@ -72,7 +72,7 @@ def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: 
     deployable = Deployable(model, recipe.preprocessing)
     if kind != "pt2":  # an exported program refuses: it stays what it was exported as
         deployable.eval()
-    _check_scores(deployable, recipe)
+    check_scores(deployable, recipe)
     return FloatModel(
         eager=deployable,
         preprocessing=recipe.preprocessing,
@@ -204,7 +204,8 @@ def _exported(path: Path, trust: bool, recipe: Recipe) -> nn.Module:
     return module
 
 
-def _check_scores(model: nn.Module, recipe: Recipe) -> None:
+def check_scores(model: nn.Module, recipe: Recipe) -> None:
+    """Raise InputError where a model does not give finite scores, one per class, for two black images."""
     contract, source = recipe.preprocessing, recipe.model.source
     size, classes = (contract.height, contract.width), len(recipe.classes)
     several = f" times {contract.views}" if contract.views > 1 else ""

@@ -64,7 +64,7 @@ class Section(BaseModel):
 class Model(Section):
     """Where the architecture and its weights come from; without weights, it is trained."""
 
-    source: Annotated[str, Field(pattern=r"^(torchvision|timm|module|pt2):.+$")]
+    source: Annotated[str, Field(pattern=r"^(torchvision|timm|module|pt2|onnx):.+$")]
     weights: Beside | None = None
     options: dict[str, JsonValue] = {}
     """Keyword arguments of the model's constructor."""
