@@ -55,7 +55,7 @@ def _bitferry(run: Run, out: Path) -> float:
 
 def _prime(run: Run, build: Path) -> None:
     """Copy what training left: the weights, and the images that it saw."""
-    if run.recipe.model.weights is None and not run.recipe.model.source.startswith("pt2:"):
+    if run.recipe.model.weights is None and not run.recipe.model.whole:
         root = build / run.recipe.name
         cache.own(root)
         for done in (run.weights.path.parent, _kept_in(run.training)):

@@ -161,10 +161,11 @@ def quantize(
 
     Example: bitferry quantize recipes/fashion-resnet18.toml --target openvino
     """
-    from pipeline.artifacts import Quantized
+    from pipeline.artifacts import Quantized, QuantizedOnnx
 
     made = {one.name: one.program for one in _each(recipe, target, build, trust, "int8")}
-    _print_paths({name: program.path for name, program in made.items() if isinstance(program, Quantized)}, json_)
+    kinds = Quantized | QuantizedOnnx
+    _print_paths({name: program.path for name, program in made.items() if isinstance(program, kinds)}, json_)
 
 
 @app.command()

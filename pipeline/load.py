@@ -22,6 +22,7 @@ PACKAGES = {
     "timm": ("torch", "timm"),
     "module": ("torch", "torchvision"),
     "pt2": ("torch",),
+    "onnx": ("onnx", "onnxruntime"),
 }
 """Whose versions decide what a source gives."""
 OURS = ("pipeline", "targets", "device", "__main__")

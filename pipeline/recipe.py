@@ -69,6 +69,11 @@ class Model(Section):
     options: dict[str, JsonValue] = {}
     """Keyword arguments of the model's constructor."""
 
+    @property
+    def whole(self) -> str | None:
+        """Say what holds the weights as well, where the source is a file; None where it is code."""
+        return {"pt2": "an exported program", "onnx": "an ONNX file"}.get(self.source.partition(":")[0])
+
 
 class Data(Section):
     """Each an image folder (one class and one view per image), a list or an `.npz` with `images` and `labels`."""

@@ -5,21 +5,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 
 import targets
 from device.arrays import Predict
 from device.errors import InputError
 from pipeline import dataset, progress
 from pipeline.artifacts import (
+    Baseline,
     Bundle,
     Captured,
     Compiled,
-    FloatModel,
+    FloatOnnx,
     Onnx,
     Program,
+    QuantizedOnnx,
     Simplified,
     Source,
     Split,
+    TorchProgram,
     Traced,
     Unmeasured,
     Verified,
@@ -33,6 +37,9 @@ from pipeline.export import answer, export, simplify
 from pipeline.load import load
 from pipeline.measure.ladder import Step, Steps
 from pipeline.measure.latency import Effort
+from pipeline.onnx_in import asked as onnx_in
+from pipeline.onnx_in.load import as_given, load as load_onnx
+from pipeline.onnx_in.quantize import quantize as quantize_onnx
 from pipeline.quantize import Lessons, quantize
 from pipeline.recipe import Quantization, Recipe
 from pipeline.report import record
@@ -42,6 +49,8 @@ from pipeline.train import train
 from pipeline.verdict import Search
 from pipeline.verify import Way, eager, evaluate, load_artifact, unmeasured, verify
 from targets import Precision
+
+INT8 = "PyTorch int8"
 
 
 @dataclass(frozen=True)
@@ -73,28 +82,29 @@ class Run:
 
     @cached_property
     def weights(self) -> Weights:
-        if self.recipe.model.source.startswith("pt2:"):
-            raise InputError(f"recipe '{self.recipe.name}' has an exported program, which is not trained")
+        if self.recipe.model.whole:
+            raise InputError(f"recipe '{self.recipe.name}' has {self.recipe.model.whole}, which is not trained")
         self.check_data()
         return train(self.recipe, self.training, self.build, folder=self.path.parent)
 
     @cached_property
-    def model(self) -> FloatModel:
+    def model(self) -> Baseline:
         self.check_data()
+        if onnx_in.is_onnx(self.recipe):
+            return load_onnx(self.recipe, self.path.parent, self.build)
         given = self.weights.path if self.trains else self.recipe.model.weights
         return load(self.recipe, given, folder=self.path.parent, trust=self.trust)
 
     @property
     def trains(self) -> bool:
         """Say whether the model's weights are trained here."""
-        return self.recipe.model.weights is None and not self.recipe.model.source.startswith("pt2:")
+        return self.recipe.model.weights is None and not self.recipe.model.whole
 
     @property
     def weights_file(self) -> Path | None:
-        """Give the file that the model's weights are in: trained here, given, or the whole exported program."""
-        kind, _, name = self.recipe.model.source.partition(":")
-        if kind == "pt2":
-            return self.path.parent / name
+        """Give the file that the model's weights are in: trained here, given, or the whole model."""
+        if self.recipe.model.whole:
+            return self.path.parent / self.recipe.model.source.partition(":")[2]
         return self.weights.path if self.trains else self.recipe.model.weights
 
     def check_data(self) -> None:
@@ -152,6 +162,10 @@ class Deployment:
         if scheme is None:
             return replace(run.model, precision=self.precision)
         settings = self._settings()
+        if isinstance(run.model, FloatOnnx):
+            simplified = simplify(Onnx(run.model.path, run.model, run.model.key), run.calibration, run.build)
+            int8 = quantize_onnx(run.model, simplified, run.calibration, scheme, settings, run.build)
+            return replace(int8, precision=self.precision)
         lessons = Lessons(run.training, run.recipe.training) if settings.method == "qat" else None
         made = quantize(run.model, run.calibration, scheme, settings, run.build, lessons)
         return replace(made, precision=self.precision)
@@ -161,20 +175,30 @@ class Deployment:
         return self.settings.model_copy(update={"keep": (*self.settings.keep, *self.keep)})
 
     @cached_property
+    def torch_program(self) -> TorchProgram:
+        """Give the program where it is PyTorch's; raise InputError where the recipe gives ONNX."""
+        onnx_in.refuse_stage(self.run.recipe)
+        return cast(TorchProgram, self.program)
+
+    @cached_property
     def traced(self) -> Traced:
-        return trace(self.program, self.run.calibration, self.run.build)
+        return trace(self.torch_program, self.run.calibration, self.run.build)
 
     @cached_property
     def exported(self) -> Onnx:
-        return export(self.program, self.run.calibration, self.run.build)
+        if isinstance(self.program, FloatOnnx | QuantizedOnnx):
+            return Onnx(self.program.path, self.program, self.program.key)
+        return export(self.torch_program, self.run.calibration, self.run.build)
 
     @cached_property
     def simplified(self) -> Simplified:
+        if isinstance(self.program, QuantizedOnnx):  # of what was simplified
+            return Simplified(self.program.path, self.precision, self.program.key)
         return simplify(self.exported, self.run.calibration, self.run.build)
 
     @cached_property
     def captured(self) -> Captured:
-        return capture(self.program, self.run.calibration, self.run.build)
+        return capture(self.torch_program, self.run.calibration, self.run.build)
 
     @cached_property
     def source(self) -> Source:
@@ -187,9 +211,11 @@ class Deployment:
 
     @cached_property
     def compiled(self) -> Compiled:
-        return compile(
-            self.source, self.name, self.run.build, options=self.options or self.run.recipe.options(self.name)
-        )
+        options = self.options or self.run.recipe.options(self.name)
+        onnx_in.refuse_target(self.run.recipe, self.name)
+        if isinstance(self.run.model, FloatOnnx):
+            onnx_in.refuse_batch(self.run.model, self.name, options)
+        return compile(self.source, self.name, self.run.build, options=options)
 
     @cached_property
     def runtime_float(self) -> Compiled | None:
@@ -246,10 +272,12 @@ class Deployment:
 
     def _steps(self, *, measured: bool = True) -> Steps:
         """Name each step between the float model and what the target compiles, with how to load it, then it."""
-        form = targets.get(self.name).CONSUMES
+        form, program = targets.get(self.name).CONSUMES, self.program
         steps: dict[str, Callable[[], Predict]] = {}
-        if self.program.quantized:
-            steps["PyTorch int8"] = lambda: eager(self.program.module())
+        if isinstance(program, FloatOnnx | QuantizedOnnx):
+            return self._onnx_steps(program) | self._last(measured)
+        if program.quantized:
+            steps[INT8] = lambda: eager(program.module())
         elif form == "exported":
             steps["torch.export"] = lambda: eager(read_program(self.captured.path))
         if form != "exported":
@@ -257,6 +285,18 @@ class Deployment:
         if form == "onnx":
             steps["ONNX"] = lambda: partial(answer, self.exported.path)
             steps["simplified ONNX"] = lambda: partial(answer, self.simplified.path)
-        shared = {name: Step(self.program.key, load) for name, load in steps.items()}
-        last = {self.name: Step(self.compiled.key, lambda: load_artifact(self.compiled))} if measured else {}
-        return shared | last
+        return {name: Step(program.key, load, name == INT8) for name, load in steps.items()} | self._last(measured)
+
+    def _onnx_steps(self, program: FloatOnnx | QuantizedOnnx) -> dict[str, Step]:
+        """Name the steps from a given ONNX file on: the file itself, simplified, quantized."""
+        model, int8 = program.baseline, isinstance(program, QuantizedOnnx)
+        simplified = program.simplified if isinstance(program, QuantizedOnnx) else self.simplified.path
+        steps = {
+            "ONNX as given": Step(model.key, lambda: as_given(model.given, model.preprocessing)),
+            "simplified ONNX": Step(program.key, lambda: partial(answer, simplified)),
+        }
+        return steps | ({"int8 ONNX": Step(program.key, lambda: partial(answer, program.path), True)} if int8 else {})
+
+    def _last(self, measured: bool) -> dict[str, Step]:
+        """Name the artifact as the last step, where it can run here."""
+        return {self.name: Step(self.compiled.key, lambda: load_artifact(self.compiled))} if measured else {}

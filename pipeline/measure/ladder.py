@@ -31,6 +31,8 @@ class Step:
     key: str
     """Of what it runs, so that targets share the answers of the steps they share."""
     load: Callable[[], Predict]
+    rounds: bool = False
+    """Whether it is the one that quantizes."""
 
 
 Steps = Mapping[str, Step]
@@ -73,13 +75,16 @@ def climb(
     lossy: str | None,
     layers: tuple[LayerError, ...] = (),
     answering: Answering = answer,
+    first: str = "float PyTorch",
 ) -> Ladder:
     """Send the sample through each step, named in order; `lossy` names the one that may lose, None when none may.
+
+    `first` names the float model, with whose scores the sample came.
 
     A step that cannot be loaded is kept with the reason. Noise is measured from the float model, so what a step did
     is the noise it added to the step before.
     """
-    rungs = [Rung("float PyTorch", None, 0, _percent(_decided(sample.baseline, sample)), 0.0)]
+    rungs = [Rung(first, None, 0, _percent(_decided(sample.baseline, sample)), 0.0)]
     suspects, before = [], 0.0
     for name, step in steps.items():
         try:

@@ -85,7 +85,11 @@ def _other_size(sizes: Sequence[int], contract: Preprocessing) -> str:
     if not places:
         return ""
     h, w = (sizes[2:], sizes[1:3])[places[0] != 1]
-    return f"; set preprocessing height = {h}, width = {w}" if h and w and (h, w) != (contract.height, contract.width) else ""
+    return (
+        f"; set preprocessing height = {h}, width = {w}"
+        if h and w and (h, w) != (contract.height, contract.width)
+        else ""
+    )
 
 
 def told(value: ValueInfoProto) -> str:

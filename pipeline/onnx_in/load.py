@@ -17,11 +17,11 @@ from pipeline import cache, progress
 from pipeline.artifacts import FloatOnnx
 from pipeline.load import check_scores
 from pipeline.onnx_in import front, given
+from pipeline.onnx_in.asked import PREFIX, refuse_besides
 from pipeline.onnx_in.session import Session, opened, predict
 from pipeline.recipe import Recipe
 from pipeline.statistics import sqnr_db
 
-PREFIX = "onnx:"
 TOLERANCE = 1e-4
 """Of what is made of a file: the largest difference from it allowed, as a share of its largest score (at least 1)."""
 LEAST_DB = 30.0
@@ -31,19 +31,13 @@ TRIED = 3
 SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("front", "given", "session")]
 
 
-def is_onnx(recipe: Recipe) -> bool:
-    """Say whether a recipe gives an ONNX file."""
-    return recipe.model.source.startswith(PREFIX)
-
-
 def load(recipe: Recipe, folder: Path, build: cache.Cache) -> FloatOnnx:
     """Read the recipe's file, in `folder` unless its path is absolute, and make the graph that is shipped of it.
 
     Raises InputError for a file that is no float ONNX model, or does not give one score per class of such images.
     """
     path = folder / recipe.model.source.removeprefix(PREFIX)
-    if recipe.model.weights or recipe.model.options:
-        raise InputError(f"the ONNX file {path} is whole; take `weights` and `options` out of the recipe")
+    refuse_besides(recipe)
     if not path.is_file():
         raise InputError(f"the model {path} does not exist")
     key = cache.key(
