@@ -38,7 +38,8 @@ from pipeline.load import load
 from pipeline.measure.ladder import Step, Steps
 from pipeline.measure.latency import Effort
 from pipeline.onnx_in import asked as onnx_in
-from pipeline.onnx_in.load import as_given, load as load_onnx
+from pipeline.onnx_in.load import as_given
+from pipeline.onnx_in.load import load as load_onnx
 from pipeline.onnx_in.quantize import quantize as quantize_onnx
 from pipeline.quantize import Lessons, quantize
 from pipeline.recipe import Quantization, Recipe
@@ -259,6 +260,7 @@ class Deployment:
         run = self.run
         splits = (run.calibration, run.evaluation, *([run.training] if run.recipe.data.train else []))
         settings = self._settings() if self.program.quantized else None
+        settings = onnx_in.usable(settings) if settings and onnx_in.is_onnx(run.recipe) else settings
         return Origin(run.recipe, run.path, settings, splits, run.weights_file, run.trains, epoch())
 
     def _command(self) -> str:

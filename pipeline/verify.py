@@ -228,7 +228,7 @@ def _made(recipe: Recipe, way: Way, evaluation: Split, command: str) -> _Made:
 
 def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) -> Ladder:
     """Climb, each step's answers and the layers' errors kept for the other targets that share them."""
-    sample = ladder.sample(evaluation, baseline)
+    sample = ladder.sample(evaluation, baseline, way.program.baseline.name)
 
     def answering(name: str, step: ladder.Step, images: Images) -> Outputs:
         key = _key("rung", way, evaluation, step=name, of=step.key)
@@ -246,8 +246,7 @@ def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) 
         errors = LAYERS.validate_json((build.folder("layers", key, make) / "layers.json").read_bytes())
     rounds = next((name for name, step in way.steps.items() if step.rounds), way.compiled.target)
     lossy = None if way.program.precision == "float32" else rounds
-    first = way.program.baseline.name
-    return ladder.climb(sample, way.steps, lossy=lossy, layers=errors, answering=answering, first=first)
+    return ladder.climb(sample, way.steps, lossy=lossy, layers=errors, answering=answering)
 
 
 def _key(stage: str, way: Way, evaluation: Split, **inputs: object) -> str:

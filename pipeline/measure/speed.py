@@ -67,9 +67,8 @@ def measure(
         series = latency.interleave({name: _call(p, images) for name, p in predicts.items()}, seconds=seconds)
     spent = time.perf_counter() - start
     candidates = [_eager(series[timed_as], timed_as)] + [_candidate(one, series[_name(one)]) for one in compiled]
-    if effort != "quick":
-        candidates[-1] = replace(candidates[-1], throughput=throughput(artifact, image, seconds * SHARE))
-    candidates[-1] = replace(candidates[-1], footprint=footprint)
+    at_best = throughput(artifact, image, seconds * SHARE) if effort != "quick" else None
+    candidates[-1] = replace(candidates[-1], throughput=at_best, footprint=footprint)
     medians = [s.block_medians for s in series.values()]
     speedup = Ratio(*ratio_interval(medians[0], medians[-1]))
     told = suspicions(series, threads=artifact.threads, conditions=machine.conditions(others()))

@@ -70,9 +70,15 @@ def refuse_batch(model: FloatOnnx, name: str, options: Options) -> None:
     """Raise InputError where a target is to have another batch than the one the file fixes."""
     if model.batch is not None and options.batch != model.batch:
         raise InputError(
-            f"{model.given} fixes its batch at {model.batch}, and [targets.{name}] asks for {options.batch}; set batch = "
-            f"{model.batch} there, or export the model with a dynamic batch"
+            f"{model.given} fixes its batch at {model.batch}, and [targets.{name}] asks for {options.batch}; set "
+            f"batch = {model.batch} there, or export the model with a dynamic batch"
         )
+
+
+def usable(settings: Quantization) -> Quantization:
+    """Give the settings as they are used for an ONNX file; raise InputError for what a recipe asks for in vain."""
+    refuse_settings(settings)
+    return settings.model_copy(update={"equalize": False})
 
 
 def refuse_settings(settings: Quantization) -> None:

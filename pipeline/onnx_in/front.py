@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from device.arrays import Images
 from device.errors import InputError
 from device.preprocess import Preprocessing
 
-KINDS = {
+KINDS: dict[int, type[np.generic]] = {
     TensorProto.FLOAT: np.float32,
     TensorProto.FLOAT16: np.float16,
     TensorProto.DOUBLE: np.float64,
@@ -50,8 +51,8 @@ def inputs(model: ModelProto, contract: Preprocessing, path: Path) -> list[Input
     if len(model.graph.output) != 1:
         one = model.graph.output[0].name if model.graph.output else "NAME"
         raise InputError(
-            f"{path} gives {len(model.graph.output)} outputs ({', '.join(map(told, model.graph.output))}); one tensor of "
-            f"scores is judged, so keep that alone: onnx.utils.extract_model('{path.name}', 'scores.onnx', "
+            f"{path} gives {len(model.graph.output)} outputs ({', '.join(map(told, model.graph.output))}); one tensor "
+            f"of scores is judged, so keep that alone: onnx.utils.extract_model('{path.name}', 'scores.onnx', "
             f"{[value.name for value in values]}, ['{one}'])"
         )
     return [_input(value, contract, path) for value in values]
@@ -111,10 +112,10 @@ def fed(images: Images, wanted: Sequence[Input], contract: Preprocessing) -> dic
     views = images[:, None] if contract.views == 1 else images
     found: dict[str, NDArray[np.generic]] = {}
     for place, one in enumerate(wanted):
-        pixels = views[:, place]
+        pixels: NDArray[np.generic] = views[:, place]
         if one.kind != TensorProto.UINT8:
             mean, std = (np.asarray(given, np.float32) for given in (contract.mean, contract.std))
-            pixels = (pixels.astype(np.float32) * np.float32(contract.scale) - mean) / std
+            pixels = (views[:, place].astype(np.float32) * np.float32(contract.scale) - mean) / std
         laid = pixels if one.channels_last else pixels.transpose(0, 3, 1, 2)
         found[one.name] = np.ascontiguousarray(laid.astype(KINDS[one.kind]))
     return found
@@ -145,7 +146,7 @@ def _front(name: str, wanted: Sequence[Input], contract: Preprocessing) -> tuple
     nodes: list[NodeProto] = []
     constants: list[TensorProto] = []
 
-    def add(kind: str, given: list[str], step: str, **attributes: object) -> str:
+    def add(kind: str, given: list[str], step: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(kind, given, [f"{PREFIX}{step}"], name=f"{PREFIX}{step}", **attributes))
         return f"{PREFIX}{step}"
 

@@ -16,7 +16,7 @@ OLDEST = 7
 USUAL = 18
 """Opset that an older file is converted to, for the targets to get what they get from PyTorch."""
 REMEDY = "save it as one plain file, weights inside, functions inlined: onnx.save(onnx.load(FILE), 'whole.onnx')"
-WIDTHS = {TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.DOUBLE: 64}
+WIDTHS: dict[int, int] = {TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.DOUBLE: 64}
 """Of floats that are made 32 bits wide."""
 INTEGERS = ("QLinear", "QGemm", "QAttention", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 TYPED = {"Cast": "to", "EyeLike": "dtype", "RandomNormal": "dtype", "RandomUniform": "dtype"}
@@ -40,8 +40,8 @@ def read(path: Path) -> ModelProto:
     integers = [f"{count} {kind}" for kind, count in kinds.items() if kind.startswith(INTEGERS) or "Integer" in kind]
     if integers:
         raise InputError(
-            f"{path} is quantized already ({', '.join(integers)}); give the float model that it was made of: it is what "
-            "int8 is judged against, and each target wants its int8 in another form"
+            f"{path} is quantized already ({', '.join(integers)}); give the float model that it was made of: it is "
+            "what int8 is judged against, and each target wants its int8 in another form"
         )
     _name(model.graph)
     return model

@@ -159,8 +159,8 @@ def _usual(model: ModelProto, reference: _Reference) -> ModelProto:
         return made
     if found < oldest:
         raise InputError(
-            f"{reference.path} is of opset {found}; {oldest} or later is needed, and onnx's converter does not get there: "
-            f"{fault}; export the model anew with opset_version={given.USUAL}"
+            f"{reference.path} is of opset {found}; {oldest} or later is needed, and onnx's converter does not get "
+            f"there: {fault}; export the model anew with opset_version={given.USUAL}"
         )
     return model
 

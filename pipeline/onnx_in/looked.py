@@ -61,7 +61,7 @@ def _dequantized(node: NodeProto, wiring: Wiring) -> Values:
     axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
     shape = [-1 if place == axis % max(1, stored.ndim) else 1 for place in range(stored.ndim)] if scale.size > 1 else []
     offset = zero[0].astype(np.int64).reshape(shape) if zero else 0
-    return ((stored.astype(np.int64) - offset) * scale.reshape(shape)).astype(np.float32)
+    return np.asarray((stored.astype(np.int64) - offset) * scale.reshape(shape), np.float32)
 
 
 def corrected(model: ModelProto, int8: ModelProto, images: Images) -> ModelProto | None:
@@ -71,12 +71,13 @@ def corrected(model: ModelProto, int8: ModelProto, images: Images) -> ModelProto
     """
     wiring, made = Wiring(model.graph), ModelProto()
     made.CopyFrom(model)
-    found = [layer for layer in layers(model, int8) if _bias(layer.exact, wiring) is not None]
+    biases = [(layer, _bias(layer.exact, wiring)) for layer in layers(model, int8)]
+    found = [(layer, bias) for layer, bias in biases if bias is not None]
     if not found:
         return None
     nodes = {node.name: node for node in made.graph.node}
-    for layer, shift in zip(found, _shifts(model, found, images), strict=True):
-        bias = _bias(layer.exact, wiring)
+    shifts = _shifts(model, [layer for layer, _ in found], images)
+    for (layer, bias), shift in zip(found, shifts, strict=True):
         name = f"{layer.exact.name}/corrected"
         made.graph.initializer.append(numpy_helper.from_array((bias + shift).astype(np.float32), name))
         nodes[layer.exact.name].input[2] = name
@@ -100,16 +101,16 @@ def _shifts(model: ModelProto, found: Sequence[Layer], images: Images) -> list[V
     for layer in found:
         _add_beside(beside, layer, [layer.exact.input[0]], layer.exact_weight - layer.weight, bias=None)
     names = [f"{PREFIX}{layer.exact.name}" for layer in found]
-    totals = [np.float64(0)] * len(names)
+    totals = [np.zeros(1)] * len(names)
     for values in _run(beside, names, images):
         totals = [total + _channel_sums(values[name]) for total, name in zip(totals, names, strict=True)]
     return [np.asarray(total / len(images), np.float32) for total in totals]
 
 
-def _channel_sums(values: Values) -> np.float64:
+def _channel_sums(values: Values) -> NDArray[np.float64]:
     """Sum over images the mean over places of each channel, of maps N×C×H×W and of rows N×C."""
     places = tuple(range(2, values.ndim))
-    return np.float64(1) * (values.mean(places) if places else values).sum(0, dtype=np.float64)
+    return np.asarray((values.mean(places) if places else values).sum(0, dtype=np.float64))
 
 
 def _add_beside(model: ModelProto, layer: Layer, given: list[str], weight: Values, *, bias: Values | None) -> None:

@@ -17,7 +17,7 @@ from device.arrays import Images, Outputs
 from device.errors import InputError, StageFailed, first_line
 from pipeline import cache, progress
 from pipeline.artifacts import Calibration, FloatOnnx, QuantizedOnnx, Simplified, Split
-from pipeline.onnx_in.asked import OBSERVERS, refuse_settings
+from pipeline.onnx_in.asked import OBSERVERS, usable
 from pipeline.onnx_in.looked import corrected
 from pipeline.onnx_in.plan import Plan, plan
 from pipeline.onnx_in.session import predict
@@ -54,7 +54,7 @@ def quantize(
 
     Raises InputError for steps that need PyTorch, StageFailed where ONNX Runtime's quantizer fails.
     """
-    refuse_settings(settings)
+    used = usable(settings)
     count = min(len(calibration), settings.first_images or len(calibration))
     key = cache.key(
         "quantize",
@@ -65,19 +65,19 @@ def quantize(
         data=calibration.key,
         images=count,
         scheme=scheme,
-        settings=settings.model_dump(),
+        settings=used.model_dump(),
     )
-    make = partial(_quantize, simplified.path, calibration.images[:count], scheme, settings)
+    make = partial(_quantize, simplified.path, calibration.images[:count], scheme, used, equalize=settings.equalize)
     done = build.folder("quantize", key, make)
-    used = json.loads((done / "calibration.json").read_text())
-    calibrated = Calibration(used["images"], len(calibration), used["curve"])
+    found = json.loads((done / "calibration.json").read_text())
+    calibrated = Calibration(found["images"], len(calibration), found["curve"])
     return QuantizedOnnx(done / "model.onnx", model, simplified.path, scheme, calibrated, key)
 
 
-def _quantize(path: Path, images: Images, scheme: Scheme, settings: Quantization, out: Path) -> None:
+def _quantize(path: Path, images: Images, scheme: Scheme, settings: Quantization, out: Path, *, equalize: bool) -> None:
     if len(images) > 1 and bool((images == images[:1]).all()):
         raise InputError(f"all {len(images)} calibration images are the same picture; the ranges would mean nothing")
-    if settings.equalize:
+    if equalize:
         progress.stage("quantize", LEFT_OUT)
     try:
         work = _Work(path, scheme, settings)
