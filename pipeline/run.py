@@ -38,9 +38,8 @@ from pipeline.load import load
 from pipeline.measure.ladder import Step, Steps
 from pipeline.measure.latency import Effort
 from pipeline.onnx_in import asked as onnx_in
-from pipeline.onnx_in.load import as_given
+from pipeline.onnx_in import way as onnx_way
 from pipeline.onnx_in.load import load as load_onnx
-from pipeline.onnx_in.quantize import quantize as quantize_onnx
 from pipeline.quantize import Lessons, quantize
 from pipeline.recipe import Quantization, Recipe
 from pipeline.report import record
@@ -164,8 +163,7 @@ class Deployment:
             return replace(run.model, precision=self.precision)
         settings = self._settings()
         if isinstance(run.model, FloatOnnx):
-            simplified = simplify(Onnx(run.model.path, run.model, run.model.key), run.calibration, run.build)
-            int8 = quantize_onnx(run.model, simplified, run.calibration, scheme, settings, run.build)
+            int8 = onnx_way.quantized(run.model, run.calibration, scheme, settings, run.build)
             return replace(int8, precision=self.precision)
         lessons = Lessons(run.training, run.recipe.training) if settings.method == "qat" else None
         made = quantize(run.model, run.calibration, scheme, settings, run.build, lessons)
@@ -214,8 +212,7 @@ class Deployment:
     def compiled(self) -> Compiled:
         options = self.options or self.run.recipe.options(self.name)
         onnx_in.refuse_target(self.run.recipe, self.name)
-        if isinstance(self.run.model, FloatOnnx):
-            onnx_in.refuse_batch(self.run.model, self.name, options)
+        onnx_in.refuse_batch(self.run.model, self.name, options)
         return compile(self.source, self.name, self.run.build, options=options)
 
     @cached_property
@@ -277,7 +274,8 @@ class Deployment:
         form, program = targets.get(self.name).CONSUMES, self.program
         steps: dict[str, Callable[[], Predict]] = {}
         if isinstance(program, FloatOnnx | QuantizedOnnx):
-            return self._onnx_steps(program) | self._last(measured)
+            simplified = program.simplified if isinstance(program, QuantizedOnnx) else self.simplified.path
+            return onnx_way.steps(program, simplified) | self._last(measured)
         if program.quantized:
             steps[INT8] = lambda: eager(program.module())
         elif form == "exported":
@@ -288,16 +286,6 @@ class Deployment:
             steps["ONNX"] = lambda: partial(answer, self.exported.path)
             steps["simplified ONNX"] = lambda: partial(answer, self.simplified.path)
         return {name: Step(program.key, load, name == INT8) for name, load in steps.items()} | self._last(measured)
-
-    def _onnx_steps(self, program: FloatOnnx | QuantizedOnnx) -> dict[str, Step]:
-        """Name the steps from a given ONNX file on: the file itself, simplified, quantized."""
-        model, int8 = program.baseline, isinstance(program, QuantizedOnnx)
-        simplified = program.simplified if isinstance(program, QuantizedOnnx) else self.simplified.path
-        steps = {
-            "ONNX as given": Step(model.key, lambda: as_given(model.given, model.preprocessing)),
-            "simplified ONNX": Step(program.key, lambda: partial(answer, simplified)),
-        }
-        return steps | ({"int8 ONNX": Step(program.key, lambda: partial(answer, program.path), True)} if int8 else {})
 
     def _last(self, measured: bool) -> dict[str, Step]:
         """Name the artifact as the last step, where it can run here."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -25,18 +26,19 @@ class Fitted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(24, 24, 3, 1, 1, bias=False), nn.BatchNorm2d(24))
+        self.first, self.first_norm = nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24)
+        self.second, self.second_norm = nn.Conv2d(24, 24, 3, 1, 1, bias=False), nn.BatchNorm2d(24)
         self.pool = nn.AvgPool2d(4)
         self.head = nn.Linear(96, CLASSES)
-        for norm in (self.first[1], self.second[1]):
+        for norm in (self.first_norm, self.second_norm):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+            nn.init.uniform_(cast(Tensor, norm.running_var), 0.5, 1.5)
             nn.init.uniform_(norm.bias, -0.2, 0.2)
 
     def features(self, x: Tensor) -> Tensor:
-        first = self.first(x)
-        return self.pool(torch.relu(first + self.second(first))).flatten(1)
+        first = torch.relu(self.first_norm(self.first(x)))
+        found: Tensor = self.pool(torch.relu(first + self.second_norm(self.second(first)))).flatten(1)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.head(self.features(x))
@@ -71,10 +73,10 @@ def exported(model: nn.Module, path: Path) -> None:
 def weights(model: Fitted) -> dict[str, Array]:
     """Give the folded weights by the names that `written` uses."""
     found: dict[str, Array] = {"w3": model.head.weight.detach().numpy(), "b3": model.head.bias.detach().numpy()}
-    for place, (convolution, norm) in enumerate([(model.first[0], model.first[1]), (model.second[0], model.second[1])]):
-        factor = (norm.weight / torch.sqrt(norm.running_var + norm.eps)).detach()
+    for place, (convolution, norm) in enumerate([(model.first, model.first_norm), (model.second, model.second_norm)]):
+        factor = (norm.weight / torch.sqrt(cast(Tensor, norm.running_var) + norm.eps)).detach()
         found[f"w{place + 1}"] = (convolution.weight.detach() * factor[:, None, None, None]).numpy()
-        found[f"b{place + 1}"] = (norm.bias - norm.running_mean * factor).detach().numpy()
+        found[f"b{place + 1}"] = norm.bias.detach().numpy()  # its mean is 0
     return found
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from device.arrays import Images, Outputs
 from device.errors import InputError
 from pipeline.artifacts import FloatOnnx, QuantizedOnnx
-from pipeline.cache import Cache
+from pipeline.cache import Cache, file_hash
 from pipeline.measure import layers, sensitivity
 from pipeline.nightly import inputs, parcel
 from pipeline.nightly.night import Cell
@@ -106,7 +106,7 @@ def test_the_bundle_says_where_it_comes_from_and_runs_alone(deployed_onnx: Proje
         origin = manifest["provenance"]
         assert origin["recipe"]["model"]["source"] == "onnx:model.onnx"
         assert origin["model"]["trained"] is False
-        assert origin["model"]["weights_sha256"] == inputs.file_hash(deployed_onnx.folder / "model.onnx")
+        assert origin["model"]["weights_sha256"] == file_hash(deployed_onnx.folder / "model.onnx")
         assert manifest["calibration"]["images"] == 48  # a quarter is held out
         card = json.loads((bundle / "bom.cdx.json").read_text())["components"][0]["modelCard"]
         assert card["modelParameters"]["modelArchitecture"] == "onnx:model.onnx"
@@ -127,7 +127,7 @@ def test_the_same_file_gives_the_same_bundle_in_another_process(deployed_onnx: P
 def test_a_night_knows_the_file(deployed_onnx: Project, tmp_path: Path) -> None:
     recipe, cell = read(deployed_onnx.recipe), Cell("small", "openvino", "int8")
     found = inputs.inputs(recipe, deployed_onnx.recipe, cell, {})
-    assert found.weights == inputs.file_hash(deployed_onnx.folder / "model.onnx")
+    assert found.weights == file_hash(deployed_onnx.folder / "model.onnx")
     assert found.recipe["model.source"] == '"onnx:model.onnx"'
     assert {"onnx", "onnxruntime"} <= inputs.used(cell, found)
     name, _ = parcel.pack(recipe, deployed_onnx.recipe, Store(f"file://{tmp_path}/store"))

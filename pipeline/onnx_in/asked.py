@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import targets
 from device.errors import InputError, TargetUnavailable
-from pipeline.artifacts import FloatOnnx
+from pipeline.artifacts import Baseline, FloatOnnx
 from pipeline.recipe import Quantization, Recipe
 from targets import Options
 
@@ -66,9 +66,9 @@ def refuse_stage(recipe: Recipe) -> None:
         )
 
 
-def refuse_batch(model: FloatOnnx, name: str, options: Options) -> None:
+def refuse_batch(model: Baseline, name: str, options: Options) -> None:
     """Raise InputError where a target is to have another batch than the one the file fixes."""
-    if model.batch is not None and options.batch != model.batch:
+    if isinstance(model, FloatOnnx) and model.batch is not None and options.batch != model.batch:
         raise InputError(
             f"{model.given} fixes its batch at {model.batch}, and [targets.{name}] asks for {options.batch}; set "
             f"batch = {model.batch} there, or export the model with a dynamic batch"
