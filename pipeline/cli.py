@@ -157,7 +157,7 @@ def quantize(
     trust: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Quantize to int8 in PyTorch, once for each different scheme of the targets.
+    """Quantize to int8, in PyTorch or of a given ONNX file, once for each different scheme of the targets.
 
     Example: bitferry quantize recipes/fashion-resnet18.toml --target openvino
     """
@@ -194,7 +194,7 @@ def export(
     trust: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Export to ONNX, simplify, and compare with PyTorch.
+    """Export to ONNX, simplify, and compare with PyTorch; a given ONNX file is simplified, or quantized.
 
     Example: bitferry export recipes/fashion-resnet18.toml --target openvino
     """

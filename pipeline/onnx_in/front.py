@@ -97,9 +97,8 @@ def told(value: ValueInfoProto) -> str:
     """Describe a value, as in `'x' (float32 N×3×224×224)`."""
     shape = value.type.tensor_type.shape
     sizes = [str(one.dim_value or one.dim_param or "?") for one in shape.dim]
-    kind = TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower().replace("float", "float32", 1)
-    kind = kind.replace("float3216", "float16")
-    return f"'{value.name}' ({kind} {'×'.join(sizes)})"
+    kind = TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+    return f"'{value.name}' ({'float32' if kind == 'float' else kind} {'×'.join(sizes)})"
 
 
 def _sizes(value: ValueInfoProto) -> list[int]:
