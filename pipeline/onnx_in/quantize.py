@@ -80,10 +80,10 @@ def _quantize(path: Path, images: Images, scheme: Scheme, settings: Quantization
     if equalize:
         progress.stage("quantize", LEFT_OUT)
     try:
-        work = _Work(path, scheme, settings)
         seen, judges = _parted(images)
-        seen, curve = work.enough(seen, judges) if settings.images == "enough" else (seen, {})
-        made = work.made(seen, judges)
+        work = _Work(path, scheme, settings, judges)
+        seen, curve = work.enough(seen) if settings.images == "enough" else (seen, {})
+        made = work.made(seen)
     except InputError:
         raise
     except Exception as error:  # ONNX Runtime's quantizer raises anything
@@ -103,15 +103,15 @@ def _parted(images: Images) -> tuple[Images, Images]:
 
 
 class _Work:
-    """One float file on its way to int8."""
+    """One float file on its way to int8, and the images that judge what is made of it."""
 
-    def __init__(self, path: Path, scheme: Scheme, settings: Quantization) -> None:
-        self.path, self.scheme, self.settings = path, scheme, settings
+    def __init__(self, path: Path, scheme: Scheme, settings: Quantization, judges: Images) -> None:
+        self.path, self.scheme, self.settings, self.judges = path, scheme, settings, judges
         self.model = onnx.shape_inference.infer_shapes(onnx.load(path))
         self.plan: Plan = plan(self.model, scheme, settings.keep)
-        self.wanted: dict[bytes, Outputs] = {}
+        self.wanted: Outputs = predict(path)(judges)
 
-    def made(self, seen: Images, judges: Images) -> ModelProto:
+    def made(self, seen: Images) -> ModelProto:
         """Quantize with every observer asked for, keep the best, and correct its biases where that helps."""
         if not self.plan.nodes:
             return self.model
@@ -120,14 +120,14 @@ class _Work:
         for name in progress.track(names, "observe", total=len(names)):
             ranges = self.ranges(seen, name)
             int8 = self.quantized(self.model, ranges)
-            tried[name] = self.quality(int8, judges), int8, ranges
+            tried[name] = self.quality(int8), int8, ranges
         best = max(tried, key=lambda name: tried[name][0])
         told = ", ".join(f"{name} {tried[name][0]:.1f} dB" for name in tried)
         progress.stage("quantize", f"observer {best}: {told}" if len(tried) > 1 else f"observer {told}")
         worth, int8, ranges = tried[best]
-        return self.better(worth, int8, ranges, seen, judges)
+        return self.better(worth, int8, ranges, seen)
 
-    def better(self, worth: float, int8: ModelProto, ranges: "TensorsData", seen: Images, judges: Images) -> ModelProto:
+    def better(self, worth: float, int8: ModelProto, ranges: "TensorsData", seen: Images) -> ModelProto:
         """Correct the biases by what rounding shifts the mean of each layer, and keep that where it is no worse."""
         if self.settings.bias_correction == "none":
             return int8
@@ -136,7 +136,7 @@ class _Work:
             progress.stage("quantize", "bias correction: no layer has anything to correct")
             return int8
         again = self.quantized(better, ranges)
-        after = self.quality(again, judges)
+        after = self.quality(again)
         if after < worth - NOISE:
             told = f"bias correction dropped: {worth:.1f} dB without it, {after:.1f} with it"
             progress.stage("quantize", told)
@@ -144,13 +144,13 @@ class _Work:
         progress.stage("quantize", f"bias correction: {worth:.1f} → {after:.1f} dB")
         return again
 
-    def enough(self, seen: Images, judges: Images) -> tuple[Images, Mapping[int, float]]:
+    def enough(self, seen: Images) -> tuple[Images, Mapping[int, float]]:
         """Double the number of images until two doublings bring nothing on those held out."""
         mixed = seen[np.random.default_rng(0).permutation(len(seen))]  # a folder is sorted by class
-        name = "mean-minmax" if self.settings.observer == "best" else self.settings.observer
+        name = "minmax" if self.settings.observer == "best" else self.settings.observer
         count, found = min(FIRST, len(mixed)), dict[int, float]()
         while self.plan.nodes:
-            found[count] = self.quality(self.quantized(self.model, self.ranges(mixed[:count], name)), judges)
+            found[count] = self.quality(self.quantized(self.model, self.ranges(mixed[:count], name)))
             last = list(found.values())
             if (len(last) > 2 and last[-1] - last[-3] < FLAT) or count == len(mixed):
                 break
@@ -160,12 +160,9 @@ class _Work:
         progress.stage("quantize", f"calibration images: {told}; {end}")
         return mixed[:count], found
 
-    def quality(self, int8: ModelProto, judges: Images) -> float:
+    def quality(self, int8: ModelProto) -> float:
         """Give the SQNR of the scores in dB."""
-        key = judges.tobytes()
-        if key not in self.wanted:
-            self.wanted = {key: predict(self.path)(judges)}
-        return sqnr_db(self.wanted[key], predict(int8.SerializeToString())(judges))
+        return sqnr_db(self.wanted, predict(int8.SerializeToString())(self.judges))
 
     def ranges(self, images: Images, observer: str) -> "TensorsData":
         """Observe every activation, one image at a time where the graph's batch is open."""

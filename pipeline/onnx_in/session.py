@@ -20,6 +20,7 @@ class Session(nn.Module):
     def __init__(self, path: Path, *, rewritten: bool = True) -> None:
         super().__init__()
         self.loaded = lru_cache(maxsize=2)(partial(predict, path, rewritten=rewritten))
+        self.loaded(threads=torch.get_num_threads())  # or it would be part of the first call's time
 
     def forward(self, images: Tensor) -> Tensor:
         scores = self.loaded(threads=torch.get_num_threads())(images.numpy())
