@@ -308,6 +308,9 @@ def test_each_scheme_gets_its_own_graph(deployed_onnx: Project) -> None:
         assert (convolution.input[2] in made) is (name == "onnxruntime")  # an int32 bias
         last = [node for node in graph.node if graph.output[0].name in node.output]
         assert (last[0].op_type == "DequantizeLinear") is (name == "onnxruntime")
+        rounded = [made[value].op_type == "DequantizeLinear" for node in graph.node if node.op_type == "Add"
+                   for value in node.input if value in made and not node.name.startswith("contract/")]  # fmt: skip
+        assert sum(rounded) == (1 if name == "tensorrt" else 2)
         if name == "tensorrt":
             assert all(not np.any(constants[node.input[2]]) for node in pairs)
     assert kinds == {"openvino": {"uint8"}, "onnxruntime": {"uint8"}, "tensorrt": {"int8"}}
@@ -317,6 +320,13 @@ def test_what_is_kept_stays_float(deployed_onnx: Project) -> None:
     names = [one.name for one in layers.compare(int8(deployed_onnx), run(deployed_onnx).calibration.images[:4])]
     kept = int8(deployed_onnx, keep=(names[0],))
     assert sensitivity.layer_names(kept) == set(names[1:])
+    graph = onnx.load(int8(deployed_onnx, keep=(names[1],)).path).graph
+    made = {node.output[0]: node for node in graph.node}
+    (node,) = (
+        node for node in graph.node if node.name == names[1]
+    )  # its input goes, rounded, into an addition as well
+    assert made[node.input[0]].op_type == "Relu"
+    assert any(made[taken.input[0]].op_type == "Relu" for taken in graph.node if taken.op_type == "QuantizeLinear")
     with pytest.raises(
         InputError, match=f"names '{names[0]}x', which is no .* of the ONNX file; did you mean '{names[0]}'"
     ):

@@ -27,6 +27,8 @@ class Plan:
     """Of those nodes, convolutions and matrix products."""
     kinds: tuple[str, ...]
     silent: tuple[str, ...]
+    skips: tuple[tuple[str, str], ...] = ()
+    """Additions of which one input is quantized, each with that value."""
 
 
 class Wiring:
@@ -81,7 +83,33 @@ def plan(model: ModelProto, scheme: Scheme, keep: Collection[str]) -> Plan:
     nodes = [*chosen, *others, *(carriers if scheme.outputs == "int8" else pools)]
     kinds = dict.fromkeys(node.op_type for node in nodes)
     silent = tuple(kind for kind in kinds if kind != "MaxPool") if scheme.outputs == "float32" else ()
-    return Plan(tuple(n.name for n in nodes), tuple(n.name for n in chosen), tuple(kinds), silent)
+    skips = _skips(chosen, [n for n in model.graph.node if n.name in reached], wiring, scheme)
+    return Plan(tuple(n.name for n in nodes), tuple(n.name for n in chosen), tuple(kinds), silent, skips)
+
+
+def exact_elsewhere(int8: ModelProto, plan: Plan) -> None:
+    """Let what is not quantized take values as they were; the quantizer gives the rounded ones to all who take them."""
+    wiring, allowed = Wiring(int8.graph), dict(plan.skips)
+    for node in int8.graph.node:
+        if node.name in plan.nodes or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        for place, value in enumerate(node.input):
+            back = wiring.maker.get(value)
+            rounded = wiring.maker.get(back.input[0]) if back and back.op_type == "DequantizeLinear" else None
+            if rounded and allowed.get(node.name) != rounded.input[0]:
+                node.input[place] = rounded.input[0]
+
+
+def _skips(
+    layers: Sequence[NodeProto], reached: Sequence[NodeProto], wiring: Wiring, scheme: Scheme
+) -> tuple[tuple[str, str], ...]:
+    """Choose of each residual addition the input that no layer gives directly, for the other to fuse with its layer."""
+    found, names = [], {node.name for node in layers}
+    for node in reached:
+        if scheme.additions == "skip" and node.op_type == "Add" and wiring.joins_maps(node):
+            direct = [v for v in node.input if wiring.maker[v].name in names and len(wiring.takers[v]) == 1]
+            found.append((node.name, next(v for v in node.input if v != (direct or node.input)[0])))
+    return tuple(found)
 
 
 def _also(node: NodeProto, wiring: Wiring, scheme: Scheme) -> bool:

@@ -19,7 +19,7 @@ from pipeline import cache, progress
 from pipeline.artifacts import Calibration, FloatOnnx, QuantizedOnnx, Simplified, Split
 from pipeline.onnx_in.asked import OBSERVERS, usable
 from pipeline.onnx_in.looked import corrected
-from pipeline.onnx_in.plan import Plan, plan
+from pipeline.onnx_in.plan import Plan, exact_elsewhere, plan
 from pipeline.onnx_in.session import predict
 from pipeline.recipe import Quantization
 from pipeline.statistics import sqnr_db
@@ -179,7 +179,7 @@ class _Work:
         with tempfile.TemporaryDirectory() as folder:
             calibrator = create_calibrator(
                 self.path,
-                list(self.plan.kinds),
+                [*self.plan.kinds, "Add"],
                 augmented_model_path=f"{folder}/augmented.onnx",
                 calibrate_method=methods.get(observer, CalibrationMethod.MinMax),
                 extra_options=more,
@@ -214,9 +214,13 @@ class _Work:
                 "ForceQuantizeNoInputCheck": scheme.outputs == "float32",
             },
         )
+        for _, value in self.plan.skips:
+            quantizer.quantize_activation_tensor(value)
         quantizer.quantize_model()
         quantizer.model.topological_sort()
         made: ModelProto = quantizer.model.model
+        if scheme.outputs == "float32":
+            exact_elsewhere(made, self.plan)
         del made.metadata_props[:]
         onnx.checker.check_model(made)
         return made
