@@ -23,7 +23,7 @@ JUDGED = (0, 1)
 def rounds(run: Run, peers: Peers, count: int, folder: Path) -> dict[str, Any]:
     """Run every job `count` times, in an order shuffled for each round; one that fails is left out with the reason."""
     state = folder / "state.pt"
-    torch.save(getattr(run.model.eager, "model").state_dict(), state)  # noqa: B009 - a Deployable's
+    torch.save(getattr(run.model.module(), "model").state_dict(), state)  # noqa: B009 - a Deployable's
     jobs: dict[str, Callable[[Path], float]] = {"bitferry": partial(_bitferry, run)}
     for peer in ("nncf", "olive"):
         if peer in peers.names:
@@ -55,7 +55,7 @@ def _bitferry(run: Run, out: Path) -> float:
 
 def _prime(run: Run, build: Path) -> None:
     """Copy what training left: the weights, and the images that it saw."""
-    if run.recipe.model.weights is None and not run.recipe.model.source.startswith("pt2:"):
+    if run.recipe.model.weights is None and not run.recipe.model.whole:
         root = build / run.recipe.name
         cache.own(root)
         for done in (run.weights.path.parent, _kept_in(run.training)):

@@ -17,7 +17,7 @@ from common import batch_of_one, every_static, static
 import targets
 from device.arrays import Images
 from device.errors import BitferryError, first_line
-from pipeline.artifacts import Calibration, Quantized
+from pipeline.artifacts import Calibration, FloatModel, Quantized
 from pipeline.cache import Cache
 from pipeline.capture import export_program
 from pipeline.export import export, simplify
@@ -149,7 +149,11 @@ def _pt2e(run: Run, folder: Path) -> Quantized:
             prepared(image[None])
         torch.export.save(export_program(convert_pt2e(prepared), images[:2]), folder / "program.pt2")
     return Quantized(
-        folder / "program.pt2", run.model, targets.Scheme(), Calibration(len(images), len(images), {}), key="plain-pt2e"
+        folder / "program.pt2",
+        cast(FloatModel, run.model),
+        targets.Scheme(),
+        Calibration(len(images), len(images), {}),
+        key="plain-pt2e",
     )
 
 

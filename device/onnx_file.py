@@ -19,6 +19,7 @@ MOST_ELEMENTS = 2**31
 MOST_DEPTH = 8
 """Of graphs inside graphs."""
 OPSETS = range(13, 24)
+REMEDY = "copy the bundle again from where it was made"
 DOMAINS = {"", "ai.onnx", "com.microsoft"}
 BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16} | {
     **dict.fromkeys((17, 18, 19, 20), 8),
@@ -60,20 +61,18 @@ class _Graph:
             self.values.add(name)
 
 
-def check(path: Path) -> None:
-    """Raise InputError, naming what was found, for a file that is more or less than one whole ONNX model.
+def check(path: Path, *, opsets: range = OPSETS, remedy: str = REMEDY) -> None:
+    """Raise InputError, naming what was found and the remedy, for a file that is not just one whole ONNX model.
 
     External data, whatever it points at, is refused: a bundle's model is one file. What remains to the runtime is
     whether it knows the operators.
     """
     try:
-        _model(_content(path))
+        _model(_content(path), opsets)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is no ONNX model that can be opened: {error}; copy the bundle again from where it was made"
-        ) from error
+        raise InputError(f"{path} is no ONNX model that can be opened: {error}; {remedy}") from error
 
 
 def _content(path: Path) -> memoryview:
@@ -84,12 +83,12 @@ def _content(path: Path) -> memoryview:
         return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _model(message: memoryview) -> None:
+def _model(message: memoryview, known: range) -> None:
     graphs = opsets = 0
     for number, value in fields(message):
         if number == 8:
             opsets += 1
-            _opset(_bytes(value))
+            _opset(_bytes(value), known)
         elif number in (20, 25):
             raise ValueError("it holds functions or a training of its own")
         elif number == 7:
@@ -99,11 +98,11 @@ def _model(message: memoryview) -> None:
         raise ValueError(f"it holds {graphs} graphs and {opsets} operator sets, one of each or more were expected")
 
 
-def _opset(message: memoryview) -> None:
+def _opset(message: memoryview, known: range) -> None:
     found = dict(fields(message))
     domain, version = _text(found.get(1, memoryview(b""))), found.get(2, 0)
-    if domain in ("", "ai.onnx") and version not in OPSETS:
-        raise ValueError(f"its operator set is {version}; {OPSETS[0]} to {OPSETS[-1]} are read")
+    if domain in ("", "ai.onnx") and version not in known:
+        raise ValueError(f"its operator set is {version}; {known[0]} to {known[-1]} are read")
 
 
 def _graph(message: memoryview, graph: _Graph, depth: int) -> None:

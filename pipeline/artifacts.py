@@ -68,7 +68,7 @@ class Weights:
 
 
 class Program(Protocol):
-    """A model that can be traced and exported: float or quantized."""
+    """A model that can answer: float or quantized, PyTorch's or an ONNX file's."""
 
     @property
     def key(self) -> str: ...
@@ -77,7 +77,7 @@ class Program(Protocol):
     @property
     def quantized(self) -> bool: ...
     @property
-    def baseline(self) -> "FloatModel":
+    def baseline(self) -> "Baseline":
         """Give the float model it was made from, itself if it is that."""
 
     def module(self) -> "nn.Module":
@@ -96,6 +96,8 @@ class FloatModel:
     quantized = False
     record: "Record | None" = None
     """What the file of weights says that they reach."""
+    name, timed_as = "float PyTorch", "eager PyTorch"
+    """What a report calls it, and its time."""
 
     @property
     def baseline(self) -> "FloatModel":
@@ -103,6 +105,36 @@ class FloatModel:
 
     def module(self) -> "nn.Module":
         return self.eager
+
+
+@dataclass(frozen=True)
+class FloatOnnx:
+    """The float baseline of a recipe that gives an ONNX file, with the contract's arithmetic in front of its graph."""
+
+    path: Path
+    given: Path
+    """The file as the recipe names it."""
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    key: str
+    batch: int | None = None
+    """What the graph fixes; None for any."""
+    precision: Precision = "float32"
+    quantized = False
+    record = None
+    name, timed_as = "float ONNX", "float ONNX by ONNX Runtime"
+
+    @property
+    def baseline(self) -> "FloatOnnx":
+        return self
+
+    def module(self) -> "nn.Module":
+        from pipeline.onnx_in.session import Session  # noqa: PLC0415 - this file stays free of torch
+
+        return Session(self.path)
+
+
+Baseline = FloatModel | FloatOnnx
 
 
 @dataclass(frozen=True)
@@ -135,6 +167,31 @@ class Quantized:
         from pipeline.capture import read_program  # noqa: PLC0415 - this file stays free of torch
 
         return read_program(self.path)
+
+
+@dataclass(frozen=True)
+class QuantizedOnnx:
+    """An int8 ONNX file (Q/DQ) made by ONNX Runtime's quantizer for one scheme."""
+
+    path: Path
+    baseline: FloatOnnx
+    simplified: Path
+    """The float file that it was made of, node by node."""
+    scheme: Scheme
+    calibration: Calibration
+    key: str
+    precision: Precision = "int8"
+    """float8 where a target makes that of the int8 file."""
+    quantized = True
+
+    def module(self) -> "nn.Module":
+        from pipeline.onnx_in.session import Session  # noqa: PLC0415 - this file stays free of torch
+
+        return Session(self.path, rewritten=False)
+
+
+TorchProgram = FloatModel | Quantized
+"""What can be traced, captured and exported."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """What a command line asks for → the recipe and the targets to make it for, checked before anything is made."""
 
 from pathlib import Path
-from typing import Literal
 
 import targets
 from device.errors import InputError, TargetUnavailable
 from pipeline import progress
+from pipeline.onnx_in import asked as onnx_in
 from pipeline.recipe import Recipe, read
-from targets import Precision
 
 
 def asked(
@@ -24,7 +23,7 @@ def choose_targets(text: str | None, recipe: Recipe) -> list[str]:
     A target that was named must be ready; `all` leaves out those that are not, and says so.
     """
     if text == "all":
-        wanted = [name for name in targets.names() if _ready(name, recipe.precision)]
+        wanted = [name for name in targets.names() if _ready(name, recipe)]
     elif text is None:
         wanted = list(recipe.targets)
     else:
@@ -35,17 +34,21 @@ def choose_targets(text: str | None, recipe: Recipe) -> list[str]:
         schemes = targets.get(name).SCHEMES
         if recipe.precision not in (*schemes, "auto"):
             raise InputError(f"target '{name}' cannot run {recipe.precision}; it runs {', '.join(schemes)}")
+        onnx_in.refuse(recipe, name)
     return wanted
 
 
-def _ready(name: str, precision: Precision | Literal["auto"]) -> bool:
+def _ready(name: str, recipe: Recipe) -> bool:
     try:
         target = targets.get(name)
         target.environment(options=target.Options())
     except TargetUnavailable as error:
         progress.stage("skip", str(error))
         return False
-    able = precision in (*target.SCHEMES, "auto")
+    able = recipe.precision in (*target.SCHEMES, "auto")
     if not able:
-        progress.stage("skip", f"target '{name}' does not run {precision}")
+        progress.stage("skip", f"target '{name}' does not run {recipe.precision}")
+    elif not onnx_in.takes(recipe, name):
+        able = False
+        progress.stage("skip", f"target '{name}' does not compile from ONNX, which the recipe gives")
     return able

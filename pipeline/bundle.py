@@ -14,7 +14,7 @@ from device import rebuilt, runner, whole
 from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import cache, progress
-from pipeline.artifacts import Bundle, Compiled, Program, Quantized, Unmeasured, Verified
+from pipeline.artifacts import Bundle, Compiled, Program, Quantized, QuantizedOnnx, Unmeasured, Verified
 from pipeline.measure import golden
 from pipeline.recipe import Recipe
 from pipeline.report import record
@@ -178,7 +178,7 @@ def _manifest(origin: Origin, program: Program, compiled: Compiled, found: Built
         "model": {"file": compiled.path.name, "precision": compiled.precision, "options": asdict(compiled.options)},
         "preprocessing": asdict(model.preprocessing),
         "preprocessing_sha256": model.preprocessing.sha256(),
-        "calibration": asdict(program.calibration) if isinstance(program, Quantized) else None,
+        "calibration": asdict(program.calibration) if isinstance(program, Quantized | QuantizedOnnx) else None,
         "task": recipe.task,
         "classes": model.classes,
         "verdict": {"file": record.VERDICT, "outcome": found.outcome, "headline": found.headline},

@@ -11,12 +11,12 @@ from torch import Tensor, fx, nn
 
 from device.errors import StageFailed, first_line
 from pipeline import cache, unsupported
-from pipeline.artifacts import Captured, Program, Quantized, Split
+from pipeline.artifacts import Captured, Quantized, Split, TorchProgram
 
 aten = torch.ops.aten
 
 
-def capture(program: Program, calibration: Split, build: cache.Cache) -> Captured:
+def capture(program: TorchProgram, calibration: Split, build: cache.Cache) -> Captured:
     """Capture with torch.export, batch dynamic; a quantized program is one already.
 
     Raises StageFailed when the model cannot be captured.
@@ -28,7 +28,7 @@ def capture(program: Program, calibration: Split, build: cache.Cache) -> Capture
     return Captured(done / "program.pt2", program.precision, key)
 
 
-def captured(program: Program) -> torch.export.ExportedProgram:
+def captured(program: TorchProgram) -> torch.export.ExportedProgram:
     """Give a program as torch.export has it: a quantized one is one, a float one is captured once in this process.
 
     Take its `module()`, which is a copy, to change anything. Raises StageFailed when it cannot be captured.
@@ -38,7 +38,7 @@ def captured(program: Program) -> torch.export.ExportedProgram:
     return _captured(program.module(), program.baseline.preprocessing.shape)
 
 
-def twin(program: Program) -> torch.export.ExportedProgram:
+def twin(program: TorchProgram) -> torch.export.ExportedProgram:
     """Give the float program whose tensors inside this one's are nearest to: the equalized one, or the baseline's."""
     if isinstance(program, Quantized) and program.equalized:
         return read(program.equalized)
@@ -84,7 +84,7 @@ def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedPro
         raise StageFailed(f"torch.export cannot capture the model: {first_line(error)} ({place})") from error
 
 
-def _capture(program: Program, out: Path) -> None:
+def _capture(program: TorchProgram, out: Path) -> None:
     torch.export.save(captured(program), out / "program.pt2")
 
 

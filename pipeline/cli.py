@@ -150,14 +150,15 @@ def quantize(
     trust: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Quantize to int8 in PyTorch, once for each different scheme of the targets.
+    """Quantize to int8, in PyTorch or of a given ONNX file, once for each different scheme of the targets.
 
     Example: bitferry quantize recipes/fashion-resnet18.toml --target openvino
     """
-    from pipeline.artifacts import Quantized
+    from pipeline.artifacts import Quantized, QuantizedOnnx
 
     made = {one.name: one.program for one in _each(recipe, target, build, trust, "int8")}
-    _print_paths({name: program.path for name, program in made.items() if isinstance(program, Quantized)}, json_)
+    kinds = Quantized | QuantizedOnnx
+    _print_paths({name: program.path for name, program in made.items() if isinstance(program, kinds)}, json_)
 
 
 @app.command()
@@ -186,7 +187,7 @@ def export(
     trust: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Export to ONNX, simplify, and compare with PyTorch.
+    """Export to ONNX, simplify, and compare with PyTorch; a given ONNX file is simplified, or quantized.
 
     Example: bitferry export recipes/fashion-resnet18.toml --target openvino
     """

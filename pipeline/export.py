@@ -13,14 +13,14 @@ from typing import cast
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 
 from device.arrays import Images, Outputs
 from device.errors import StageFailed, first_line
 from pipeline import cache, unsupported
-from pipeline.artifacts import Onnx, Program, Simplified, Split
+from pipeline.artifacts import FloatOnnx, Onnx, Program, Simplified, Split, TorchProgram
 from pipeline.capture import captured, without_in_place
+from pipeline.onnx_in import session
 from pipeline.statistics import sqnr_db
 
 OPSET = 18
@@ -34,7 +34,7 @@ CHECKED_IMAGES = 32
 NAMED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
-def export(program: Program, calibration: Split, build: cache.Cache) -> Onnx:
+def export(program: TorchProgram, calibration: Split, build: cache.Cache) -> Onnx:
     """Export to ONNX opset 18, batch dynamic, uint8 N×H×W×3 in; raise StageFailed when its answers differ."""
     key = cache.key(
         "export",
@@ -57,12 +57,7 @@ def simplify(model: Onnx, calibration: Split, build: cache.Cache) -> Simplified:
 
 def answer(model: Path, images: Images) -> Outputs:
     """Run an ONNX file operator by operator, without the rewrites that ONNX Runtime would make for speed."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    scores: Outputs = session.run(None, {session.get_inputs()[0].name: images})[0]
-    return scores
+    return session.predict(model)(images)
 
 
 def _answer(model: Path, images: Images, what: str) -> Outputs:
@@ -72,7 +67,7 @@ def _answer(model: Path, images: Images, what: str) -> Outputs:
         raise StageFailed(f"{what} cannot be run to compare its answers: {first_line(error)}") from error
 
 
-def _export(program: Program, calibration: Split, out: Path) -> None:
+def _export(program: TorchProgram, calibration: Split, out: Path) -> None:
     images = calibration.images[:CHECKED_IMAGES]
     with torch.no_grad(), _quiet():
         whole = captured(program)
@@ -97,7 +92,8 @@ def _simplify(model: Onnx, calibration: Split, out: Path) -> None:
 
     try:
         named = onnx.load(model.path)
-        _name_by_module(named)
+        if not isinstance(model.program, FloatOnnx):  # whose nodes go by the names that their file gives them
+            _name_by_module(named)
         simplified, _ = onnxsim.simplify(named)
         _strip(simplified)
         onnx.checker.check_model(simplified, full_check=True)

@@ -213,7 +213,7 @@ class Candidate:
     """One way to run the model, timed with the others."""
 
     name: str
-    """As in `eager PyTorch float32` or `openvino int8`."""
+    """As in `eager PyTorch float32`, `float ONNX by ONNX Runtime float32` or `openvino int8`."""
     precision: str
     """The precision that really ran, as in `int8` or `bfloat16`; `mixed` has no layer majority."""
     accuracy_percent: float | None
@@ -233,9 +233,9 @@ class Latency:
     seconds: float
     """How long was spent on timing."""
     candidates: tuple[Candidate, ...]
-    """Eager float first, then the same runtime's float where it has one, the artifact last."""
+    """The float model first, then the same runtime's float where it has one, the artifact last."""
     speedup: Ratio
-    """Eager float over the artifact."""
+    """The float model (eager PyTorch, or the recipe's ONNX by ONNX Runtime) over the artifact."""
     runtime_speedup: Ratio | None
     """The same runtime's float over the artifact."""
     suspicions: tuple[Suspicion, ...]
@@ -247,3 +247,8 @@ class Latency:
     @property
     def eager(self) -> Candidate:
         return self.candidates[0]
+
+    @property
+    def baseline(self) -> str:
+        """Name the float model in a sentence, as `eager float`, or `float ONNX` where the recipe gives a file."""
+        return "eager float" if self.eager.name.startswith("eager") else " ".join(self.eager.name.split()[:2])

@@ -30,8 +30,9 @@ def init(checkpoint_path: Path, images: Path, output: Path, *, source: str | Non
         if path.exists():
             raise InputError(f"{path} exists; move it away or name another with --output")
     classes = _classes(images)
-    if source and source.startswith("pt2:"):
-        raise InputError('an exported program holds its weights; write `source = "pt2:FILE"` into a recipe by hand')
+    if source and source.startswith(("pt2:", "onnx:")):
+        kind = source.partition(":")[0]
+        raise InputError(f'that file holds its weights; write `source = "{kind}:FILE"` into a recipe by hand')
     state = checkpoint.read(checkpoint_path)
     guessed = source or guess(state, len(classes))
     folder.mkdir(parents=True, exist_ok=True)

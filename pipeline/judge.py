@@ -56,7 +56,8 @@ def headline(outcome: Outcome, drop: Outcome, what: str, measured: Measured, bud
     """Say the verdict in one sentence; `drop` is the outcome of the accuracy alone."""
     latency, change = measured.latency, measured.accuracy.judged
     ratio = latency.speedup.value
-    pace = f"{ratio:.1f}× faster than eager float" if ratio >= 1 else f"{1 / ratio:.1f}× slower than eager float"
+    pace = f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"
+    pace += f" than {latency.baseline}"
     if budget.min_speedup is not None and _speed(latency, budget)[0] != "pass":
         pace += f" ({budget.min_speedup:g}× asked for)"
     if _disturbed(latency):

@@ -23,6 +23,7 @@ PACKAGES = {
     "timm": ("torch", "timm"),
     "module": ("torch", "torchvision"),
     "pt2": ("torch",),
+    "onnx": ("onnx", "onnxruntime"),
 }
 """Whose versions decide what a source gives."""
 OURS = ("pipeline", "targets", "device", "__main__")
@@ -73,7 +74,7 @@ def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: 
     deployable = Deployable(model, recipe.preprocessing)
     if kind != "pt2":  # an exported program refuses: it stays what it was exported as
         deployable.eval()
-    _check_scores(deployable, recipe)
+    check_scores(deployable, recipe)
     given = recipe.model.weights
     return FloatModel(
         eager=deployable,
@@ -207,7 +208,8 @@ def _exported(path: Path, trust: bool, recipe: Recipe) -> nn.Module:
     return module
 
 
-def _check_scores(model: nn.Module, recipe: Recipe) -> None:
+def check_scores(model: nn.Module, recipe: Recipe) -> None:
+    """Raise InputError where a model does not give finite scores, one per class, for two black images."""
     contract, source = recipe.preprocessing, recipe.model.source
     size, classes = (contract.height, contract.width), len(recipe.classes)
     several = f" times {contract.views}" if contract.views > 1 else ""

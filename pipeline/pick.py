@@ -16,10 +16,12 @@ from device.arrays import Images
 from device.errors import InputError, first_line
 from device.preprocess import Preprocessing
 from pipeline import cache, progress, recipe
-from pipeline.artifacts import FloatModel
+from pipeline.artifacts import Baseline
 from pipeline.data import sample
 from pipeline.data.formats.folder import image_files
 from pipeline.load import load
+from pipeline.onnx_in.asked import is_onnx
+from pipeline.onnx_in.load import load as load_onnx
 from pipeline.run import Run
 from pipeline.verify import eager
 from targets import usable_cpus
@@ -119,10 +121,12 @@ def _look(run: Run, files: Sequence[Path]) -> list[Seen]:
     return found
 
 
-def _model(run: Run) -> FloatModel:
+def _model(run: Run) -> Baseline:
     """Load the model without the calibration data, which need not be there yet; train it where it has no weights."""
     given = run.recipe.model.weights
-    if given is None and not run.recipe.model.source.startswith("pt2:"):
+    if is_onnx(run.recipe):
+        return load_onnx(run.recipe, run.path.parent, run.build)
+    if given is None and not run.recipe.model.whole:
         return run.model
     return load(run.recipe, given, folder=run.path.parent, trust=run.trust)
 

@@ -57,10 +57,15 @@ MOST_CLASSES = 100_000
 class Model(Section):
     """Where the architecture and its weights come from; without weights, it is trained."""
 
-    source: Annotated[str, Field(pattern=r"^(torchvision|timm|module|pt2):.+$")]
+    source: Annotated[str, Field(pattern=r"^(torchvision|timm|module|pt2|onnx):.+$")]
     weights: Beside | None = None
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the model's constructor."""
+
+    @property
+    def whole(self) -> str | None:
+        """Say what holds the weights as well, where the source is a file; None where it is code."""
+        return {"pt2": "an exported program", "onnx": "an ONNX file"}.get(self.source.partition(":")[0])
 
 
 class Quantization(Section):

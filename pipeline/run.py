@@ -5,21 +5,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 
 import targets
 from device.arrays import Predict
 from device.errors import InputError
 from pipeline import dataset, progress
 from pipeline.artifacts import (
+    Baseline,
     Bundle,
     Captured,
     Compiled,
-    FloatModel,
+    FloatOnnx,
     Onnx,
     Program,
+    QuantizedOnnx,
     Simplified,
     Source,
     Split,
+    TorchProgram,
     Traced,
     Unmeasured,
     Verified,
@@ -35,6 +39,9 @@ from pipeline.export import answer, export, simplify
 from pipeline.load import load
 from pipeline.measure.ladder import Step, Steps
 from pipeline.measure.latency import Effort
+from pipeline.onnx_in import asked as onnx_in
+from pipeline.onnx_in import way as onnx_way
+from pipeline.onnx_in.load import load as load_onnx
 from pipeline.quantize import Lessons, quantize
 from pipeline.recipe import Quantization, Recipe
 from pipeline.report import record
@@ -44,6 +51,8 @@ from pipeline.train import train
 from pipeline.verdict import Search
 from pipeline.verify import Way, eager, evaluate, load_artifact, unmeasured, verify
 from targets import Precision
+
+INT8 = "PyTorch int8"
 
 
 @dataclass(frozen=True)
@@ -79,29 +88,30 @@ class Run:
 
     @cached_property
     def weights(self) -> Weights:
-        if self.recipe.model.source.startswith("pt2:"):
-            raise InputError(f"recipe '{self.recipe.name}' has an exported program, which is not trained")
+        if self.recipe.model.whole:
+            raise InputError(f"recipe '{self.recipe.name}' has {self.recipe.model.whole}, which is not trained")
         self.check_data()
         recipe, folder = self.recipe, self.path.parent
         return train(recipe, self.training, self.build, folder=folder, processes=self.processes, download=self.download)
 
     @cached_property
-    def model(self) -> FloatModel:
+    def model(self) -> Baseline:
         self.check_data()
+        if onnx_in.is_onnx(self.recipe):
+            return load_onnx(self.recipe, self.path.parent, self.build)
         given = self.weights.path if self.trains else self.recipe.model.weights
         return load(self.recipe, given, folder=self.path.parent, trust=self.trust)
 
     @property
     def trains(self) -> bool:
         """Say whether the model's weights are trained here."""
-        return self.recipe.model.weights is None and not self.recipe.model.source.startswith("pt2:")
+        return self.recipe.model.weights is None and not self.recipe.model.whole
 
     @property
     def weights_file(self) -> Path | None:
-        """Give the file that the model's weights are in: trained here, given, or the whole exported program."""
-        kind, _, name = self.recipe.model.source.partition(":")
-        if kind == "pt2":
-            return self.path.parent / name
+        """Give the file that the model's weights are in: trained here, given, or the whole model."""
+        if self.recipe.model.whole:
+            return self.path.parent / self.recipe.model.source.partition(":")[2]
         return self.weights.path if self.trains else self.recipe.model.weights
 
     def check_data(self) -> None:
@@ -162,6 +172,9 @@ class Deployment:
         if scheme is None:
             return replace(run.model, precision=self.precision)
         settings = self._settings()
+        if isinstance(run.model, FloatOnnx):
+            int8 = onnx_way.quantized(run.model, run.calibration, scheme, settings, run.build)
+            return replace(int8, precision=self.precision)
         lessons = Lessons(run.training, run.recipe.lessons) if settings.method == "qat" else None
         made = quantize(run.model, run.calibration, scheme, settings, run.build, lessons)
         return replace(made, precision=self.precision)
@@ -171,20 +184,30 @@ class Deployment:
         return self.settings.model_copy(update={"keep": (*self.settings.keep, *self.keep)})
 
     @cached_property
+    def torch_program(self) -> TorchProgram:
+        """Give the program where it is PyTorch's; raise InputError where the recipe gives ONNX."""
+        onnx_in.refuse_stage(self.run.recipe)
+        return cast(TorchProgram, self.program)
+
+    @cached_property
     def traced(self) -> Traced:
-        return trace(self.program, self.run.calibration, self.run.build)
+        return trace(self.torch_program, self.run.calibration, self.run.build)
 
     @cached_property
     def exported(self) -> Onnx:
-        return export(self.program, self.run.calibration, self.run.build)
+        if isinstance(self.program, FloatOnnx | QuantizedOnnx):
+            return Onnx(self.program.path, self.program, self.program.key)
+        return export(self.torch_program, self.run.calibration, self.run.build)
 
     @cached_property
     def simplified(self) -> Simplified:
+        if isinstance(self.program, QuantizedOnnx):  # of what was simplified
+            return Simplified(self.program.path, self.precision, self.program.key)
         return simplify(self.exported, self.run.calibration, self.run.build)
 
     @cached_property
     def captured(self) -> Captured:
-        return capture(self.program, self.run.calibration, self.run.build)
+        return capture(self.torch_program, self.run.calibration, self.run.build)
 
     @cached_property
     def source(self) -> Source:
@@ -197,9 +220,10 @@ class Deployment:
 
     @cached_property
     def compiled(self) -> Compiled:
-        return compile(
-            self.source, self.name, self.run.build, options=self.options or self.run.recipe.options(self.name)
-        )
+        options = self.options or self.run.recipe.options(self.name)
+        onnx_in.refuse_target(self.run.recipe, self.name)
+        onnx_in.refuse_batch(self.run.model, self.name, options)
+        return compile(self.source, self.name, self.run.build, options=options)
 
     @cached_property
     def runtime_float(self) -> Compiled | None:
@@ -243,6 +267,7 @@ class Deployment:
         run = self.run
         splits = (run.calibration, run.evaluation, *([run.training] if run.recipe.data.train else []))
         settings = self._settings() if self.program.quantized else None
+        settings = onnx_in.usable(settings) if settings and onnx_in.is_onnx(run.recipe) else settings
         return Origin(run.recipe, run.path, settings, splits, run.weights_file, run.trains, epoch())
 
     def _command(self) -> str:
@@ -256,10 +281,13 @@ class Deployment:
 
     def _steps(self, *, measured: bool = True) -> Steps:
         """Name each step between the float model and what the target compiles, with how to load it, then it."""
-        form = targets.get(self.name).CONSUMES
+        form, program = targets.get(self.name).CONSUMES, self.program
         steps: dict[str, Callable[[], Predict]] = {}
-        if self.program.quantized:
-            steps["PyTorch int8"] = lambda: eager(self.program.module())
+        if isinstance(program, FloatOnnx | QuantizedOnnx):
+            simplified = program.simplified if isinstance(program, QuantizedOnnx) else self.simplified.path
+            return onnx_way.steps(program, simplified) | self._last(measured)
+        if program.quantized:
+            steps[INT8] = lambda: eager(program.module())
         elif form == "exported":
             steps["torch.export"] = lambda: eager(read_program(self.captured.path))
         if form != "exported":
@@ -267,6 +295,8 @@ class Deployment:
         if form == "onnx":
             steps["ONNX"] = lambda: partial(answer, self.exported.path)
             steps["simplified ONNX"] = lambda: partial(answer, self.simplified.path)
-        shared = {name: Step(self.program.key, load) for name, load in steps.items()}
-        last = {self.name: Step(self.compiled.key, lambda: load_artifact(self.compiled))} if measured else {}
-        return shared | last
+        return {name: Step(program.key, load, name == INT8) for name, load in steps.items()} | self._last(measured)
+
+    def _last(self, measured: bool) -> dict[str, Step]:
+        """Name the artifact as the last step, where it can run here."""
+        return {self.name: Step(self.compiled.key, lambda: load_artifact(self.compiled))} if measured else {}

@@ -20,6 +20,7 @@ import targets
 from device import pixels
 from device.errors import first_line
 from pipeline import progress
+from pipeline.artifacts import FloatOnnx
 from pipeline.measure import latency, sensitivity
 from pipeline.measure.accuracy import judge_accuracy
 from pipeline.run import Deployment, Run
@@ -110,6 +111,8 @@ class _Searching:
         """Where int8 is faster and not proved inside the budget, quantize with more effort: the same graph, nearer."""
         best, int8 = self.best, self._int8()
         if int8 is None or (best is not None and int8.ms > WORTH * best.ms):
+            return
+        if isinstance(self.run.model, FloatOnnx):  # these efforts are PyTorch's
             return
         given = int8.way.settings
         efforts = {"more steps": given.thorough()}

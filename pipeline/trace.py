@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from device.errors import StageFailed, first_line
 from pipeline import cache, progress
-from pipeline.artifacts import Program, Split, Traced
+from pipeline.artifacts import Split, TorchProgram, Traced
 from pipeline.capture import register_quantized_operators
 
 TOLERANCE = 1e-5
@@ -19,7 +19,7 @@ BATCH_1 = "batch-1"
 """An empty file beside the model says that its batch is fixed."""
 
 
-def trace(program: Program, calibration: Split, build: cache.Cache) -> Traced:
+def trace(program: TorchProgram, calibration: Split, build: cache.Cache) -> Traced:
     """Trace on two images and compare on others; where that bakes the batch size in, trace for batch 1, and say so.
 
     Raises StageFailed when the traced answers differ by more than 1e-5 of the largest score even so.
@@ -50,7 +50,7 @@ class OneByOne(nn.Module):
         return torch.cat([self.module(image) for image in torch.split(images, 1)])
 
 
-def _trace(program: Program, calibration: Split, out: Path) -> None:
+def _trace(program: TorchProgram, calibration: Split, out: Path) -> None:
     images = torch.from_numpy(calibration.images[:CHECKED_IMAGES].copy())
     module = program.module()
     with torch.no_grad(), warnings.catch_warnings():

@@ -18,11 +18,12 @@ from device.arrays import Images, Outputs, Predict
 from device.errors import BitferryError, StageFailed, first_line
 from device.kept import Kept
 from pipeline import cache, export, progress, statistics, trace, unsupported
-from pipeline.artifacts import Compiled, FloatModel, Program, Split, Unmeasured, Verified
+from pipeline.artifacts import Baseline, Compiled, Program, Split, Unmeasured, Verified
 from pipeline.figures import Accuracy, Latency
 from pipeline.judge import Measured, judge
 from pipeline.measure import accuracy, execution, golden, ladder, layers, segmentation, speed
 from pipeline.measure.latency import Effort
+from pipeline.onnx_in import looked
 from pipeline.recipe import Recipe
 from pipeline.verdict import SCHEMA, Built, Ladder, LayerError, Verdict
 
@@ -72,6 +73,7 @@ def verify(
             evaluation.images[:1].copy(),
             effort=effort,
             footprint=fresh.footprint,
+            timed_as=model.timed_as,
         )
     timed = _with_accuracy(timed, found, way.runtime_float, evaluation, recipe, build)
     verdict = _verdict(recipe, way, evaluation, Measured(found, timed, climbed, proved), command)
@@ -133,10 +135,10 @@ def load_artifact(compiled: Compiled) -> Predict:
         raise StageFailed(f"{compiled.target} cannot load {compiled.path}: {first_line(error)}; {place}") from error
 
 
-def float_answers(model: FloatModel, evaluation: Split, build: cache.Cache) -> Kept:
+def float_answers(model: Baseline, evaluation: Split, build: cache.Cache) -> Kept:
     """Answer every evaluation image with the float model, once."""
     key = cache.key(
-        "baseline", code=__file__, codes=KEPT, packages=("torch",), model=model.key, data=evaluation.key,
+        "baseline", code=__file__, codes=KEPT, packages=("torch", "onnxruntime"), model=model.key, data=evaluation.key,
         isa=targets.cpu_isa(),
     )  # fmt: skip
     load = partial(eager, model.module())
@@ -230,7 +232,7 @@ def _made(recipe: Recipe, way: Way, evaluation: Split, command: str) -> _Made:
 
 def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) -> Ladder:
     """Climb, each step's answers and the layers' errors kept for the other targets that share them."""
-    sample = ladder.sample(evaluation, baseline)
+    sample = ladder.sample(evaluation, baseline, way.program.baseline.name)
 
     def answering(name: str, step: ladder.Step, images: Images) -> Outputs:
         key = _key("rung", way, evaluation, step=name, of=step.key)
@@ -246,14 +248,15 @@ def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) 
         spread = np.unique(np.linspace(0, len(sample.images) - 1, LAYER_IMAGES).astype(int))
         make = partial(_layer_errors, way.program, sample.images[spread])
         errors = LAYERS.validate_json((build.folder("layers", key, make) / "layers.json").read_bytes())
-    lossless = way.program.precision == "float32"
-    first, last = next(iter(way.steps), None), way.compiled.target
-    lossy = None if lossless else first if way.program.quantized else last
+    rounds = next((name for name, step in way.steps.items() if step.rounds), way.compiled.target)
+    lossy = None if way.program.precision == "float32" else rounds
     return ladder.climb(sample, way.steps, lossy=lossy, layers=errors, answering=answering)
 
 
 def _key(stage: str, way: Way, evaluation: Split, **inputs: object) -> str:
-    codes = [cache.file_hash(Path(str(module.__file__))) for module in (ladder, layers, statistics, trace, export)]
+    codes = [
+        cache.file_hash(Path(str(module.__file__))) for module in (ladder, layers, looked, statistics, trace, export)
+    ]
     environment = way.compiled.environment.isa
     return cache.key(
         stage, code=__file__, codes=codes, packages=PACKAGES, isa=environment, data=evaluation.key, **inputs

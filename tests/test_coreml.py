@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import targets
 from device.arrays import Images
 from device.errors import InputError, StageFailed, TargetUnavailable
-from pipeline.artifacts import Program
+from pipeline.artifacts import TorchProgram
 from pipeline.cache import Cache
 from pipeline.capture import capture
 from targets import Layer
@@ -45,7 +45,7 @@ def converted(int8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return package
 
 
-def exported(made: Program, build: Cache) -> Path:
+def exported(made: TorchProgram, build: Cache) -> Path:
     return capture(made, split(), build).path
 
 

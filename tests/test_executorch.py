@@ -13,7 +13,7 @@ import targets
 from device.arrays import Images
 from device.errors import StageFailed
 from device.respell import respelled
-from pipeline.artifacts import Program
+from pipeline.artifacts import TorchProgram
 from pipeline.cache import Cache
 from pipeline.capture import capture, read_program
 from pipeline.quantize import quantize
@@ -47,7 +47,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return Cache(tmp_path_factory.mktemp("executorch") / "build")
 
 
-def compiled(made: Program, build: Cache, options: targets.Options) -> Path:
+def compiled(made: TorchProgram, build: Cache, options: targets.Options) -> Path:
     out = build.root / f"{made.key}-{options.batch}.pte"
     source = capture(made, split(), build).path
     executorch.compile(source, out, precision=made.precision, options=options)
@@ -55,16 +55,16 @@ def compiled(made: Program, build: Cache, options: targets.Options) -> Path:
 
 
 @pytest.fixture(scope="module")
-def int8(build: Cache) -> Program:
+def int8(build: Cache) -> TorchProgram:
     return program("int8", executorch, build)
 
 
 @pytest.fixture(scope="module")
-def dynamic(int8: Program, build: Cache) -> Path:
+def dynamic(int8: TorchProgram, build: Cache) -> Path:
     return compiled(int8, build, Options(batch="dynamic", max_batch=4))
 
 
-def test_every_layer_runs_on_int8_at_any_batch(int8: Program, dynamic: Path) -> None:
+def test_every_layer_runs_on_int8_at_any_batch(int8: TorchProgram, dynamic: Path) -> None:
     options = Options(threads=1, batch="dynamic", max_batch=4)
     predict = executorch.load(dynamic, precision="int8", options=options)
     images, expected = answers(int8)
@@ -104,7 +104,7 @@ def test_concatenations_run_on_int8(build: Cache) -> None:
     ]
 
 
-def test_respelling_changes_no_answer(int8: Program, build: Cache) -> None:
+def test_respelling_changes_no_answer(int8: TorchProgram, build: Cache) -> None:
     images = torch.from_numpy(split().images[:4].copy())
     for made in (int8, program("float32", executorch, build)):
         module = read_program(capture(made, split(), build).path)

@@ -15,7 +15,7 @@ import targets
 from device.arrays import Images, Outputs
 from device.errors import InputError, StageFailed
 from device.preprocess import Preprocessing
-from pipeline.artifacts import FloatModel, Program, Split
+from pipeline.artifacts import FloatModel, Split, TorchProgram
 from pipeline.cache import Cache
 from pipeline.load import Deployable
 from pipeline.quantize import quantize
@@ -68,20 +68,20 @@ def split() -> Split:
     return Split("calibration", images, np.zeros(48, np.int64), ("",) * 48, (b"",) * 48, "calibration")
 
 
-def program(precision: Precision, target: targets.Target[targets.Options], build: Cache) -> Program:
+def program(precision: Precision, target: targets.Target[targets.Options], build: Cache) -> TorchProgram:
     """Give the small model as a target wants it."""
     torch.manual_seed(0)
     model, scheme = float_model(Small(), split().images), target.SCHEMES[precision]
     return quantize(model, split(), scheme, Quantization(), build) if scheme else model
 
 
-def answers(made: Program, count: int = 9) -> tuple[Images, Outputs]:
+def answers(made: TorchProgram, count: int = 9) -> tuple[Images, Outputs]:
     images = split().images[-count:].copy()
     return images, eager(made.module())(images)
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, tuple[Program, Path, Path]]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, tuple[TorchProgram, Path, Path]]:
     """The program, its traced file and the compiled one, of each precision."""
     folder = tmp_path_factory.mktemp("torchscript")
     build, made = Cache(folder / "build"), {}
@@ -94,7 +94,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, tuple[Pro
     return made
 
 
-Built = dict[Precision, tuple[Program, Path, Path]]
+Built = dict[Precision, tuple[TorchProgram, Path, Path]]
 
 
 @pytest.mark.parametrize("batch", [1, 4, "dynamic"])

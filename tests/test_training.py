@@ -16,7 +16,7 @@ import torchvision
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from device.errors import InputError, StageFailed, TargetUnavailable
 from pipeline import cache
@@ -438,10 +438,10 @@ class TestKept:
 
         project, weights = undisturbed
         (folder,) = (project.folder / "build/small/curves").iterdir()
-        events = EventAccumulator(str(folder)).Reload()  # type: ignore[no-untyped-call]
-        drawn = [round(one.value, 3) for one in events.Scalars("validation/top-1")]  # type: ignore[no-untyped-call]
+        events = EventAccumulator(str(folder)).Reload()
+        drawn = [round(one.value, 3) for one in events.Scalars("validation/top-1")]
         assert drawn == [round(one, 3) for one in percents(weights)]
-        assert len(events.Scalars("learning_rate/0")) == len(events.Scalars("train/images_per_s"))  # type: ignore[no-untyped-call]
+        assert len(events.Scalars("learning_rate/0")) == len(events.Scalars("train/images_per_s"))
 
     def test_nothing_held_out_is_no_record(self, project: Project) -> None:
         weights = taught(project, *QUICK, ("epochs = 2", "epochs = 1\nvalidation = 0.0"))
@@ -490,7 +490,7 @@ class TestPrecision:
             pytest.skip("for machines without a GPU")
         with pytest.raises(TargetUnavailable, match="'float16' needs a GPU, and PyTorch finds none here"):
             machine.precision(Training(precision="float16"))
-        found = []
+        found: list[Tensor] = []
         for precision in ("float32", "bfloat16"):
             project.edit(*(QUICK if not found else []))
             old = "epochs = 2" if not found else "precision = 'float32'"

@@ -17,10 +17,11 @@ from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import dataset
 from pipeline.artifacts import Split
+from pipeline.augmentation import Augmentation
 from pipeline.cache import Cache
 from pipeline.data import leaks
 from pipeline.load import Deployable
-from pipeline.loader import flipped
+from pipeline.loader import _flipped
 from pipeline.measure.metrics import Task
 from tests.conftest import Project, subset
 
@@ -164,13 +165,19 @@ def test_each_view_is_an_argument_by_the_same_contract() -> None:
 
 
 def test_all_views_of_an_answer_are_mirrored_together() -> None:
-    images = torch.arange(40 * 2 * 3 * 4 * 3).reshape(40, 2, 3, 4, 3)
-    masks = images[:, 0, :, :, 0]
-    found, mirrored = flipped(images, masks, "segmentation", torch.Generator().manual_seed(0))
-    for before, after, mask in zip(images, found, mirrored, strict=True):
+    images = (
+        np.random.default_rng(1)
+        .permutation(np.arange(40 * 2 * 3 * 4 * 3) % 251)
+        .astype(np.uint8)
+        .reshape(40, 2, 3, 4, 3)
+    )
+    masks = images[:, 0, :, :, 0].copy()
+    how, random = Augmentation(horizontal_flip=True), np.random.default_rng(0)
+    found, mirrored = _flipped(images.copy(), masks, how, random, masked=True)
+    for before, after, mask in zip(torch.from_numpy(images), found, mirrored, strict=True):
         assert torch.equal(after, before) or torch.equal(after, before.flip(2))
         assert torch.equal(mask, after[0, :, :, 0])
-    assert 10 < int((found != images).flatten(1).any(1).sum()) < 30
+    assert 10 < int((found != torch.from_numpy(images)).flatten(1).any(1).sum()) < 30
 
 
 CONTRACT = Preprocessing(height=8, width=8, views=2)

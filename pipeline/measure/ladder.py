@@ -31,6 +31,8 @@ class Step:
     key: str
     """Of what it runs, so that targets share the answers of the steps they share."""
     load: Callable[[], Predict]
+    rounds: bool = False
+    """Whether it is the one that quantizes."""
 
 
 Steps = Mapping[str, Step]
@@ -54,16 +56,18 @@ class Sample:
     labels: Labels
     """Of masks, those pixels whose scores are kept, N×P."""
     baseline: Outputs
+    of: str = "float PyTorch"
+    """What the float model is."""
 
 
-def sample(evaluation: Split, baseline: Outputs) -> Sample:
+def sample(evaluation: Split, baseline: Outputs, of: str = Sample.of) -> Sample:
     """Take images for a ladder; `baseline` holds the float model's scores N×K, or those kept of maps N×K×P."""
     wanted = int(np.clip(PIXELS // (evaluation.images[0].size // 3), FEWEST, MOST))
     picked = np.unique(np.linspace(0, len(evaluation) - 1, min(wanted, len(evaluation))).astype(int))
     labels = evaluation.labels[picked]
     if baseline.ndim == 3:
         labels = pixels.thin_masks(labels, baseline.shape[1])
-    return Sample(evaluation.images[picked], labels, baseline[picked])
+    return Sample(evaluation.images[picked], labels, baseline[picked], of)
 
 
 def climb(
@@ -79,7 +83,7 @@ def climb(
     A step that cannot be loaded is kept with the reason. Noise is measured from the float model, so what a step did
     is the noise it added to the step before.
     """
-    rungs = [Rung("float PyTorch", None, 0, _percent(_decided(sample.baseline, sample)), 0.0)]
+    rungs = [Rung(sample.of, None, 0, _percent(_decided(sample.baseline, sample)), 0.0)]
     suspects, before = [], 0.0
     for name, step in steps.items():
         try:

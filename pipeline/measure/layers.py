@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from device.arrays import Images
-from pipeline.artifacts import Program
+from pipeline.artifacts import Program, QuantizedOnnx, TorchProgram
 from pipeline.capture import layer_name, twin
+from pipeline.onnx_in import looked
 from pipeline.statistics import decibels
 from pipeline.verdict import LayerError
 
@@ -91,6 +92,9 @@ class Compare(fx.Interpreter):
 
 def compare(program: Program, images: Images) -> tuple[LayerError, ...]:
     """Give every quantized layer's SQNR, in the order they run; images N×H×W×3."""
+    if isinstance(program, QuantizedOnnx):
+        return looked.compare(program, images.copy())
+    program = cast(TorchProgram, program)
     quantized, exported = program.module(), cast(fx.GraphModule, twin(program).module())
     batches = torch.split(torch.from_numpy(images.copy()), max(1, PIXELS // (images[0].size // 3)))
     with torch.no_grad():

@@ -10,9 +10,10 @@ from torch import Tensor, fx
 from device import pixels
 from device.arrays import Images, Outputs
 from pipeline import progress
-from pipeline.artifacts import Program
+from pipeline.artifacts import Program, QuantizedOnnx, TorchProgram
 from pipeline.capture import layer_name, twin
 from pipeline.measure.layers import LAYERS, PIXELS, rounds, twins
+from pipeline.onnx_in import looked
 from pipeline.statistics import noise_share
 from pipeline.verdict import Blame
 
@@ -48,6 +49,9 @@ def blames(program: Program, images: Images) -> tuple[Blame, ...]:
     `images` are N×H×W×3 uint8. A layer whose float twin is not found, or whose weight is computed,
     is left out.
     """
+    if isinstance(program, QuantizedOnnx):
+        return looked.blames(program, images)
+    program = cast(TorchProgram, program)
     quantized = cast(fx.GraphModule, program.module())
     given = torch.from_numpy(images.copy())
     with torch.no_grad():
@@ -74,6 +78,8 @@ def _by_name(found: Sequence[Blame]) -> tuple[Blame, ...]:
 
 def layer_names(program: Program) -> set[str]:
     """Name the layers of an int8 program as `quantization.keep` knows them."""
+    if isinstance(program, QuantizedOnnx):
+        return looked.names(program)
     graph = cast(fx.GraphModule, program.module()).graph
     return {layer_name(node) for node in graph.nodes if node.target in LAYERS and rounds(cast(fx.Node, node.args[1]))}
 

@@ -50,14 +50,15 @@ def measure(
     *,
     effort: Effort,
     footprint: Footprint,
+    timed_as: str = EAGER,
 ) -> tuple[Latency, tuple[Series, ...]]:
     """Time all of them interleaved with the artifact's threads, then what the artifact can do at once.
 
     `image` 1×H×W×3 is repeated to the artifact's batch, the same for all; each time is of the whole batch. Gives every
-    timed call as well, in the order of the candidates.
+    timed call as well, in the order of the candidates. `timed_as` says what the float model, `eager`, is.
     """
     compiled = [*([runtime_float] if runtime_float else []), artifact]
-    predicts = {EAGER: eager} | {_name(one): _load(one, artifact.threads) for one in compiled}
+    predicts = {timed_as: eager} | {_name(one): _load(one, artifact.threads) for one in compiled}
     images = np.repeat(image, artifact.batch, axis=0)
     torch.set_num_threads(artifact.threads)
     seconds = latency.SECONDS[effort]
@@ -65,10 +66,9 @@ def measure(
     with machine.other_load() as others:
         series = latency.interleave({name: _call(p, images) for name, p in predicts.items()}, seconds=seconds)
     spent = time.perf_counter() - start
-    candidates = [_eager(series[EAGER])] + [_candidate(one, series[_name(one)]) for one in compiled]
-    if effort != "quick":
-        candidates[-1] = replace(candidates[-1], throughput=throughput(artifact, image, seconds * SHARE))
-    candidates[-1] = replace(candidates[-1], footprint=footprint)
+    candidates = [_eager(series[timed_as], timed_as)] + [_candidate(one, series[_name(one)]) for one in compiled]
+    at_best = throughput(artifact, image, seconds * SHARE) if effort != "quick" else None
+    candidates[-1] = replace(candidates[-1], throughput=at_best, footprint=footprint)
     medians = [s.block_medians for s in series.values()]
     speedup = Ratio(*ratio_interval(medians[0], medians[-1]))
     told = suspicions(series, threads=artifact.threads, conditions=machine.conditions(others()))
@@ -135,8 +135,9 @@ def _rate(predicts: Sequence[Predict], images: Images, seconds: float) -> float:
     return count / (time.perf_counter() - start)
 
 
-def _eager(series: Series) -> Candidate:
-    return Candidate(f"{EAGER} {eager_precision()}", eager_precision(), None, latency.timing(series), None, None)
+def _eager(series: Series, timed_as: str) -> Candidate:
+    precision = eager_precision() if timed_as == EAGER else "float32"
+    return Candidate(f"{timed_as} {precision}", precision, None, latency.timing(series), None, None)
 
 
 def eager_precision() -> str:

@@ -82,7 +82,7 @@ def _settings(recipe: Recipe, target: str) -> dict[str, str]:
     fields = recipe.model_dump(mode="json", exclude=ELSEWHERE)
     kind, _, name = recipe.model.source.partition(":")
     fields["model"]["weights"] = None
-    fields["model"]["source"] = f"{kind}:{Path(name).name}" if kind == "pt2" else recipe.model.source
+    fields["model"]["source"] = f"{kind}:{Path(name).name}" if recipe.model.whole else recipe.model.source
     fields["classes"] = hashlib.sha256("\n".join(recipe.classes).encode()).hexdigest()[:16]
     flat = dict(_flat("", fields))
     return flat | dict(_flat(f"targets.{target}", recipe.targets.get(target, {})))
@@ -127,8 +127,8 @@ def _split(recipe: Recipe, name: str, source: Source) -> str:
 
 
 def _weights(recipe: Recipe, folder: Path) -> str | None:
-    kind, _, name = recipe.model.source.partition(":")
-    file = folder / name if kind == "pt2" else recipe.model.weights
+    name = recipe.model.source.partition(":")[2]
+    file = folder / name if recipe.model.whole else recipe.model.weights
     return file_hash(file) if file and file.is_file() else None
 
 

@@ -84,7 +84,8 @@ def _range(low: float, high: float) -> str:
 def _over(one: Judged) -> str:
     verdict = one.result.measured
     own = verdict and verdict.latency.runtime_speedup
-    return f"against {'the same runtime' if own else 'eager PyTorch'} in float, timed in the same nights"
+    other = "float ONNX" if verdict and verdict.latency.baseline == "float ONNX" else "eager PyTorch in float"
+    return f"against {'the same runtime in float' if own else other}, timed in the same nights"
 
 
 def _spike(one: Judged, logs: Figures, errors: Figures) -> Iterator[Finding]:

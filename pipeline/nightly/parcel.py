@@ -59,7 +59,7 @@ def _absolute(file: Path) -> Path:
 def _files(recipe: Recipe, path: Path) -> Iterator[Path]:
     """List every file that building needs, besides the recipe's own."""
     folder, (kind, _, name) = path.parent, recipe.model.source.partition(":")
-    if kind == "pt2":
+    if recipe.model.whole:
         yield folder / name
     if kind == "module":
         yield from beside(folder)
@@ -98,7 +98,7 @@ def _named(path: Path) -> dict[str, str]:
     given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     kind, _, program = given["model"]["source"].partition(":")
     named = {"classes": given["classes"], "weights": given["model"].get("weights"), **_flat(given["data"])}
-    named |= {"source": program} if kind == "pt2" else {}
+    named |= {"source": program} if kind in ("pt2", "onnx") else {}
     return {key: name for key, name in named.items() if isinstance(name, str)}
 
 

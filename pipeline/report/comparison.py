@@ -86,7 +86,9 @@ def compare(first: Path, second: Path, *, seconds: float = latency.SECONDS["defa
         a_median_ms=live.medians_ms[0] if live else medians[0],
         b_median_ms=live.medians_ms[1] if live else medians[1],
         speedup=live.ratio if live else _divided(a.verdict.latency.speedup, b.verdict.latency.speedup),
-        timed="both timed here, interleaved" if live else "from each one's recorded ratio to eager float",
+        timed="both timed here, interleaved"
+        if live
+        else f"from each one's recorded ratio to {a.verdict.latency.baseline}",
         a_bytes=_bytes(a.verdict),
         b_bytes=_bytes(b.verdict),
         suspicions=live.suspicions if live else tuple(_doubts(a.verdict, b.verdict)),

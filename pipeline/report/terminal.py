@@ -95,9 +95,9 @@ def _cells(found: Verdict) -> dict[str, str]:
         "lost / gained / flipped": f"{flips.lost} / {flips.gained} / {flips.flipped}",
         **({} if flips.pixels_percent is None else {"pixels flipped": f"{flips.pixels_percent:.2f} %"}),
         "SQNR of the scores": "equal" if accuracy.sqnr_db is None else f"{accuracy.sqnr_db:.1f} dB",
-        "p50 / p90 / p99, eager float": _percentiles(latency.eager),
+        f"p50 / p90 / p99, {latency.baseline}": _percentiles(latency.eager),
         "p50 / p90 / p99": _percentiles(artifact),
-        "speed-up over eager float": _ratio(latency.speedup),
+        f"speed-up over {latency.baseline}": _ratio(latency.speedup),
         "speed-up over its own float": _ratio(latency.runtime_speedup),
         "images/s at best": f"{artifact.throughput.images_per_second:.0f}" if artifact.throughput else "—",
     } | _footprint(artifact)

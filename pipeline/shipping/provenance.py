@@ -37,7 +37,7 @@ class Origin:
     """As they were used, with every layer that stays float; None where nothing was quantized."""
     splits: tuple[Split, ...]
     weights: Path | None
-    """A state dict, or an exported program."""
+    """A state dict, an exported program, or an ONNX file."""
     trained: bool
     """Whether the weights were trained from the recipe."""
     epoch: int | None = None
@@ -114,7 +114,7 @@ def _fields(recipe: Recipe) -> dict[str, object]:
     fields = recipe.model_dump(mode="json", exclude={"classes"})
     fields["data"] = {name: base_name(source) for name, source in recipe.data.splits().items()}
     kind, _, name = fields["model"]["source"].partition(":")
-    fields["model"]["source"] = f"{kind}:{Path(name).name}" if kind == "pt2" else fields["model"]["source"]
+    fields["model"]["source"] = f"{kind}:{Path(name).name}" if recipe.model.whole else fields["model"]["source"]
     if fields["model"]["weights"]:
         fields["model"]["weights"] = Path(fields["model"]["weights"]).name
     return dict(fields)

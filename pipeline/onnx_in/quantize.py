@@ -1,0 +1,241 @@
+"""Simplified float ONNX → int8 ONNX (Q/DQ) by ONNX Runtime's quantizer, as a target's scheme wants it."""
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from device.arrays import Images, Outputs
+from device.errors import InputError, StageFailed, first_line
+from pipeline import cache, progress
+from pipeline.artifacts import Calibration, FloatOnnx, QuantizedOnnx, Simplified, Split
+from pipeline.onnx_in.asked import OBSERVERS, usable
+from pipeline.onnx_in.looked import corrected
+from pipeline.onnx_in.plan import Plan, exact_elsewhere, plan
+from pipeline.onnx_in.session import predict
+from pipeline.recipe import Quantization
+from pipeline.statistics import sqnr_db
+from targets import Scheme
+
+if TYPE_CHECKING:
+    from onnxruntime.quantization.calibrate import TensorsData
+
+JUDGES = 32
+"""Calibration images that are held out, at most a quarter of them: they judge what the others made."""
+CHUNK = 8
+"""Batches whose activations are held in memory at once, for histograms."""
+PERCENTILE = 99.98
+"""All but 0.01 % at either end."""
+NOISE = 0.05
+"""dB: a step that costs less than this on so few images is not known to cost anything."""
+FIRST, FLAT = 16, 0.1
+"""Images that are tried first for `images = "enough"`, and the dB that two doublings must bring to go on."""
+SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("plan", "looked", "session")]
+LEFT_OUT = "equalization is left out: it is a step of PyTorch's way"
+
+
+def quantize(
+    model: FloatOnnx,
+    simplified: Simplified,
+    calibration: Split,
+    scheme: Scheme,
+    settings: Quantization,
+    build: cache.Cache,
+) -> QuantizedOnnx:
+    """Calibrate and quantize; the result is shared by all targets of an equal scheme.
+
+    Raises InputError for steps that need PyTorch, StageFailed where ONNX Runtime's quantizer fails.
+    """
+    used = usable(settings)
+    count = min(len(calibration), settings.first_images or len(calibration))
+    key = cache.key(
+        "quantize",
+        code=__file__,
+        steps={path.name: cache.file_hash(path) for path in SOURCES},
+        packages=("onnx", "onnxruntime"),
+        model=simplified.key,
+        data=calibration.key,
+        images=count,
+        scheme=scheme,
+        settings=used.model_dump(),
+    )
+    make = partial(_quantize, simplified.path, calibration.images[:count], scheme, used, equalize=settings.equalize)
+    done = build.folder("quantize", key, make)
+    found = json.loads((done / "calibration.json").read_text())
+    calibrated = Calibration(found["images"], len(calibration), found["curve"])
+    return QuantizedOnnx(done / "model.onnx", model, simplified.path, scheme, calibrated, key)
+
+
+def _quantize(path: Path, images: Images, scheme: Scheme, settings: Quantization, out: Path, *, equalize: bool) -> None:
+    if len(images) > 1 and bool((images == images[:1]).all()):
+        raise InputError(f"all {len(images)} calibration images are the same picture; the ranges would mean nothing")
+    if equalize:
+        progress.stage("quantize", LEFT_OUT)
+    try:
+        seen, judges = _parted(images)
+        work = _Work(path, scheme, settings, judges)
+        seen, curve = work.enough(seen) if settings.images == "enough" else (seen, {})
+        made = work.made(seen)
+    except InputError:
+        raise
+    except Exception as error:  # ONNX Runtime's quantizer raises anything
+        raise StageFailed(f"ONNX Runtime's quantizer failed on {path}: {first_line(error)}") from error
+    onnx.save(made, out / "model.onnx")
+    (out / "calibration.json").write_text(json.dumps({"images": len(seen), "curve": curve}))
+
+
+def _parted(images: Images) -> tuple[Images, Images]:
+    """Hold some images out, spread, for a folder is sorted by class; where there are few, the same judge."""
+    count = min(JUDGES, len(images) // 4)
+    if not count:
+        return images.copy(), images.copy()
+    held = np.zeros(len(images), bool)
+    held[np.linspace(0, len(images) - 1, count).round().astype(int)] = True
+    return images[~held].copy(), images[held].copy()
+
+
+class _Work:
+    """One float file on its way to int8, and the images that judge what is made of it."""
+
+    def __init__(self, path: Path, scheme: Scheme, settings: Quantization, judges: Images) -> None:
+        self.path, self.scheme, self.settings, self.judges = path, scheme, settings, judges
+        self.model = onnx.shape_inference.infer_shapes(onnx.load(path))
+        self.plan: Plan = plan(self.model, scheme, settings.keep)
+        self.wanted: Outputs = predict(path)(judges)
+
+    def made(self, seen: Images) -> ModelProto:
+        """Quantize with every observer asked for, keep the best, and correct its biases where that helps."""
+        if not self.plan.nodes:
+            return self.model
+        names = OBSERVERS if self.settings.observer == "best" else (self.settings.observer,)
+        tried: dict[str, tuple[float, ModelProto, TensorsData]] = {}
+        for name in progress.track(names, "observe", total=len(names)):
+            ranges = self.ranges(seen, name)
+            int8 = self.quantized(self.model, ranges)
+            tried[name] = self.quality(int8), int8, ranges
+        best = max(tried, key=lambda name: tried[name][0])
+        told = ", ".join(f"{name} {tried[name][0]:.1f} dB" for name in tried)
+        progress.stage("quantize", f"observer {best}: {told}" if len(tried) > 1 else f"observer {told}")
+        worth, int8, ranges = tried[best]
+        return self.better(worth, int8, ranges, seen)
+
+    def better(self, worth: float, int8: ModelProto, ranges: "TensorsData", seen: Images) -> ModelProto:
+        """Correct the biases by what rounding shifts the mean of each layer, and keep that where it is no worse."""
+        if self.settings.bias_correction == "none":
+            return int8
+        better = corrected(self.model, int8, seen)
+        if better is None:
+            progress.stage("quantize", "bias correction: no layer has anything to correct")
+            return int8
+        again = self.quantized(better, ranges)
+        after = self.quality(again)
+        if after < worth - NOISE:
+            told = f"bias correction dropped: {worth:.1f} dB without it, {after:.1f} with it"
+            progress.stage("quantize", told)
+            return int8
+        progress.stage("quantize", f"bias correction: {worth:.1f} → {after:.1f} dB")
+        return again
+
+    def enough(self, seen: Images) -> tuple[Images, Mapping[int, float]]:
+        """Double the number of images until two doublings bring nothing on those held out."""
+        mixed = seen[np.random.default_rng(0).permutation(len(seen))]  # a folder is sorted by class
+        name = "minmax" if self.settings.observer == "best" else self.settings.observer
+        count, found = min(FIRST, len(mixed)), dict[int, float]()
+        while self.plan.nodes:
+            found[count] = self.quality(self.quantized(self.model, self.ranges(mixed[:count], name)))
+            last = list(found.values())
+            if (len(last) > 2 and last[-1] - last[-3] < FLAT) or count == len(mixed):
+                break
+            count = min(2 * count, len(mixed))
+        told = ", ".join(f"{tried} {worth:.1f} dB" for tried, worth in found.items()) or f"{count}"
+        end = "more bring nothing" if count < len(mixed) else "more may be better"
+        progress.stage("quantize", f"calibration images: {told}; {end}")
+        return mixed[:count], found
+
+    def quality(self, int8: ModelProto) -> float:
+        """Give the SQNR of the scores in dB."""
+        return sqnr_db(self.wanted, predict(int8.SerializeToString())(self.judges))
+
+    def ranges(self, images: Images, observer: str) -> "TensorsData":
+        """Observe every activation, one image at a time where the graph's batch is open."""
+        from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator  # noqa: PLC0415
+
+        methods = {"percentile": CalibrationMethod.Percentile, "histogram": CalibrationMethod.Entropy}
+        more: dict[str, Any] = {"moving_average": True} if observer == "mean-minmax" else {}
+        more |= {"percentile": PERCENTILE} if observer == "percentile" else {}
+        more |= {"symmetric": self.scheme.activation_symmetric}
+        given = self.model.graph.input[0]
+        batch = given.type.tensor_type.shape.dim[0].dim_value or 1
+        feeds = [{given.name: _filled(images[i : i + batch], batch)} for i in range(0, len(images), batch)]
+        step = CHUNK if observer in methods else len(feeds)
+        with tempfile.TemporaryDirectory() as folder:
+            calibrator = create_calibrator(
+                self.path,
+                [*self.plan.kinds, "Add"],
+                augmented_model_path=f"{folder}/augmented.onnx",
+                calibrate_method=methods.get(observer, CalibrationMethod.MinMax),
+                extra_options=more,
+            )
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+                for start in range(0, len(feeds), step):
+                    calibrator.collect_data(_Reader(feeds[start : start + step]))
+                return calibrator.compute_data()
+
+    def quantized(self, model: ModelProto, ranges: "TensorsData") -> ModelProto:
+        """Put Q/DQ pairs where the scheme wants them."""
+        from onnxruntime.quantization import QuantType  # noqa: PLC0415 - scipy comes with it
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer  # noqa: PLC0415
+
+        scheme, copied = self.scheme, ModelProto()
+        copied.CopyFrom(model)
+        quantizer = QDQQuantizer(
+            copied,
+            True,  # weights per channel
+            scheme.weight_bits < 8,
+            QuantType.QInt8,
+            QuantType.QUInt8 if scheme.activation == "uint8" else QuantType.QInt8,
+            ranges,
+            list(self.plan.nodes),
+            [],
+            list(self.plan.kinds),
+            {
+                "ActivationSymmetric": scheme.activation_symmetric,
+                "WeightSymmetric": True,
+                "QuantizeBias": scheme.bias == "int32",
+                "OpTypesToExcludeOutputQuantization": list(self.plan.silent),
+                "ForceQuantizeNoInputCheck": scheme.outputs == "float32",
+            },
+        )
+        for _, value in self.plan.skips:
+            quantizer.quantize_activation_tensor(value)
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        made: ModelProto = quantizer.model.model
+        if scheme.outputs == "float32":
+            exact_elsewhere(made, self.plan)
+        del made.metadata_props[:]
+        onnx.checker.check_model(made)
+        return made
+
+
+def _filled(images: Images, batch: int) -> Images:
+    return np.concatenate([images, np.repeat(images[:1], batch - len(images), 0)])
+
+
+class _Reader:
+    """Hand out what a calibrator asks for."""
+
+    def __init__(self, feeds: Sequence[Mapping[str, Images]]) -> None:
+        self.feeds = iter(feeds)
+
+    def get_next(self) -> Mapping[str, Images] | None:
+        """Give the next images, None at the end."""
+        return next(self.feeds, None)
