@@ -72,22 +72,30 @@ def doctor(
 
 @commands.command()
 def init(
-    checkpoint: Annotated[Path, typer.Argument(help="A state dict: .pt, .pth or .safetensors.")],
-    images: Annotated[Path, typer.Argument(help="A folder with one folder of images per class.")],
+    model: Annotated[Path, typer.Argument(help="A state dict (.pt, .pth, .safetensors), an .onnx or a .pt2 file.")],
+    images: Annotated[
+        Path, typer.Argument(help="One folder per class, train/ and val/, images/ and masks/, a list, or an .npz.")
+    ],
     source: Annotated[
         str | None,
         typer.Option(help="torchvision:NAME, timm:NAME or module:package.file:factory. Default: guessed."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.toml"),
-    size: Annotated[int, typer.Option(help="Height and width of the model's input, in pixels.", min=1)] = 224,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width of the model's input, in pixels. Default: guessed.", min=1)
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="A text file of the class names in the model's order, one per line.")
+    ] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Load a .pt2 program, which can run code.")] = False,
 ) -> None:
-    """Write a commented recipe for a checkpoint and an image folder.
+    """Write a commented recipe for a model and labelled images, its preprocessing guessed and the guess tried.
 
     Example: bitferry init weights.pth photos/ --source torchvision:mobilenet_v2
     """
     from pipeline import init as init_
 
-    for written in init_.init(checkpoint, images, output, source=source, size=size):
+    for written in init_.init(init_.Asked(model, images, output, source, size, classes, trust)):
         typer.echo(written)
 
 

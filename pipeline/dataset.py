@@ -175,8 +175,8 @@ def _decode(name: str, found: Sequence[Sample], contract: Preprocessing, classes
     with ThreadPoolExecutor(usable_cpus()) as pool:
         chunks = range(0, len(found), chunk)
         for start in progress.track(chunks, f"decode {name}", total=len(chunks)):
-            fitted = list(pool.map(partial(_fitted, contract), found[start : start + chunk]))
-            for index, (pixels, mask) in enumerate(fitted, start):
+            pairs = list(pool.map(partial(fitted, contract), found[start : start + chunk]))
+            for index, (pixels, mask) in enumerate(pairs, start):
                 images[index] = pixels
                 digests.append(hashlib.sha256(pixels.tobytes()).hexdigest()[:32])
                 if masks is not None:
@@ -188,7 +188,7 @@ def _decode(name: str, found: Sequence[Sample], contract: Preprocessing, classes
     (folder / "digests.json").write_text(json.dumps(digests))
 
 
-def _fitted(contract: Preprocessing, sample: Sample) -> tuple[Images, NDArray[np.uint8] | None]:
+def fitted(contract: Preprocessing, sample: Sample) -> tuple[Images, NDArray[np.uint8] | None]:
     """Give what the model takes, and the mask resized and cropped as the image it belongs to, the first view."""
     images = [view.decode(view.content()) for view in sample.views]
     pixels = contract.join([contract.finish(image) for image in images])
