@@ -9,14 +9,17 @@ from typing import Annotated
 
 import typer
 
-commands = typer.Typer()
+from pipeline import completion as completed
+from pipeline.cli_words import Json
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+commands = typer.Typer()
 
 
 @commands.command()
 def predict(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", autocompletion=completed.bundles)
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     top: Annotated[int, typer.Option(help="How many classes to print.", min=1)] = 3,
     out: Annotated[Path | None, typer.Option(help="Segmentation: a folder to write masks to.")] = None,
@@ -100,8 +103,53 @@ def init(
 
 
 @commands.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for all that is made.")] = Path("quickstart"),
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="One that is ready here.", autocompletion=completed.target_names)
+    ] = "openvino",
+    explain: Annotated[
+        bool | None, typer.Option("--explain/--no-explain", help="Say what happens; by default to a terminal only.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes/--pause", "-y", help="Go on by itself, or wait for Enter.")] = True,
+    json_: Json = False,
+) -> None:
+    """Show the whole path in a few minutes, on embedded images: train, quantize, compile, verify, bundle, predict.
+
+    Each stage says what it does and why, what it wrote, and the command that does it alone.
+
+    Example: bitferry quickstart --out tour
+    """
+    import sys
+
+    import targets
+
+    targets.check_name(target)
+    targets.get(target)  # told before torch is imported
+    from pipeline import tour
+
+    pause = (lambda: None) if yes or not sys.stdin.isatty() else (lambda: input("\n[Enter] ") and None)
+    talks = sys.stderr.isatty() if explain is None else explain
+    done = tour.tour(out, target, explain=talks, pause=pause)
+    raise typer.Exit(tour.show(done, as_json=json_))
+
+
+@commands.command()
+def completion(
+    shell: Annotated[completed.Shell, typer.Argument(metavar="bash|zsh|fish", help="Whose script.")],
+) -> None:
+    """Print the script that lets a shell complete commands, options, recipes, targets and precisions.
+
+    Example: bitferry completion bash > ~/.local/share/bash-completion/completions/bitferry
+    """
+    typer.echo(completed.script(shell))
+
+
+@commands.command()
 def pick(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Its model looks at the images.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="Its model looks at the images.", autocompletion=completed.recipes)
+    ],
     images: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images without labels, in any folders.")],
     count: Annotated[int, typer.Option(help="How many to pick.", min=1)] = 256,
     output: Annotated[Path, typer.Option("--output", "-o", help="The list to write.")] = Path("calibration.tsv"),

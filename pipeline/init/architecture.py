@@ -181,7 +181,8 @@ def build(candidate: Guess | _Candidate) -> nn.Module:
 
     if candidate.task == "segmentation":
         options["weights_backbone"] = None  # its default would be downloaded
-    return models.get_model(name, weights=None, **options)
+    made = models.get_model(name, weights=None, **options)
+    return made  # noqa: RET504 - torchvision has no types
 
 
 def _is(candidate: _Candidate, wanted: Shapes) -> bool:
@@ -216,7 +217,7 @@ def _only(wanted: Shapes, task: str) -> Iterator[None]:
         if strange > STRANGE_SHARE * len(wanted) + STRANGE or made > EXTRA_SHARE * len(wanted) + EXTRA:
             raise _AnotherModel
 
-    handle = register_module_parameter_registration_hook(look)  # type: ignore[arg-type]  # may be given None
+    handle = register_module_parameter_registration_hook(look)
     try:
         yield
     finally:

@@ -97,7 +97,8 @@ def run(models: Sequence[Opened], samples: Sequence[Sample], task: Task, classes
     first, *others = models
     tried = _all(first, first.contracts, fit, task)
     for other in others:  # where the first answers as well as any, these differ in details only
-        kept = tried[:1] and [(max(tried, key=_percent).name, max(tried, key=_percent).contract)]
+        leading = max(tried, key=_percent, default=None)
+        kept = [(leading.name, leading.contract)] if leading else []
         tried += _all(other, list(dict.fromkeys([*kept, *other.contracts[:1]])), fit, task)
     if not tried:
         return None
