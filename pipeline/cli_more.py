@@ -128,7 +128,10 @@ def quickstart(
     targets.get(target)  # told before torch is imported
     from pipeline import tour
 
-    pause = (lambda: None) if yes or not sys.stdin.isatty() else (lambda: input("\n[Enter] ") and None)
+    def pause() -> None:
+        if not yes and sys.stdin.isatty():
+            input("\n[Enter] ")
+
     talks = sys.stderr.isatty() if explain is None else explain
     done = tour.tour(out, target, explain=talks, pause=pause)
     raise typer.Exit(tour.show(done, as_json=json_))

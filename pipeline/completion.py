@@ -16,17 +16,19 @@ HIDDEN = (".git", ".venv", "__pycache__", "build", "dist")
 
 def script(shell: Shell) -> str:
     """Give what the shell is to read once, to complete the command from then on."""
-    from typer.completion import get_completion_script  # noqa: PLC0415 - for this alone
+    from typer import completion  # noqa: PLC0415 - for this alone
 
-    return get_completion_script(prog_name=NAME, complete_var=VARIABLE, shell=shell)
+    return completion.get_completion_script(  # type: ignore[attr-defined, no-any-return]  # of no __all__
+        prog_name=NAME, complete_var=VARIABLE, shell=shell
+    )
 
 
 def prepare() -> None:
     """Let a shell's question be answered, where this process was started for one."""
     if VARIABLE in os.environ:
-        from typer.completion import completion_init  # noqa: PLC0415 - for this alone
+        from typer import completion  # noqa: PLC0415 - for this alone
 
-        completion_init()
+        completion.completion_init()  # type: ignore[attr-defined]  # of no __all__
 
 
 def recipes(incomplete: str) -> list[str]:

@@ -4,6 +4,7 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -37,11 +38,11 @@ class Balanced(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def executed(deployed: Project, tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
+def executed(deployed: Project, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The notebook after every cell ran, its stages reused from the deployed project."""
     folder = tmp_path_factory.mktemp("notebook") / "project"
     shutil.copytree(deployed.folder, folder)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     environment = plain_environment(RECIPE=str(folder / "small.toml"), TARGET="onnxruntime")
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     client.create_kernel_manager()
@@ -49,11 +50,11 @@ def executed(deployed: Project, tmp_path_factory: pytest.TempPathFactory) -> nbf
     return notebook
 
 
-def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+def outputs(notebook: Any) -> list[Any]:
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
-def test_every_cell_runs_and_results_are_rich(executed: nbformat.NotebookNode) -> None:
+def test_every_cell_runs_and_results_are_rich(executed: Any) -> None:
     assert not [output for output in outputs(executed) if output.output_type == "error"]
     rich = [output.data["text/html"] for output in outputs(executed) if "text/html" in output.get("data", {})]
     assert len(rich) == 2  # the verdict, the bundle
@@ -67,7 +68,7 @@ def test_every_cell_runs_and_results_are_rich(executed: nbformat.NotebookNode) -
 
 
 def test_the_committed_notebook_holds_no_outputs_and_opens_what_the_tour_writes() -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(notebook)
     assert not outputs(notebook)
     assert "quickstart/quickstart.toml" in notebook.cells[1].source

@@ -19,8 +19,6 @@ from pipeline.run import Deployment, Run
 from pipeline.tour import project, words
 from pipeline.verdict import Verdict
 
-EFFORT = "quick"
-
 
 @dataclass(frozen=True)
 class Step:
@@ -81,7 +79,7 @@ def tour(folder: Path, target: str, *, explain: bool, pause: Callable[[], None])
     console = progress.console if explain else Console(quiet=True)
     path = project.write(folder, target)
     memory.keep_freed()
-    run = Run(recipe.read(path), path, Cache(folder / "build" / project.NAME), effort=EFFORT)
+    run = Run(recipe.read(path), path, Cache(folder / "build" / project.NAME), effort="quick")
     way = Deployment(run, target, "int8")
     rest = f"--target {target} --build {folder / 'build'}"
     console.print(Markdown(words.BEGIN.format(recipe=path, folder=folder, target=target)))
