@@ -18,7 +18,7 @@ def script(shell: Shell) -> str:
     """Give what the shell is to read once, to complete the command from then on."""
     from typer import completion  # noqa: PLC0415 - for this alone
 
-    return completion.get_completion_script(  # type: ignore[attr-defined, no-any-return]  # of no __all__
+    return completion.get_completion_script(  # type: ignore[attr-defined]  # of no __all__
         prog_name=NAME, complete_var=VARIABLE, shell=shell
     )
 

@@ -10,7 +10,7 @@ FOLDER = "docs/"
 PAGES: tuple[tuple[str, str], ...] = (
     (r"^target '(\w+)' (?:needs|cannot be loaded)", "targets/{}.md"),
     (r"--source|no model of torchvision or timm|pass --trust", "first-minutes.md#the-model"),
-    (r"class folders|file<TAB>label lines, or an \.npz", "first-minutes.md#the-images"),
+    (r"class folders|file<TAB>label lines, or an \.npz with", "first-minutes.md#the-images"),
     (r"^the model gives .* scores, and the images|counted from 1, or", "first-minutes.md#the-classes"),
     (r"budget\.metric", "recipes.md#metrics"),
     (r"masks?\b.*(class|pixel)|task = \"segmentation\"", "recipes.md#masks"),

@@ -21,10 +21,10 @@ TRAIN, JUDGED = ("train", "training"), ("test", "val", "valid", "validation")
 PAIRS = (("images", "masks"), ("images", "labels"), ("images", "annotations"), ("JPEGImages", "SegmentationClass"),
          ("image", "mask"), ("img", "mask"))  # fmt: skip
 MASK_ENDS = ("", "_mask", "-mask", "_label", "_seg")
-LAYOUTS = (
-    "expected a folder with one folder of images per class, train/ and val/ of such, images/ and masks/, a list of "
-    "file<TAB>label lines, or an .npz with `images` and `labels`"
+OTHERS = (
+    "train/ and val/ of such, images/ and masks/, a list of file<TAB>label lines, or an .npz with images and labels"
 )
+LAYOUTS = f"expected a folder with one folder of images per class, {OTHERS}"
 Line = tuple[Path, str]
 """An image and its label, or its mask."""
 
@@ -102,7 +102,9 @@ def _of_classes(folder: Path) -> dict[str, list[Path]]:
     """Give the images of each class folder, a copy of another left out: in another split it would be a leak."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if len(names) < 2:
-        raise InputError(f"{folder} has {len(names)} class folders; expected at least two, each with images; {LAYOUTS}")
+        raise InputError(
+            f"{folder} has {len(names)} class folders; expected at least two, each with images, or {OTHERS}"
+        )
     found = {name: dataset.image_files(folder / name) for name in names}
     few = [name for name, files in found.items() if len(files) < 2]
     if len(few) == len(names) or (few and len(found[few[0]]) > 0):

@@ -34,7 +34,10 @@ def onnx(path: Path) -> Whole:
 
     if not path.is_file():
         raise InputError(f"the model {path} does not exist")
-    onnx_file.check(path)
+    try:
+        onnx_file.check(path)
+    except InputError as error:  # it advises whoever has a bundle
+        raise InputError(f"{path} is no ONNX file that can be used ({str(error).partition(': ')[2]})") from error
     try:
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
