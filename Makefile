@@ -14,7 +14,7 @@ ARGS   ?=
 RECIPES ?= $(wildcard recipes/fashion-*.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help deploy test fuzz check format static bench bench-loader nightly clean
+.PHONY: help deploy test fuzz check format static docs bench bench-loader nightly clean
 
 help: ## list these targets
 	@echo "make deploy TARGET=openvino|onnxruntime|a,b|all  [RECIPE=$(RECIPE)] [OUT=$(OUT)]"
@@ -33,6 +33,9 @@ static: $(STAMP) ## the part of check that runs nothing: formatting, lint, types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+docs: $(STAMP) ## build the site of docs/ into build/site, strictly
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: static test ## what CI runs: formatting, lint, types, tests
 

@@ -281,6 +281,10 @@ class Verified:
     series: tuple[Series, ...] = ()
     """Every timed call, in the order of the verdict's candidates."""
 
+    def _repr_html_(self) -> str:
+        """Show its verdict in a notebook, with the images whose answers changed most."""
+        return _shown(self)
+
 
 @dataclass(frozen=True)
 class Unmeasured:
@@ -295,6 +299,10 @@ class Unmeasured:
     maps: tuple[Maps, ...] = ()
     """As in `Verified`; the float model's alone."""
 
+    def _repr_html_(self) -> str:
+        """Show its verdict in a notebook."""
+        return _shown(self)
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -303,3 +311,18 @@ class Bundle:
     path: Path
     verified: Verified | Unmeasured
     size_bytes: int
+
+    def _repr_html_(self) -> str:
+        """Show its verdict in a notebook, and where it lies."""
+        return _shown(self.verified, self)
+
+
+def _shown(verified: Verified | Unmeasured, bundle: Bundle | None = None) -> str:
+    """Give a verdict as HTML, with the images that changed most where one answer is about one image."""
+    from pipeline.report import fragment  # noqa: PLC0415 - which knows these nouns
+
+    found, images = verified.verdict, verified.evaluation.images
+    shown = {one.index: images[one.index] for one in found.accuracy.worst} if isinstance(found, Verdict) else {}
+    flat = {index: image for index, image in shown.items() if image.ndim == 3}
+    where = (bundle.path, bundle.size_bytes) if bundle else (None, 0)
+    return fragment.html(found, images=flat, path=where[0], size_bytes=where[1])

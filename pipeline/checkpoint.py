@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from device.errors import InputError, first_line
-from pipeline import confined, zipped
+from pipeline import confined, unwrapped, zipped
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "net", "weights")
+"""What a state dict is kept under; an averaged one goes before what it is the average of, as in evaluation."""
 PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DataParallel put before every key."""
 SHOWN = 5
@@ -100,8 +102,12 @@ def _keep(state: Mapping[str, Tensor], place: Path, path: Path, limits: confined
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load `state` into `model`; raise InputError listing missing, unexpected and misshapen keys, or NaN weights."""
+    """Load `state` into `model`, what a training wrapped around it taken off.
+
+    Raises InputError listing missing, unexpected and misshapen keys, or NaN weights.
+    """
     own = model.state_dict()
+    state = unwrapped.fitting(state, set(own))
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     misshapen = [
@@ -125,15 +131,20 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
 def _tensors(stored: object, path: Path) -> dict[str, Tensor]:
     """Find the state dict in what was stored: itself, or under a usual name; drop known prefixes."""
     for name in WRAPPERS:
-        if isinstance(stored, dict) and isinstance(stored.get(name), dict):
-            stored = stored[name]
-    if not isinstance(stored, dict) or not stored or not all(_is_dense(t) for t in stored.values()):
+        inner = stored.get(name) if isinstance(stored, dict) else None
+        if isinstance(inner, dict) and (name not in AVERAGED or _all_dense(inner)):
+            stored = inner
+    if not isinstance(stored, dict) or not _all_dense(stored):
         raise InputError(f"{path} holds a {type(stored).__name__}, expected a state dict of names and dense tensors")
     state = {str(key): tensor for key, tensor in stored.items()}
     for prefix in PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     return state
+
+
+def _all_dense(stored: dict[object, object]) -> bool:
+    return bool(stored) and all(_is_dense(value) for value in stored.values())
 
 
 def _is_dense(value: object) -> bool:

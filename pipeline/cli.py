@@ -14,9 +14,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from device.errors import BitferryError, InputError
-from pipeline import cli_nightly, cli_ship, cli_train
-from pipeline.cli_more import Json, Said, commands
+from pipeline import cli_nightly, cli_ship, cli_train, completion, pages
+from pipeline.cli_more import commands
 from pipeline.cli_train import Processes
+from pipeline.cli_words import (
+    AllowUnmeasured,
+    BuildFolder,
+    Host,
+    Json,
+    Minutes,
+    OutFolder,
+    PrecisionName,
+    PythonThere,
+    Quick,
+    RecipePath,
+    Said,
+    Ssh,
+    TargetNames,
+    Thorough,
+    Trust,
+)
 
 if TYPE_CHECKING:
     from pipeline.measure.latency import Effort
@@ -33,29 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to build.")]
-TargetNames = Annotated[
-    str | None,
-    typer.Option("--target", "-t", help="One or several, as openvino,onnxruntime, or all. Default: the recipe's."),
-]
-BuildFolder = Annotated[Path, typer.Option("--build", help="Where stages keep their output.")]
-OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Where bundles are written.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Time for a second and a half; no throughput.")]
-Thorough = Annotated[bool, typer.Option("--thorough", help="Time for a minute, enough for a 99th percentile.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Load a .pt2 program, which can run code.")]
-AllowUnmeasured = Annotated[
-    bool, typer.Option("--allow-unmeasured", help="Exit 0 also where this machine builds a target and cannot run it.")
-]
-Minutes = Annotated[
-    float | None, typer.Option("--search-minutes", min=0, help="Of precision auto: how long to look for mixes.")
-]
-Host = Annotated[
-    str | None, typer.Option(help="For a bundle: verify it there, over ssh, as user@device; needs Python 3.11.")
-]
-Ssh = Annotated[str, typer.Option(help="With --host: how to call ssh, as 'ssh -p 2222 -i key'.")]
-PythonThere = Annotated[str, typer.Option("--python", help="With --host: the Python there that has the runtime.")]
-PrecisionName = Annotated[str | None, typer.Option("--precision", help="Instead of the recipe's: auto, int8, …")]
 
 
 @app.callback()
@@ -214,7 +208,9 @@ def compile_(
 
 @app.command()
 def verify(
-    subject: Annotated[Path, typer.Argument(metavar="RECIPE|BUNDLE", help="What to verify.")] = DEFAULT_RECIPE,
+    subject: Annotated[
+        Path, typer.Argument(metavar="RECIPE|BUNDLE", help="What to verify.", autocompletion=completion.recipes)
+    ] = DEFAULT_RECIPE,
     target: TargetNames = None,
     build: BuildFolder = Path("build"),
     precision: PrecisionName = None,
@@ -271,13 +267,14 @@ def _stop(*_: object) -> None:
 def _fail(error: Exception) -> None:
     if Said.debug:
         traceback.print_exception(error)
-    typer.echo(f"error: {error}", err=True)
+    typer.echo(f"error: {pages.told(error)}", err=True)
     sys.exit(2)
 
 
 def main() -> None:
     """Run the command line; --quiet, --debug and --download may stand anywhere."""
     signal.signal(signal.SIGINT, _stop)
+    completion.prepare()
     anywhere = [a for a in sys.argv[1:] if a in ("--quiet", "-q", "--debug", "--download")]
     others = [a for a in sys.argv[1:] if a not in anywhere]
     try:

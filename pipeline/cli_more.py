@@ -9,23 +9,17 @@ from typing import Annotated
 
 import typer
 
+from pipeline import completion as completed
+from pipeline.cli_words import Json
+
 commands = typer.Typer()
-
-
-class Said:
-    """What was said beside a command, and holds for any."""
-
-    debug = False
-    download = False
-    """A library may fetch data and weights that a recipe names and that are not there."""
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @commands.command()
 def predict(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", autocompletion=completed.bundles)
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     top: Annotated[int, typer.Option(help="How many classes to print.", min=1)] = 3,
     out: Annotated[Path | None, typer.Option(help="Segmentation: a folder to write masks to.")] = None,
@@ -81,28 +75,84 @@ def doctor(
 
 @commands.command()
 def init(
-    checkpoint: Annotated[Path, typer.Argument(help="A state dict: .pt, .pth or .safetensors.")],
-    images: Annotated[Path, typer.Argument(help="A folder with one folder of images per class.")],
+    model: Annotated[Path, typer.Argument(help="A state dict (.pt, .pth, .safetensors), an .onnx or a .pt2 file.")],
+    images: Annotated[
+        Path, typer.Argument(help="One folder per class, train/ and val/, images/ and masks/, a list, or an .npz.")
+    ],
     source: Annotated[
         str | None,
         typer.Option(help="torchvision:NAME, timm:NAME or module:package.file:factory. Default: guessed."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.toml"),
-    size: Annotated[int, typer.Option(help="Height and width of the model's input, in pixels.", min=1)] = 224,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width of the model's input, in pixels. Default: guessed.", min=1)
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="A text file of the class names in the model's order, one per line.")
+    ] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Load a .pt2 program, which can run code.")] = False,
 ) -> None:
-    """Write a commented recipe for a checkpoint and an image folder.
+    """Write a commented recipe for a model and labelled images, its preprocessing guessed and the guess tried.
 
     Example: bitferry init weights.pth photos/ --source torchvision:mobilenet_v2
     """
     from pipeline import init as init_
 
-    for written in init_.init(checkpoint, images, output, source=source, size=size):
+    for written in init_.init(init_.Asked(model, images, output, source, size, classes, trust)):
         typer.echo(written)
 
 
 @commands.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for all that is made.")] = Path("quickstart"),
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="One that is ready here.", autocompletion=completed.target_names)
+    ] = "openvino",
+    explain: Annotated[
+        bool | None, typer.Option("--explain/--no-explain", help="Say what happens; by default to a terminal only.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes/--pause", "-y", help="Go on by itself, or wait for Enter.")] = True,
+    json_: Json = False,
+) -> None:
+    """Show the whole path in a few minutes, on embedded images: train, quantize, compile, verify, bundle, predict.
+
+    Each stage says what it does and why, what it wrote, and the command that does it alone.
+
+    Example: bitferry quickstart --out tour
+    """
+    import sys
+
+    import targets
+
+    targets.check_name(target)
+    targets.get(target)  # told before torch is imported
+    from pipeline import tour
+
+    def pause() -> None:
+        if not yes and sys.stdin.isatty():
+            input("\n[Enter] ")
+
+    talks = sys.stderr.isatty() if explain is None else explain
+    done = tour.tour(out, target, explain=talks, pause=pause)
+    raise typer.Exit(tour.show(done, as_json=json_))
+
+
+@commands.command()
+def completion(
+    shell: Annotated[completed.Shell, typer.Argument(metavar="bash|zsh|fish", help="Whose script.")],
+) -> None:
+    """Print the script that lets a shell complete commands, options, recipes, targets and precisions.
+
+    Example: bitferry completion bash > ~/.local/share/bash-completion/completions/bitferry
+    """
+    typer.echo(completed.script(shell))
+
+
+@commands.command()
 def pick(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Its model looks at the images.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="Its model looks at the images.", autocompletion=completed.recipes)
+    ],
     images: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images without labels, in any folders.")],
     count: Annotated[int, typer.Option(help="How many to pick.", min=1)] = 256,
     output: Annotated[Path, typer.Option("--output", "-o", help="The list to write.")] = Path("calibration.tsv"),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from device.errors import InputError
-from pipeline.cli_more import Json
+from pipeline import completion
+from pipeline.cli_words import Json
 
 if TYPE_CHECKING:
     from pipeline.measure.latency import Effort
@@ -20,9 +21,17 @@ commands = typer.Typer()
 Nightly = Annotated[Path, typer.Option("--out", "-o", help="The folder of the history and the dashboard.")]
 
 
-RecipePaths = Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="The recipes to build.")]
+RecipePaths = Annotated[
+    list[Path], typer.Argument(metavar="RECIPE...", help="The recipes to build.", autocompletion=completion.recipes)
+]
 TargetNames = Annotated[
-    str, typer.Option("--targets", "-t", help="As openvino,onnxruntime; all takes those that are ready.")
+    str,
+    typer.Option(
+        "--targets",
+        "-t",
+        help="As openvino,onnxruntime; all takes those that are ready.",
+        autocompletion=completion.target_names,
+    ),
 ]
 Precisions = Annotated[str, typer.Option(help="Those of these that a target runs; also auto.")]
 BuildFolder = Annotated[Path, typer.Option("--build", help="Where stages keep their output.")]

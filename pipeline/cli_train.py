@@ -9,11 +9,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_more import Json, Said
+from pipeline.cli_words import BuildFolder, Json, RecipePath, Said
 
 DEFAULT_RECIPE = Path("recipes/fashion-resnet18.toml")
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to train.")]
-BuildFolder = Annotated[Path, typer.Option("--build", help="Where stages keep their output.")]
 Processes = Annotated[
     int, typer.Option(min=1, help="Train on so many processes, each with its share of every batch; a GPU each.")
 ]

@@ -185,6 +185,12 @@ class Built:
     def passed(self) -> bool:
         return self.outcome == "pass"
 
+    def _repr_html_(self) -> str:
+        """Show it in a notebook."""
+        from pipeline.report import fragment  # noqa: PLC0415 - which knows verdicts
+
+        return fragment.html(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(Built):

@@ -6,14 +6,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torchvision
-from PIL import Image
 
 from pipeline import progress
-from tests.conftest import BITFERRY, EMBEDDED, Project
+from tests.conftest import BITFERRY, Project
 
 COMMANDS = (
     "deploy",
@@ -112,33 +109,6 @@ class TestBadInput:
         done = project.bitferry_process("deploy", "small.toml", "--target", "nothing", "--debug")
         assert done.returncode != 0
         assert "Traceback" in done.stderr
-
-
-def test_init_writes_a_recipe_that_deploys(tmp_path: Path) -> None:
-    """A stranger's checkpoint and image folder: the model is told from the checkpoint's names and shapes."""
-    torch.manual_seed(0)
-    torch.save(torchvision.models.squeezenet1_1(num_classes=3).state_dict(), tmp_path / "mine.pth")
-    with np.load(EMBEDDED / "evaluation.npz") as arrays:
-        for label, name in enumerate(("shirt", "trouser", "pullover")):
-            (tmp_path / "photos" / name).mkdir(parents=True)
-            for index in np.flatnonzero(arrays["labels"] == label)[:40]:
-                Image.fromarray(arrays["images"][index]).save(tmp_path / f"photos/{name}/{index}.png")
-    user = Project(tmp_path)
-    done = user.bitferry("init", "mine.pth", "photos", "--output", "small.toml", "--size", "64")
-    assert done.returncode == 0, done.stderr
-    written = user.recipe.read_text()
-    assert 'source = "torchvision:squeezenet1_1"' in written
-    assert "A GUESS" in written
-    assert "overwrite" not in user.refused("init", "mine.pth", "photos", "--output", "small.toml")
-    lists = [
-        set((tmp_path / f"small-{part}.tsv").read_text().splitlines()[1:]) for part in ("calibration", "evaluation")
-    ]
-    assert [len(lines) for lines in lists] == [30, 90]
-    assert not lists[0] & lists[1]
-    user.edit(("accuracy_drop_pp = 1.0", "accuracy_drop_pp = 100"))  # untrained: only the way matters here
-    done = user.bitferry("deploy", "small.toml", "--target", "onnxruntime", "--quick")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "dist/small-onnxruntime-0.1.0/run.pyz").is_file()
 
 
 def test_init_says_when_it_cannot_tell_the_model(project: Project) -> None:

@@ -132,13 +132,28 @@ def _fitted_or_why(job: Job, sample: Sample) -> Fitted | str:
         roomy = None if job.roomy is None else job.roomy.join([_enlarged(image, job.roomy) for image in views])
     except InputError as error:
         return broken.reason(error)
-    mask = None if sample.mask is None else sample.mask.decode(sample.mask.content())
-    if sample.mask is not None and mask is not None and mask.size != views[0].size:
-        sizes = ["×".join(map(str, one.size)) for one in (mask, views[0])]
-        raise InputError(f"the mask {sample.mask.source} is {sizes[0]} pixels, its image {sizes[1]}: {sample.source}")
+    mask = _mask(sample, views[0])
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:32]
     masks = [_placed(mask, contract) for contract in (job.contract, job.roomy)]
     return Fitted(pixels, masks[0], roomy, masks[1], digest, near.hash_of(pixels))
+
+
+def fitted(contract: Preprocessing, sample: Sample) -> tuple[Images, NDArray[np.uint8] | None]:
+    """Give what the model takes of one sample, and its mask; raise InputError for an image that is broken."""
+    views = [view.decode(view.content()) for view in sample.views]
+    pixels = contract.join([contract.finish(image) for image in views])
+    return pixels, _placed(_mask(sample, views[0]), contract)
+
+
+def _mask(sample: Sample, view: Image.Image) -> Image.Image | None:
+    """Decode the sample's mask; raise InputError where it is not as large as its image, the first view."""
+    if sample.mask is None:
+        return None
+    mask = sample.mask.decode(sample.mask.content())
+    if mask.size != view.size:
+        sizes = ["×".join(map(str, one.size)) for one in (mask, view)]
+        raise InputError(f"the mask {sample.mask.source} is {sizes[0]} pixels, its image {sizes[1]}: {sample.source}")
+    return mask
 
 
 def _enlarged(image: Image.Image, roomy: Preprocessing) -> Images:

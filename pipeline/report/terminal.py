@@ -38,6 +38,17 @@ def show(results: Sequence[Result], *, as_json: bool) -> None:
             console.print(f"     {escape(str(result.path))}", soft_wrap=True)
 
 
+def rows(found: Verdict) -> dict[str, str]:
+    """Give a verdict's figures by their names, in the table's order, without colours."""
+    named = {f"{found.target} {found.precision}": f"{found.recipe} {found.version}"}
+    return named | {name: cell for name, cell in _cells(found).items() if name != "verdict"}
+
+
+def show_json(results: Sequence[Result], **more: object) -> None:
+    """Print verdicts on stdout as JSON, beside what else is given."""
+    print(json.dumps({"verdicts": [_fields(result) for result in results], **more}, indent=2, allow_nan=False))
+
+
 def _verdict(result: Result) -> Built:
     return result.verified.verdict if isinstance(result, Bundle) else result.verdict
 

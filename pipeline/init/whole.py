@@ -1,0 +1,95 @@
+"""Models that come with their graph, `.onnx` and `.pt2`: what they take and give, and how they are tried."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from device import onnx_file
+from device.errors import InputError, first_line
+from pipeline.init.trial import Model
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model with its graph."""
+
+    answer: Model
+    """Takes N×3×H×W whatever the file's own layout."""
+    height: int | None
+    width: int | None
+    classes: int | None
+    segments: bool
+    layout: str
+    """NCHW or NHWC."""
+    pixels: bool
+    """Whether it takes uint8 pixels, its normalization inside."""
+
+
+def onnx(path: Path) -> Whole:
+    """Open an ONNX file, looked over before a runtime opens it; raise InputError when it is no image model."""
+    import onnxruntime  # noqa: PLC0415 - for these files only
+
+    if not path.is_file():
+        raise InputError(f"the model {path} does not exist")
+    try:
+        onnx_file.check(path)
+    except InputError as error:  # it advises whoever has a bundle
+        raise InputError(f"{path} is no ONNX file that can be used ({str(error).partition(': ')[2]})") from error
+    try:
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime may raise anything
+        raise InputError(f"{path} cannot be opened by ONNX Runtime: {first_line(error)}") from error
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1:
+        raise InputError(
+            f"{path} has {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); expected one, of images"
+        )
+    layout, height, width = _layout(inputs[0].shape, path)
+    kind = {"tensor(uint8)": np.uint8, "tensor(float16)": np.float16}.get(inputs[0].type, np.float32)
+
+    def answer(images: Tensor) -> Tensor:
+        given = images.numpy() if layout == "NCHW" else images.permute(0, 2, 3, 1).numpy()
+        fixed = isinstance(inputs[0].shape[0], int)
+        groups = [given[i : i + 1] for i in range(len(given))] if fixed else [given]
+        found = [session.run([outputs[0].name], {inputs[0].name: group.astype(kind)})[0] for group in groups]
+        return torch.from_numpy(np.concatenate(found).astype(np.float32))
+
+    shape = outputs[0].shape
+    classes = shape[1] if len(shape) in (2, 4) and isinstance(shape[1], int) else None
+    return Whole(answer, height, width, classes, len(shape) == 4, layout, kind is np.uint8)
+
+
+def _layout(shape: list[int | str | None], path: Path) -> tuple[str, int | None, int | None]:
+    """Tell channels first from last by where the 3 is."""
+    if len(shape) == 4:
+        for layout, channels, sides in (("NCHW", 1, shape[2:]), ("NHWC", 3, shape[1:3])):
+            if shape[channels] == 3:
+                height, width = (side if isinstance(side, int) and side > 0 else None for side in sides)
+                return layout, height, width
+    raise InputError(f"{path} takes {shape}; expected images, N×3×H×W or N×H×W×3")
+
+
+def program(path: Path, trust: bool) -> Whole:
+    """Open an exported program; raise InputError without `trust`, since that can run code."""
+    if not path.is_file():
+        raise InputError(f"the model {path} does not exist")
+    if not trust:
+        raise InputError(f"{path}: an exported program can run code when it is loaded; pass --trust if you trust it")
+    try:
+        exported = torch.export.load(path)
+        taken = [node.meta["val"] for node in exported.graph.nodes if node.name in exported.graph_signature.user_inputs]
+        given = exported.graph_signature.user_outputs[0]
+        made = next(node.meta["val"] for node in exported.graph.nodes if node.name == given)
+    except Exception as error:  # torch raises a dozen kinds on a file that is no .pt2
+        raise InputError(f"{path} is not an exported program (.pt2): {first_line(error)}") from error
+    if len(taken) != 1 or taken[0].ndim != 4 or taken[0].shape[1] != 3:
+        shapes = [list(one.shape) for one in taken]
+        raise InputError(f"{path} takes {shapes}; expected one input of images, N×3×H×W")
+    height, width = (side if isinstance(side, int) else None for side in taken[0].shape[2:])
+    classes = made.shape[1] if made.ndim in (2, 4) and isinstance(made.shape[1], int) else None
+    return Whole(exported.module(), height, width, classes, made.ndim == 4, "NCHW", False)

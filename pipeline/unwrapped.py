@@ -1,0 +1,42 @@
+"""A state dict as training scripts wrap it: prefixes before every name, averaged copies, losses beside the model."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+AVERAGED = ("ema.", "model_ema.", "ema_model.", "averaged_model.")
+"""What exponential moving averages are kept under; they are what such a training evaluates."""
+PREFIXES = (*AVERAGED, "_orig_mod.", "module.", "model.", "net.", "network.", "backbone.")
+COUNTERS = ("n_averaged", "num_updates", "decay")
+"""What torch's AveragedModel and its like keep beside the weights."""
+MOST = 32
+
+
+def forms(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield the state dict as it is, then without each wrapper around it, averaged copies before others."""
+    waiting, seen = [dict(state)], set[frozenset[str]]()
+    while waiting and len(seen) < MOST:
+        form = waiting.pop(0)
+        names = frozenset(form)
+        if names in seen:
+            continue
+        seen.add(names)
+        yield form
+        if any(name in form for name in COUNTERS):
+            waiting.insert(0, {name: tensor for name, tensor in form.items() if name not in COUNTERS})
+        parts = [_under(form, prefix) for prefix in PREFIXES]
+        waiting = [part for part in parts if part] + waiting
+
+
+def fitting(state: Mapping[str, Tensor], names: set[str]) -> Mapping[str, Tensor]:
+    """Give the form whose names are these, counters of batches aside; the state dict itself where none is."""
+    wanted = _counted(names)
+    return next((form for form in forms(state) if _counted(set(form)) == wanted), state)
+
+
+def _under(form: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in form.items() if name.startswith(prefix)}
+
+
+def _counted(names: set[str]) -> set[str]:
+    return {name for name in names if not name.endswith("num_batches_tracked")}
