@@ -23,6 +23,8 @@ from targets import Options, Precision, Scheme
 if TYPE_CHECKING:
     from torch import nn
 
+    from pipeline.training.record import Record
+
 Labels = NDArray[np.integer[Any]]
 """N class indices; for multi-label data N×K, 1 where an image is of the class and 0 where it is not; for segmentation
 N×H×W uint8, a class index for each pixel or 255 where none counts."""
@@ -92,6 +94,8 @@ class FloatModel:
     key: str
     precision: Precision = "float32"
     quantized = False
+    record: "Record | None" = None
+    """What the file of weights says that they reach."""
 
     @property
     def baseline(self) -> "FloatModel":

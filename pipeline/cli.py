@@ -7,14 +7,16 @@ import json
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from device.errors import BitferryError, InputError
-from pipeline import cli_nightly, cli_ship
+from pipeline import cli_nightly, cli_ship, cli_train
 from pipeline.cli_more import Json, commands
+from pipeline.cli_train import Download, Processes
 
 if TYPE_CHECKING:
     from pipeline.measure.latency import Effort
@@ -78,7 +80,7 @@ def _run(recipe: "Recipe", path: Path, build: Path, trust: bool, effort: "Effort
     from pipeline.run import Run
 
     memory.keep_freed()
-    return Run(recipe, path, Cache(build / recipe.name), trust, effort, _State.download)
+    return Run(recipe, path, Cache(build / recipe.name), trust, effort, download=_State.download)
 
 
 def _each(path: Path, names: str | None, build: Path, trust: bool, precision: str | None) -> "list[Deployment]":
@@ -120,6 +122,8 @@ def deploy(
     quick: Quick = False,
     thorough: Thorough = False,
     allow_unmeasured: AllowUnmeasured = False,
+    processes: Processes = 1,
+    download: Download = False,
     json_: Json = False,
 ) -> None:
     """Build, verify and bundle for every target named.
@@ -134,20 +138,13 @@ def deploy(
     from pipeline.deploy import deploy as deploy_
     from pipeline.report import terminal
 
-    results = deploy_(_run(chosen, recipe, build, trust, _effort(quick, thorough)), names, out)
+    run = _run(chosen, recipe, build, trust, _effort(quick, thorough))
+    results = deploy_(replace(run, processes=processes, download=download or run.download), names, out)
     terminal.show(results, as_json=json_)
     raise typer.Exit(terminal.exit_code(results, allow_unmeasured=allow_unmeasured))
 
 
-@app.command()
-def train(recipe: RecipePath = DEFAULT_RECIPE, build: BuildFolder = Path("build"), json_: Json = False) -> None:
-    """Train the recipe's model on its training images.
-
-    Example: bitferry train recipes/fashion-resnet18.toml
-    """
-    from pipeline.recipe import read
-
-    _print_paths({"weights": _run(read(recipe), recipe, build, False).weights.path}, json_)
+app.command()(cli_train.train)
 
 
 @app.command()
@@ -264,6 +261,7 @@ def verify(
 app.command(name="bundle")(deploy)
 
 
+app.command()(cli_train.tune)
 app.add_typer(commands)
 app.add_typer(cli_ship.commands)
 app.add_typer(cli_nightly.commands)

@@ -11,12 +11,15 @@ from pipeline.measure.golden import LEAST_LIMIT
 from pipeline.measure.segmentation import constant_percent
 from pipeline.recipe import Budget
 from pipeline.statistics import binomial_tail
+from pipeline.training.record import Record
 from pipeline.verdict import Golden, Ladder, Outcome
 
 GUESSING = 0.05
 """How likely as many right answers by guessing may be before a float model is said to know nothing."""
 SHORT_OF_KNOWN = 2.0
 """How many points a float model may be below what it is known to reach: of another sample, another decoder."""
+SPREADS = 3.0
+"""How many standard deviations of both samples are allowed besides."""
 ANY_DROP = 100.0
 """A budget that allows this is not about accuracy."""
 Check = tuple[Outcome, str]
@@ -32,14 +35,17 @@ class Measured:
     golden: Golden
 
 
-def judge(measured: Measured, budget: Budget, labels: Labels, what: str) -> tuple[Outcome, str, tuple[str, ...]]:
+def judge(
+    measured: Measured, budget: Budget, labels: Labels, what: str, record: Record | None = None
+) -> tuple[Outcome, str, tuple[str, ...]]:
     """Pass when every bound is inside the budget, fail when one is outside, otherwise undecided.
 
-    `what` names the artifact, as in `int8 on openvino`. Gives the outcome, the headline and the reasons.
+    `what` names the artifact, as in `int8 on openvino`; `record` is what its weights' file says.
+    Gives the outcome, the headline and the reasons.
     """
     drop, reason, _ = judge_accuracy(measured.accuracy, budget.accuracy_drop_pp)
     checks = [(drop, reason), _speed(measured.latency, budget), *_baseline(measured.accuracy, labels, budget)]
-    checks += _golden(measured.golden)
+    checks += [*_recorded(measured.accuracy, record), *_golden(measured.golden)]
     outcomes = [outcome for outcome, _ in checks]
     worst: Outcome = "fail" if "fail" in outcomes else "undecided" if "undecided" in outcomes else "pass"
     said = headline(worst, drop, what, measured, budget)
@@ -105,6 +111,23 @@ def _baseline(accuracy: Accuracy, labels: Labels, budget: Budget) -> list[Check]
         told = f"the float model itself is right on {right / len(labels):.1%}, and guessing gives {chance:.1%}"
     remedy = "check labels, class order, weights and preprocessing, or allow a drop of 100 pp to judge speed alone"
     return [("undecided", f"{told}: {remedy}")] if guesses else []
+
+
+def _recorded(accuracy: Accuracy, record: Record | None) -> list[Check]:
+    """Hold the float model against what its training recorded: more below it than two samples of images differ by."""
+    judged = accuracy.judged
+    if record is None or record.percent is None or record.metric != judged.metric or not record.images:
+        return []
+    share = min(max(record.percent / 100, judged.float_percent / 100), 1 - 1 / (record.images + 2))
+    spread = 100 * (share * (1 - share) * (1 / record.images + 1 / accuracy.images)) ** 0.5
+    if judged.float_percent >= record.percent - SHORT_OF_KNOWN - SPREADS * spread:
+        return []
+    told = (
+        f"the float model itself reaches {judged.metric} {judged.float_percent:.1f} %, not the {record.percent:.1f} %"
+    )
+    cause = f"the preprocessing is another one: {', '.join(record.differences)}" if record.differences else ""
+    remedy = cause or "the images, their labels or the order of the classes are not those it was trained with"
+    return [("fail", f"{told} that its training recorded in the weights' file; {remedy}")]
 
 
 def _float_percent(accuracy: Accuracy, metric: str) -> float:

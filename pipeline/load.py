@@ -16,6 +16,7 @@ from pipeline import cache, checkpoint, imports, progress
 from pipeline.artifacts import FloatModel
 from pipeline.measure.metrics import Task
 from pipeline.recipe import Recipe
+from pipeline.training import record
 
 PACKAGES = {
     "torchvision": ("torch", "torchvision"),
@@ -73,10 +74,12 @@ def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: 
     if kind != "pt2":  # an exported program refuses: it stays what it was exported as
         deployable.eval()
     _check_scores(deployable, recipe)
+    given = recipe.model.weights
     return FloatModel(
         eager=deployable,
         preprocessing=recipe.preprocessing,
         classes=recipe.classes,
+        record=record.check(given, recipe) if given else None,
         key=cache.key(
             "load",
             code=__file__,

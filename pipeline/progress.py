@@ -37,8 +37,11 @@ def timed(name: str, of: str = "") -> Iterator[None]:
     stage(name, f"{of} done in {time.perf_counter() - start:.1f} s".strip())
 
 
-def track(items: Iterable[T], text: str, *, total: int) -> Iterator[T]:
-    """Yield the items with a bar that counts them; silent when stderr is no terminal or --quiet was given."""
+def track(items: Iterable[T], text: str, *, total: int, told: Callable[[], str] | None = None) -> Iterator[T]:
+    """Yield the items with a bar that counts them; silent when stderr is no terminal or --quiet was given.
+
+    `told` gives what stands beside the bar as the work goes on, in place of the text.
+    """
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar:
         task = bar.add_task(text, total=total)
@@ -46,7 +49,7 @@ def track(items: Iterable[T], text: str, *, total: int) -> Iterator[T]:
             if any(over() for over in _over):
                 raise Stopped
             yield item
-            bar.advance(task)
+            bar.update(task, advance=1, description=told() if told else text)
 
 
 def counted(text: str) -> Callable[[Sequence[T]], Iterator[T]]:

@@ -12,7 +12,8 @@ from device.errors import InputError
 from pipeline import cache
 from pipeline.artifacts import Calibration, FloatModel, Quantized, Split
 from pipeline.capture import captured, export_program, quiet_imports
-from pipeline.recipe import Quantization, Training
+from pipeline.recipe import Quantization
+from pipeline.training.settings import Training
 from targets import Scheme, usable_cpus
 
 STEPS = [

@@ -29,6 +29,8 @@ from pipeline.data.source import Data, Part, Sizes, Table
 from pipeline.measure import metrics
 from pipeline.measure.metrics import COUNTED, TORCHMETRICS, Task
 from pipeline.section import Beside, Section, beside_recipe
+from pipeline.training import settings
+from pipeline.training.settings import Training
 from targets import Options, Precision
 
 
@@ -57,16 +59,6 @@ class Model(Section):
     weights: Beside | None = None
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the model's constructor."""
-
-
-class Training(Section):
-    epochs: Annotated[int, Field(gt=0)] = 10
-    batch_size: Annotated[int, Field(gt=1)] = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    horizontal_flip: bool = False
-    seed: int = 0
 
 
 class Quantization(Section):
@@ -164,8 +156,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_its_task(self) -> "Recipe":
         faults = [*_metric_faults(self)]
-        if self.task == "multilabel" and self.training.label_smoothing:
-            faults.append("training.label_smoothing is for classification only; take it out for task 'multilabel'")
+        faults += settings.faults(self.training, self.task, self.model.weights is None)
         if self.task == "segmentation" and len(self.classes) > IGNORED:
             told = f"{len(self.classes)} classes, at most {IGNORED} for task 'segmentation', whose masks are 8-bit"
             faults.append(f"classes: {told}")

@@ -56,8 +56,10 @@ class Run:
     build: Cache
     trust: bool = False
     effort: Effort = "default"
+    processes: int = 1
+    """That train, each with its share of every batch."""
     download: bool = False
-    """Whether torchvision may fetch data that is not there."""
+    """Whether a library may fetch data, or weights that training starts from, which are not there."""
 
     @cached_property
     def calibration(self) -> Split:
@@ -80,7 +82,8 @@ class Run:
         if self.recipe.model.source.startswith("pt2:"):
             raise InputError(f"recipe '{self.recipe.name}' has an exported program, which is not trained")
         self.check_data()
-        return train(self.recipe, self.training, self.build, folder=self.path.parent)
+        recipe, folder = self.recipe, self.path.parent
+        return train(recipe, self.training, self.build, folder=folder, processes=self.processes, download=self.download)
 
     @cached_property
     def model(self) -> FloatModel:

@@ -169,7 +169,11 @@ def _percent(answers: Kept, evaluation: Split, recipe: Recipe) -> float:
 def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, command: str) -> Verdict:
     compiled = way.compiled
     outcome, headline, reasons = judge(
-        measured, recipe.budget, evaluation.labels, f"{compiled.precision} on {compiled.target}"
+        measured,
+        recipe.budget,
+        evaluation.labels,
+        f"{compiled.precision} on {compiled.target}",
+        way.program.baseline.record,
     )
     return Verdict(
         outcome=outcome,

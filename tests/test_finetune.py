@@ -15,7 +15,7 @@ from pipeline.load import Deployable
 from pipeline.quantization import finetune
 from pipeline.quantization.finetune import Course
 from pipeline.quantization.graph import layers, quality, rounded_answers
-from pipeline.recipe import Training
+from pipeline.training.settings import Training
 from targets import Scheme
 from tests.conftest import Project, subset
 from tests.test_quantization import CONTRACT, Inverted, ready

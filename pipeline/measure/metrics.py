@@ -181,6 +181,11 @@ def build(name: str, options: Mapping[str, object], task: Task, classes: int) ->
     return metric
 
 
+def higher_is_better(name: str, options: Mapping[str, object], task: Task, classes: int) -> bool:
+    """Say whether more of a metric is better, as of all that are counted here."""
+    return not name.startswith(TORCHMETRICS) or bool(build(name, options, task, classes).higher_is_better)
+
+
 def _trial(metric: "Metric", task: Task, classes: int) -> object:
     import torch  # noqa: PLC0415 - seconds to import, for these metrics only
 

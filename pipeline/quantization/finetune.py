@@ -21,7 +21,7 @@ from device.errors import StageFailed, first_line
 from pipeline import progress
 from pipeline.quantization.graph import Layer, activations, grids, layers, set_mode
 from pipeline.quantization.learned import LearnedRange, noise
-from pipeline.recipe import Training
+from pipeline.training.settings import Training
 
 SECONDS = 30.0
 """Between two checkpoints."""
@@ -49,7 +49,7 @@ class Course:
     def size(self) -> int:
         """Give the images of a step: the recipe's batch, or as many as are a moderate number of pixels."""
         each = int(self.images[0].size) // 3
-        return max(1, min(self.training.batch_size, len(self.images), MOST_PIXELS // each))
+        return max(1, min(self.training.fixed_batch, len(self.images), MOST_PIXELS // each))
 
     @property
     def steps(self) -> int:

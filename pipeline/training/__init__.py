@@ -1,0 +1,1 @@
+"""Training and fine-tuning, step by step; `pipeline/train.py` is the stage."""
