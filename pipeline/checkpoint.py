@@ -1,6 +1,7 @@
 """State dicts: read without running anything in them, and put into a model that they must fit."""
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +17,8 @@ from pipeline import confined, zipped
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DataParallel put before every key."""
+OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.")
+"""torchvision's DenseNet files have names with a dot, as norm.1, which its own code renames as well."""
 SHOWN = 5
 MEMORY, COPIES = 1 << 30, 4
 """Bytes that reading may take, and as many again as the file has, times this."""
@@ -133,7 +136,7 @@ def _tensors(stored: object, path: Path) -> dict[str, Tensor]:
     for prefix in PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
+    return {OLD_DENSENET.sub(r"\1\2.", key): tensor for key, tensor in state.items()}
 
 
 def _is_dense(value: object) -> bool:
