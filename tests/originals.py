@@ -117,7 +117,8 @@ def voc(root: Path, *, train: int, val: int) -> None:
         (folder / name).mkdir(parents=True)
     found = pictures(train + val, size=(50, 37))
     for split, count in (("train", train), ("val", val)):
-        names = [f"2007_{i:06}" for i in range(count if split == "train" else 1000, 1000 + count)][-count:]
+        first = 0 if split == "train" else 1000
+        names = [f"2007_{i:06}" for i in range(first, first + count)]
         for name in names:
             image, label = next(found)
             Image.fromarray(image).save(folder / f"JPEGImages/{name}.jpg", quality=95)
