@@ -14,11 +14,11 @@ ARGS   ?=
 RECIPES ?= $(wildcard recipes/fashion-*.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help deploy test fuzz check format static bench nightly clean
+.PHONY: help deploy test fuzz check format static bench bench-loader nightly clean
 
 help: ## list these targets
 	@echo "make deploy TARGET=openvino|onnxruntime|a,b|all  [RECIPE=$(RECIPE)] [OUT=$(OUT)]"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 deploy: $(STAMP) ## build, verify and bundle RECIPE for TARGET into OUT
 	@$(BIN)/bitferry deploy "$(RECIPE)" $(if $(TARGET),--target "$(TARGET)") --out "$(OUT)"
@@ -42,6 +42,9 @@ format: $(STAMP) ## format the code
 
 bench: $(STAMP) $(PEERS_STAMP) ## compare RECIPE in int8 with other tools; ARGS, as "--jobs --readme", to benchmarks/peers.py
 	@$(BIN)/python benchmarks/peers.py "$(RECIPE)" --nncf "$(PEERS)/bin/python" $(ARGS)
+
+bench-loader: $(STAMP) ## time the loader beside torchvision's on FOLDER's photographs; ARGS, as "--docs"
+	@$(BIN)/python benchmarks/loader.py $(FOLDER) $(ARGS)
 
 nightly: $(STAMP) ## the nightly matrix of RECIPES; ARGS, as "--targets openvino --quick", to bitferry matrix
 	@$(BIN)/bitferry matrix $(RECIPES) $(ARGS)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 from torchvision.transforms.v2.functional import InterpolationMode
 
+from device.arrays import Images
 from device.pixels import IGNORED
 from pipeline.augmentation import Augmentation
 
@@ -27,19 +28,22 @@ Random = np.random.Generator
 class Geometry:
     """What moves pixels, which the mask needs too."""
 
-    crop: Place | None
+    crop: Place
     flips: tuple[bool, bool]
     """Left to right, top to bottom."""
     angle: float
 
 
 def sample(
-    views: Tensor, mask: Tensor | None, size: tuple[int, int], how: Augmentation, random: Random
+    views: Images, mask: Images | None, size: tuple[int, int], how: Augmentation, random: Random
 ) -> list[Tensor]:
-    """Change one sample's views, V×3×H×W uint8, and its mask, H×W; give both, of the size that the model takes."""
-    geometry = _geometry(how, views.shape[-2:], random)
-    changed = _moved(views, size, geometry, BILINEAR, [int(one) for one in views.float().mean((0, 2, 3))])
-    moved = None if mask is None else _moved(mask[None, None], size, geometry, NEAREST, [IGNORED])
+    """Change one sample's views, V×H×W×3, and its mask, H×W; give both of the size that the model takes, V×3×H×W.
+
+    Of what is cut out nothing else is read, so that images may stay in a mapped file.
+    """
+    geometry = _geometry(how, views.shape[1:3], random)
+    changed = _moved(_cut(views, geometry), size, geometry.angle, BILINEAR)
+    moved = None if mask is None else _moved(_cut(mask[None, ..., None], geometry), size, geometry.angle, NEAREST)
     changed = _coloured(changed, how, random)
     changed, moved = _automatic(changed, moved, how, random)
     if how.erase and random.random() < how.erase:
@@ -51,8 +55,17 @@ def sample(
     return [changed] if moved is None else [changed, moved[0, 0]]
 
 
+def _cut(images: Images, to: Geometry) -> Tensor:
+    """Copy a rectangle of images N×H×W×C, mirrored where that is asked: here one copy does both."""
+    top, left, height, width = to.crop
+    part = images[:, top : top + height, left : left + width]
+    part = part[:, :, ::-1] if to.flips[0] else part
+    return torch.from_numpy(np.array(part[:, ::-1] if to.flips[1] else part)).permute(0, 3, 1, 2)
+
+
 def _geometry(how: Augmentation, size: tuple[int, ...], random: Random) -> Geometry:
-    crop = None if how.crop is None else _rectangle((size[0], size[1]), how.crop, how.ratio, random)
+    whole = (0, 0, size[0], size[1])
+    crop = whole if how.crop is None else _rectangle((size[0], size[1]), how.crop, how.ratio, random)
     flips = tuple(asked and bool(random.random() < 0.5) for asked in (how.horizontal_flip, how.vertical_flip))
     angle = float(random.uniform(-how.rotate, how.rotate)) if how.rotate else 0.0
     return Geometry(crop, (flips[0], flips[1]), angle)
@@ -70,14 +83,14 @@ def _rectangle(size: tuple[int, int], area: tuple[float, float], ratio: tuple[fl
     return 0, 0, height, width
 
 
-def _moved(images: Tensor, size: tuple[int, int], to: Geometry, how: InterpolationMode, fill: list[int]) -> Tensor:
-    if to.crop is not None:
-        images = tv.resized_crop(images, *to.crop, list(size), how, antialias=how is BILINEAR)
-    elif images.shape[-2:] != size:
+def _moved(images: Tensor, size: tuple[int, int], angle: float, how: InterpolationMode) -> Tensor:
+    if images.shape[-2:] != size:
         images = tv.resize(images, list(size), how, antialias=how is BILINEAR)
-    images = tv.horizontal_flip(images) if to.flips[0] else images
-    images = tv.vertical_flip(images) if to.flips[1] else images
-    return tv.rotate(images, to.angle, how, fill=fill) if to.angle else images
+    if not angle:
+        return images
+    fill = [float(IGNORED)] if how is NEAREST else [float(one) for one in images.float().mean((0, 2, 3)).round()]
+    turned: Tensor = tv.rotate(images, angle, how, fill=fill)
+    return turned
 
 
 def _coloured(images: Tensor, how: Augmentation, random: Random) -> Tensor:
@@ -111,7 +124,8 @@ def _automatic(images: Tensor, mask: Tensor | None, how: Augmentation, random: R
 
 def _affine(images: Tensor, how: InterpolationMode, fill: int, *, shift: tuple[int, int] = (0, 0),
             shear: tuple[float, float] = (0.0, 0.0), angle: float = 0.0) -> Tensor:  # fmt: skip
-    return tv.affine(images, angle, list(shift), 1.0, list(shear), how, [float(fill)])
+    moved: Tensor = tv.affine(images, angle, list(shift), 1.0, list(shear), how, [float(fill)])
+    return moved
 
 
 Move = Callable[[Tensor, float, InterpolationMode, int], Tensor]

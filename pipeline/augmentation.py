@@ -8,8 +8,6 @@ from pydantic import Field, field_validator
 from pipeline.section import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
-MOST_ROOM = 2.0
-"""How many times larger than the model's input images are kept at most, for crops."""
 
 
 class Augmentation(Section):
@@ -21,6 +19,8 @@ class Augmentation(Section):
     """Smallest and largest share of the image's area that is cut out and resized to the model's input."""
     ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (3 / 4, 4 / 3)
     """Narrowest and widest of those, as width over height against the input's."""
+    margin: Annotated[float, Field(ge=1, le=4)] = 1.25
+    """With `crop`, how many times larger images are kept than they are resized to, so that crops have real pixels."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Degrees, at most, either way."""
     brightness: Share = 0.0
@@ -43,14 +43,14 @@ class Augmentation(Section):
 
     @property
     def room(self) -> float:
-        """Give how many times larger images are kept: so that the smallest crop is not enlarged, twice at most."""
-        return 1.0 if self.crop is None else min(MOST_ROOM, max(1.0, self.crop[0] ** -0.5))
+        """Give how many times larger images are kept."""
+        return 1.0 if self.crop is None else self.margin
 
     @property
     def only_flips(self) -> bool:
         """Say whether images are mirrored and nothing else, or stay as they are."""
-        plain = Augmentation(horizontal_flip=self.horizontal_flip, vertical_flip=self.vertical_flip, ratio=self.ratio)
-        return self == plain
+        others = {"horizontal_flip": False, "vertical_flip": False, "ratio": (1, 1), "margin": 1}
+        return self.model_copy(update=others) == Augmentation().model_copy(update=others)
 
 
 def with_alias(given: object) -> object:

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from pipeline.augmentation import Augmentation
 from pipeline.measure.metrics import Task
 from targets import usable_cpus
 
-Order = Sequence[int] | NDArray[np.integer]  # type: ignore[type-arg]
+Order = Sequence[int] | NDArray[np.integer[Any]]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -54,7 +55,9 @@ def batches(
                 one.cancel()
 
 
-def _batch(split: Split, how: Augmentation, task: Task, seed: int, number: int, rows: NDArray[np.integer]) -> Batch:  # type: ignore[type-arg]
+def _batch(
+    split: Split, how: Augmentation, task: Task, seed: int, number: int, rows: NDArray[np.integer[Any]]
+) -> Batch:
     random = np.random.default_rng([seed, number])
     masked = task == "segmentation"
     if how.only_flips:
@@ -62,26 +65,26 @@ def _batch(split: Split, how: Augmentation, task: Task, seed: int, number: int, 
     size = (int(split.images.shape[-3]), int(split.images.shape[-2]))
     images = split.images if split.roomy is None else split.roomy.images
     masks = split.labels if split.roomy is None or split.roomy.masks is None else split.roomy.masks
-    made = torch.empty((len(rows), *split.images.shape[1:]), dtype=torch.uint8)
-    labels = torch.from_numpy(np.array(split.labels[rows]))
+    made = np.empty((len(rows), *split.images.shape[1:]), np.uint8)
+    labels = np.array(split.labels[rows])
     for place, row in enumerate(rows):
-        views = torch.from_numpy(np.array(images[row])).reshape(-1, *images.shape[-3:]).permute(0, 3, 1, 2)
-        mask = torch.from_numpy(np.array(masks[row])) if masked else None
-        changed = augment.sample(views, mask, size, how, random)
-        made[place] = changed[0].permute(0, 2, 3, 1).reshape(made.shape[1:])
+        views = images[row].reshape(-1, *images.shape[-3:])
+        changed = augment.sample(views, masks[row] if masked else None, size, how, random)
+        # NumPy's copy, since PyTorch's would wake a team of threads for each image in each of ours.
+        made[place] = changed[0].permute(0, 2, 3, 1).numpy().reshape(made.shape[1:])
         if masked:
-            labels[place] = changed[1]
-    return made, labels
+            labels[place] = changed[1].numpy()
+    return torch.from_numpy(made), torch.from_numpy(labels)
 
 
 def _flipped(
     images: NDArray[np.uint8],
-    labels: NDArray[np.integer],
+    labels: NDArray[np.integer[Any]],
     how: Augmentation,
     random: np.random.Generator,
     *,
     masked: bool,
-) -> Batch:  # type: ignore[type-arg]
+) -> Batch:
     """Mirror whole batches at once, which is all that many recipes ask for."""
     for asked, axis in ((how.horizontal_flip, -1), (how.vertical_flip, -2)):
         if asked:

@@ -266,7 +266,8 @@ def _known_keys(where: tuple[str | int, ...]) -> list[str]:
     if where[0] == "preprocessing":
         return list(Preprocessing.__dataclass_fields__)
     if where[0] == "data":
-        inner = {"table": Table, "split": Sizes, "part": Part}.get(str(where[-1]), Data)
+        tables: dict[str, type[Section]] = {"table": Table, "split": Sizes, "part": Part}
+        inner = tables.get(str(where[-1]), Data)
         return [*inner.model_fields, *(("source", "split", "manifest") * (inner is Data))]
     section = Recipe.model_fields[str(where[0])].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

@@ -6,7 +6,6 @@ import re
 import time
 from collections import Counter
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -448,8 +447,8 @@ def test_a_multi_label_model_is_trained_and_measured(project: Project) -> None:
     read = recipe.read(project.recipe)
     build = Cache(project.folder / "build")
     splits = [
-        dataset.split(name, path, read.classes, read.preprocessing, build, task=read.task)
-        for name, path in (("train", Path(read.data.train or "")), ("evaluation", read.data.evaluation))
+        dataset.split(name, read.data.splits()[name], read.classes, read.preprocessing, build, task=read.task)
+        for name in ("train", "evaluation")
     ]
     leaks.refuse(*splits)
     weights = train(read, splits[0], build, folder=project.folder)

@@ -13,7 +13,7 @@ from tests.conftest import ROOT, Project
 def test_the_recipes_in_the_repository_are_valid(path: Path) -> None:
     read = recipe.read(path)
     assert read.name == path.stem
-    assert read.data.calibration.parts[: len(ROOT.parts)] == ROOT.parts
+    assert Path(str(read.data.calibration)).parts[: len(ROOT.parts)] == ROOT.parts
 
 
 @pytest.mark.parametrize(

@@ -207,12 +207,12 @@ def test_pictures_saved_again_are_found_and_others_are_not(tmp_path: Path, capsy
     assert len({pair[:2] for pair in found} - right) <= 1
     build = Cache(tmp_path / "build")
     with pytest.raises(
-        InputError, match=r"of the 230 train images look like images of another split: .* set data\.near"
+        InputError, match=r"of the 200 evaluation images look like images of another split: .* set data\.near"
     ):
         near.refuse([mine, other], build, allow=False)
     pairs = near.refuse([mine, other], build, allow=True)
     assert {pair.other_split for pair in pairs} == {"evaluation"}
-    assert "train images look like" in capsys.readouterr().err
+    assert "evaluation images look like" in capsys.readouterr().err
 
 
 def test_the_search_misses_no_pair_within_its_bits() -> None:

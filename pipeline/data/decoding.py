@@ -109,7 +109,9 @@ def _arrays(
 def _put(arrays: dict[str, "np.memmap[tuple[int, ...], np.dtype[np.uint8]]"], row: int, one: Fitted) -> None:
     values = {"images": one.pixels, "masks": one.mask, "roomy": one.roomy, "roomy_masks": one.roomy_mask}
     for name, array in arrays.items():
-        array[row] = values[name]
+        value = values[name]
+        if value is not None:
+            array[row] = value
 
 
 def _shorten(path: Path, count: int) -> None:
@@ -127,7 +129,7 @@ def _fitted_or_why(job: Job, sample: Sample) -> Fitted | str:
     try:
         views = [view.decode(view.content()) for view in sample.views]
         pixels = job.contract.join([job.contract.finish(image) for image in views])
-        roomy = None if job.roomy is None else job.roomy.join([job.roomy.finish(image) for image in views])
+        roomy = None if job.roomy is None else job.roomy.join([_enlarged(image, job.roomy) for image in views])
     except InputError as error:
         return broken.reason(error)
     mask = None if sample.mask is None else sample.mask.decode(sample.mask.content())
@@ -137,6 +139,23 @@ def _fitted_or_why(job: Job, sample: Sample) -> Fitted | str:
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:32]
     masks = [_placed(mask, contract) for contract in (job.contract, job.roomy)]
     return Fitted(pixels, masks[0], roomy, masks[1], digest, near.hash_of(pixels))
+
+
+def _enlarged(image: Image.Image, roomy: Preprocessing) -> Images:
+    """Resize and crop an image that only training sees, by PyTorch: three times as fast as Pillow, a level apart."""
+    import torch  # noqa: PLC0415 - only a training takes long enough
+    from torchvision.transforms.v2 import InterpolationMode, functional  # noqa: PLC0415
+
+    height, width = roomy.height, roomy.width
+    if roomy.resize is not None:
+        scale = roomy.resize / min(image.size)
+        height, width = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    how = InterpolationMode.BICUBIC if roomy.interpolation in ("bicubic", "lanczos") else InterpolationMode.BILINEAR
+    resized = functional.resize(pixels, [height, width], how, antialias=True).permute(1, 2, 0).numpy()
+    top, left = round((height - roomy.height) / 2), round((width - roomy.width) / 2)
+    cut = resized[top : top + roomy.height, left : left + roomy.width]
+    return np.ascontiguousarray(cut[..., ::-1] if roomy.color == "BGR" else cut)
 
 
 def _placed(mask: Image.Image | None, contract: Preprocessing | None) -> NDArray[np.uint8] | None:

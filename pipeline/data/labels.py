@@ -66,7 +66,7 @@ def of_value(value: object, own: Sequence[int] | None, classes: Sequence[str], t
     """
     if isinstance(value, str):
         return of_text(value, classes, task, where)
-    values = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+    values: list[Any] = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     if task == "multilabel" and len(values) == len(classes) and all(isinstance(one, bool | float) for one in values):
         if strange := sorted({float(one) for one in values} - {0.0, 1.0}):
             raise InputError(f"{where}: expected a 0 or 1 for each class, found {strange[0]:g}")

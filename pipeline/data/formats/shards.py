@@ -80,7 +80,7 @@ def _members(shard: Path) -> Iterator[Member]:
             for one in archive:
                 if one.isreg() and not one.issparse():
                     yield Member(shard, one.name, one.offset_data, one.size)
-                archive.members = []  # else it keeps all of them
+                archive.members = []  # type: ignore[attr-defined]  # it keeps all of them, of which there are millions
     except (tarfile.TarError, OSError, ValueError) as error:
         raise InputError(f"{shard} is not a tar file that can be read: {error}") from error
     if shard.stat().st_size % tarfile.BLOCKSIZE:

@@ -125,7 +125,7 @@ def _plain(name: object) -> str:
 
 def _targets(opened: Any) -> Sequence[Any] | None:
     kept = (getattr(opened, name, None) for name in TARGETS)
-    return next((one for one in kept if hasattr(one, "__len__") and len(one) == len(opened)), None)
+    return next((one for one in kept if one is not None and len(one) == len(opened)), None)
 
 
 def _pixels(opened: Any, index: int) -> bytes:
