@@ -8,7 +8,7 @@ from pipeline import augmentation, cache, load, loader
 from pipeline.artifacts import Split, Weights
 from pipeline.load import PACKAGES
 from pipeline.recipe import Recipe
-from pipeline.training import batch, machine, processes, start, state
+from pipeline.training import batch, course, machine, processes, start, state
 from pipeline.training.course import Job
 
 CODE = [
@@ -34,7 +34,7 @@ def train(
     job, key = prepare(recipe, data, build, folder=folder, download=download)
     done = build.folder("train", key, partial(_train, job, processes))
     state.remove(job.checkpoint)
-    return Weights(done / "weights.safetensors", key)
+    return Weights(done / course.WEIGHTS, key)
 
 
 def prepare(
@@ -63,7 +63,7 @@ def prepare(
         data=data.key,
     )
     kept, curves = build.root / f".train-{key}.pt", build.root / "curves" / key
-    return Job(recipe, folder, data, begin, size, precision, kept, curves, Path()), key
+    return Job(recipe, folder, data, begin, size, precision, kept, curves, Path(), course.SECONDS), key
 
 
 def _train(job: Job, count: int, out: Path) -> None:

@@ -24,6 +24,7 @@ COMMANDS = (
     "compile",
     "verify",
     "bundle",
+    "tune",
     "predict",
     "targets",
     "init",

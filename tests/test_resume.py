@@ -14,7 +14,7 @@ from tests.conftest import BITFERRY, Project, begun, write_project
 STAGES = (
     "data", "train", "quantize", "export", "simplify", "compile", "baseline", "answers", "rung", "verify", "bundle"
 )  # fmt: skip
-TIMED = {"manifest.json", "verdict.json", "report.html", "bom.cdx.json"}
+TIMED = {"metrics.jsonl", "manifest.json", "verdict.json", "report.html", "bom.cdx.json"}
 TRACES = ("quantize", "trace", "export")
 COMMAND: list[str | Path] = [BITFERRY, "deploy", "small.toml", "--target", "openvino", "--quick"]
 

@@ -20,8 +20,8 @@ from pipeline.artifacts import Split
 from pipeline.cache import Cache
 from pipeline.data import leaks
 from pipeline.load import Deployable
+from pipeline.loader import flipped
 from pipeline.measure.metrics import Task
-from pipeline.train import _flipped
 from tests.conftest import Project, subset
 
 FACTORY = '''
@@ -164,10 +164,9 @@ def test_each_view_is_an_argument_by_the_same_contract() -> None:
 
 
 def test_all_views_of_an_answer_are_mirrored_together() -> None:
-    torch.manual_seed(0)
     images = torch.arange(40 * 2 * 3 * 4 * 3).reshape(40, 2, 3, 4, 3)
     masks = images[:, 0, :, :, 0]
-    found, mirrored = _flipped(images, masks, "segmentation")
+    found, mirrored = flipped(images, masks, "segmentation", torch.Generator().manual_seed(0))
     for before, after, mask in zip(images, found, mirrored, strict=True):
         assert torch.equal(after, before) or torch.equal(after, before.flip(2))
         assert torch.equal(mask, after[0, :, :, 0])

@@ -31,6 +31,7 @@ from pipeline.training.validate import Validation
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+WEIGHTS = "weights.safetensors"
 SECONDS = 30.0
 """Between two checkpoints."""
 LINES = 20
@@ -39,7 +40,7 @@ ORDER, STEP = 2, 3
 """What a seed is for, beside those of `holdout`."""
 Parts = tuple[tuple[Tensor, Tensor], ...]
 Told = Callable[[int, float], None]
-"""Hears of each validation: epochs done, and the metric · 100."""
+"""Hears of each validation: epochs done, and the metric · 100, negative where lower is better."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Job:
     checkpoint: Path
     curves: Path | None
     out: Path
+    every: float = SECONDS
+    """Seconds between two checkpoints."""
 
 
 def _seed(*parts: int) -> int:
@@ -129,7 +132,7 @@ class Course:
                     self.position.lines.append(line)
                     if board:
                         board.tell(line)
-                if main and time.monotonic() - saved > SECONDS:
+                if main and time.monotonic() - saved > self.job.every:
                     self.whole.save()
                     saved = time.monotonic()
         except progress.Stopped:  # between two steps
@@ -235,7 +238,7 @@ class Course:
         if position.over and self.accelerator.is_main_process:
             progress.stage("train", f"ends after {done} epochs: none was better than epoch {position.best_epoch}")
         if self.told:
-            self.told(done, found.percent)
+            self.told(done, value)
         name = f"validation/{self.job.recipe.metric}"
         loss, percent = curves.plain(found.loss), curves.plain(found.percent)
         return {"step": position.step, "epoch": done, "validation/loss": loss, name: percent}
@@ -252,4 +255,4 @@ class Course:
         if broken:
             raise StageFailed(f"training ended with NaN or infinity in {broken[0]}; lower training.learning_rate")
         told = record.metadata(self.job.recipe, percent, len(self.split.held_out))
-        save_file(kept, self.job.out / "weights.safetensors", told)
+        save_file(kept, self.job.out / WEIGHTS, told)

@@ -50,6 +50,12 @@ def begin(out: Path, folder: Path | None, lines: list[Line]) -> Curves:
     return Curves(path, SummaryWriter(str(folder), purge_step=step + 1))
 
 
+def validations(out: Path, metric: str) -> list[tuple[int, float | None]]:
+    """Read what a training told of its validations: epochs done, and the metric · 100."""
+    lines = (json.loads(line) for line in (out / FILE).read_text(encoding="utf-8").splitlines())
+    return [(line["epoch"], line[f"validation/{metric}"]) for line in lines if "validation/loss" in line]
+
+
 def plain(value: float) -> float | None:
     """Give what JSON can hold: None for what is no number."""
     return value if math.isfinite(value) else None

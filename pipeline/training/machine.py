@@ -55,7 +55,9 @@ def check_processes(processes: int) -> None:
 
 
 @contextmanager
-def accelerator(chosen: Precision, processes: int = 1, meeting: Path | None = None) -> Iterator["Accelerator"]:
+def accelerator(
+    chosen: Precision, processes: int = 1, meeting: Path | None = None, *, threads: int | None = None
+) -> Iterator["Accelerator"]:
     """Give accelerate's way to the device, for as long as it lasts; `meeting` is the file where processes meet.
 
     Sums are made in the same order every time: a training that goes on gives the bits of one that never stopped.
@@ -63,7 +65,7 @@ def accelerator(chosen: Precision, processes: int = 1, meeting: Path | None = No
     from accelerate import Accelerator, InitProcessGroupKwargs  # noqa: PLC0415 - a second to import
     from accelerate.state import AcceleratorState, GradientState  # noqa: PLC0415
 
-    torch.set_num_threads(max(1, usable_cpus() // processes))
+    torch.set_num_threads(threads or max(1, usable_cpus() // processes))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     handlers = [InitProcessGroupKwargs(init_method=f"file://{meeting}", timeout=HOUR)] if meeting else []

@@ -10,6 +10,8 @@ from pipeline.training.freezing import Freezing
 from pipeline.training.settings import Training
 
 BETAS = (0.9, 0.99)  # 0.999 remembers the first, useless gradients for longer than a short training lasts
+FEWEST = 3
+"""Steps for which there is a schedule."""
 FUSED = ("cpu", "cuda")
 
 
@@ -30,9 +32,11 @@ def optimizer(model: nn.Module, training: Training, freezing: Freezing, device: 
 
 def schedule(optimizer: torch.optim.Optimizer, training: Training, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     """Make the schedule: one-cycle (Smith & Topin 2018), or a cosine after a linear warm-up."""
+    if steps < FEWEST:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     if training.schedule == "one-cycle":
         rates = [group["lr"] for group in optimizer.param_groups]
-        share = max(training.warm_up, 1 / steps)
+        share = max(training.warm_up, 2 / steps)  # PyTorch divides by zero for fewer steps of rising than two
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=share)
     warm = training.warm_up * steps
 

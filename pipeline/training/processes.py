@@ -27,12 +27,12 @@ POLL_SECONDS = 0.1
 JOB, FAULT, MEETING, NOISE = "job", "fault.json", "meeting", "noise"
 
 
-def teach(job: Job, processes: int = 1, told: Told | None = None) -> None:
-    """Train, here or on several processes; `told` hears of each validation here."""
+def teach(job: Job, processes: int = 1, told: Told | None = None, *, threads: int | None = None) -> None:
+    """Train, here with so many threads or on several processes; `told` hears of each validation here."""
     if processes > 1:
         _spread(job, processes)
         return
-    with machine.accelerator(job.precision) as accelerator:
+    with machine.accelerator(job.precision, threads=threads) as accelerator:
         Course(job, accelerator, told).run()
 
 
