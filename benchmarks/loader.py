@@ -32,10 +32,10 @@ import targets
 from device.machine import other_load
 from device.preprocess import Preprocessing
 from pipeline import dataset, loader
-from pipeline.artifacts import Split
 from pipeline.augmentation import Augmentation
 from pipeline.cache import Cache
 from pipeline.data.formats.folder import image_files
+from pipeline.data.split import Split
 from pipeline.progress import console
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import torch
 from peer_ways import Peers, command, quiet
 
 from pipeline import cache
-from pipeline.artifacts import Split
+from pipeline.data.split import Split
 from pipeline.run import Run
 
 JUDGED = (0, 1)

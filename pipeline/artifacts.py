@@ -7,16 +7,14 @@ they are loaded when a stage asks for them, not before.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Protocol
 
 import targets
-from device.arrays import Images, Outputs
+from device.arrays import Outputs
 from device.pixels import Maps
 from device.preprocess import Preprocessing
 from device.timing import Series
+from pipeline.data.split import Split
 from pipeline.verdict import Built, Verdict
 from targets import Options, Precision, Scheme
 
@@ -24,39 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.training.record import Record
-
-Labels = NDArray[np.integer[Any]]
-"""N class indices; for multi-label data N×K, 1 where an image is of the class and 0 where it is not; for segmentation
-N×H×W uint8, a class index for each pixel or 255 where none counts."""
-
-
-@dataclass(frozen=True)
-class Roomy:
-    """The images of a split larger than the model takes them, of the same dimensions, for random crops."""
-
-    images: Images
-    masks: NDArray[np.uint8] | None = None
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images of one purpose, decoded and resized by the recipe's contract: N×H×W×3 uint8 (of several views N×V×H×W×3),
-    memory-mapped."""
-
-    name: str
-    images: Images
-    labels: Labels
-    sources: tuple[str, ...]
-    """Where each image came from, for messages."""
-    digests: tuple[bytes, ...]
-    """A hash of each image's pixels, for the leak check."""
-    key: str
-    hashes: NDArray[np.uint16] | None = None
-    """A perceptual hash of each image, N×16, by which near duplicates are found."""
-    roomy: Roomy | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclass(frozen=True)

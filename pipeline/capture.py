@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from device.errors import StageFailed, first_line
 from pipeline import cache, unsupported
-from pipeline.artifacts import Captured, Quantized, Split, TorchProgram
+from pipeline.artifacts import Captured, Quantized, TorchProgram
+from pipeline.data.split import Split
 
 aten = torch.ops.aten
 

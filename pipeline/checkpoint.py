@@ -1,6 +1,7 @@
 """State dicts: read without running anything in them, and put into a model that they must fit."""
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +19,8 @@ WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "net", "weight
 """What a state dict is kept under; an averaged one goes before what it is the average of, as in evaluation."""
 PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DataParallel put before every key."""
+OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.")
+"""torchvision's DenseNet files have names with a dot, as norm.1, which its own code renames as well."""
 SHOWN = 5
 MEMORY, COPIES = 1 << 30, 4
 """Bytes that reading may take, and as many again as the file has, times this."""
@@ -140,7 +143,7 @@ def _tensors(stored: object, path: Path) -> dict[str, Tensor]:
     for prefix in PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
+    return {OLD_DENSENET.sub(r"\1\2.", key): tensor for key, tensor in state.items()}
 
 
 def _all_dense(stored: dict[object, object]) -> bool:

@@ -30,6 +30,7 @@ from pipeline.cli_words import (
     RecipePath,
     Said,
     Ssh,
+    Subject,
     TargetNames,
     Thorough,
     Trust,
@@ -208,9 +209,7 @@ def compile_(
 
 @app.command()
 def verify(
-    subject: Annotated[
-        Path, typer.Argument(metavar="RECIPE|BUNDLE", help="What to verify.", autocompletion=completion.recipes)
-    ] = DEFAULT_RECIPE,
+    subject: Subject = DEFAULT_RECIPE,
     target: TargetNames = None,
     build: BuildFolder = Path("build"),
     precision: PrecisionName = None,

@@ -14,10 +14,10 @@ from device import preprocess
 from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import cache
-from pipeline.artifacts import Labels, Roomy, Split
 from pipeline.data import broken, decoding, formats, labels, splitting
 from pipeline.data.sample import Sample, Wanted
 from pipeline.data.source import BROKEN_SHARE, Part, Source, title
+from pipeline.data.split import Labels, Roomy, Split
 from pipeline.measure.metrics import Task
 from targets import usable_cpus
 

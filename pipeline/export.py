@@ -18,8 +18,9 @@ import torch
 from device.arrays import Images, Outputs
 from device.errors import StageFailed, first_line
 from pipeline import cache, unsupported
-from pipeline.artifacts import FloatOnnx, Onnx, Program, Simplified, Split, TorchProgram
+from pipeline.artifacts import FloatOnnx, Onnx, Program, Simplified, TorchProgram
 from pipeline.capture import captured, without_in_place
+from pipeline.data.split import Split
 from pipeline.onnx_in import session
 from pipeline.statistics import sqnr_db
 

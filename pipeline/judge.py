@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.artifacts import Labels
+from pipeline.data.split import Labels
 from pipeline.figures import Accuracy, Latency
 from pipeline.measure.accuracy import judge_accuracy
 from pipeline.measure.golden import LEAST_LIMIT

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import augment
-from pipeline.artifacts import Split
 from pipeline.augmentation import Augmentation
+from pipeline.data.split import Split
 from pipeline.measure.metrics import Task
 from targets import usable_cpus
 

@@ -10,8 +10,9 @@ import torch
 from device.arrays import Images
 from device.errors import InputError
 from pipeline import cache
-from pipeline.artifacts import Calibration, FloatModel, Quantized, Split
+from pipeline.artifacts import Calibration, FloatModel, Quantized
 from pipeline.capture import captured, export_program, quiet_imports
+from pipeline.data.split import Split
 from pipeline.recipe import Quantization
 from pipeline.training.settings import Training
 from targets import Scheme, usable_cpus

@@ -21,7 +21,7 @@ from device.measure import Measurement
 from device.preprocess import Preprocessing
 from device.timing import BLOCKS
 from pipeline import cache, dataset, progress
-from pipeline.artifacts import Labels, Split
+from pipeline.data.split import Labels, Split
 from pipeline.figures import Change, Suspicion, Timing
 from pipeline.measure import latency, segmentation
 from pipeline.measure.accuracy import paired_change

@@ -3,14 +3,13 @@
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
 import targets
-from device.arrays import Predict
 from device.errors import InputError
-from pipeline import dataset, progress
+from pipeline import dataset, progress, rungs
 from pipeline.artifacts import (
     Baseline,
     Bundle,
@@ -22,7 +21,6 @@ from pipeline.artifacts import (
     QuantizedOnnx,
     Simplified,
     Source,
-    Split,
     TorchProgram,
     Traced,
     Unmeasured,
@@ -31,13 +29,13 @@ from pipeline.artifacts import (
 )
 from pipeline.bundle import bundle
 from pipeline.cache import Cache
-from pipeline.capture import capture, read_program
+from pipeline.capture import capture
 from pipeline.compile import compile
 from pipeline.data import leaks, near, senseless
 from pipeline.data import source as sources
-from pipeline.export import answer, export, simplify
+from pipeline.data.split import Split
+from pipeline.export import export, simplify
 from pipeline.load import load
-from pipeline.measure.ladder import Step, Steps
 from pipeline.measure.latency import Effort
 from pipeline.onnx_in import asked as onnx_in
 from pipeline.onnx_in import way as onnx_way
@@ -46,13 +44,11 @@ from pipeline.quantize import Lessons, quantize
 from pipeline.recipe import Quantization, Recipe
 from pipeline.report import record
 from pipeline.shipping.provenance import Origin, epoch
-from pipeline.trace import torchscript, trace
+from pipeline.trace import trace
 from pipeline.train import train
 from pipeline.verdict import Search
-from pipeline.verify import Way, eager, evaluate, load_artifact, unmeasured, verify
+from pipeline.verify import Way, evaluate, unmeasured, verify
 from targets import Precision
-
-INT8 = "PyTorch int8"
 
 
 @dataclass(frozen=True)
@@ -236,7 +232,7 @@ class Deployment:
     def way(self) -> Way:
         """Give how the artifact came about; without its own answers where this machine cannot run it."""
         runs = not self.compiled.environment.unmeasured
-        return Way(self.program, self.compiled, self.runtime_float if runs else None, self._steps(measured=runs))
+        return Way(self.program, self.compiled, self.runtime_float if runs else None, rungs.of(self, measured=runs))
 
     def evaluate(self) -> None:
         """Do what verification does that does not depend on the moment, for it to be reused."""
@@ -278,25 +274,3 @@ class Deployment:
         words += ["--build", str(run.build.root.parent)] if run.build.root.parent != Path("build") else []
         words += [f"--{run.effort}"] if run.effort != "default" else []
         return shlex.join([*words, *(["--trust"] if run.trust else [])])
-
-    def _steps(self, *, measured: bool = True) -> Steps:
-        """Name each step between the float model and what the target compiles, with how to load it, then it."""
-        form, program = targets.get(self.name).CONSUMES, self.program
-        steps: dict[str, Callable[[], Predict]] = {}
-        if isinstance(program, FloatOnnx | QuantizedOnnx):
-            simplified = program.simplified if isinstance(program, QuantizedOnnx) else self.simplified.path
-            return onnx_way.steps(program, simplified) | self._last(measured)
-        if program.quantized:
-            steps[INT8] = lambda: eager(program.module())
-        elif form == "exported":
-            steps["torch.export"] = lambda: eager(read_program(self.captured.path))
-        if form != "exported":
-            steps["TorchScript"] = lambda: eager(torchscript(self.traced))
-        if form == "onnx":
-            steps["ONNX"] = lambda: partial(answer, self.exported.path)
-            steps["simplified ONNX"] = lambda: partial(answer, self.simplified.path)
-        return {name: Step(program.key, load, name == INT8) for name, load in steps.items()} | self._last(measured)
-
-    def _last(self, measured: bool) -> dict[str, Step]:
-        """Name the artifact as the last step, where it can run here."""
-        return {self.name: Step(self.compiled.key, lambda: load_artifact(self.compiled))} if measured else {}

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from device.errors import StageFailed, first_line
 from pipeline import cache, progress
-from pipeline.artifacts import Split, TorchProgram, Traced
+from pipeline.artifacts import TorchProgram, Traced
 from pipeline.capture import register_quantized_operators
+from pipeline.data.split import Split
 
 TOLERANCE = 1e-5
 CHECKED_IMAGES = 16

@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import augmentation, cache, load, loader
-from pipeline.artifacts import Split, Weights
+from pipeline.artifacts import Weights
+from pipeline.data.split import Split
 from pipeline.load import PACKAGES
 from pipeline.recipe import Recipe
 from pipeline.training import batch, course, machine, processes, start, state

@@ -18,7 +18,8 @@ from device.arrays import Images, Outputs, Predict
 from device.errors import BitferryError, StageFailed, first_line
 from device.kept import Kept
 from pipeline import cache, export, progress, statistics, trace, unsupported
-from pipeline.artifacts import Baseline, Compiled, Program, Split, Unmeasured, Verified
+from pipeline.artifacts import Baseline, Compiled, Program, Unmeasured, Verified
+from pipeline.data.split import Split
 from pipeline.figures import Accuracy, Latency
 from pipeline.judge import Measured, judge
 from pipeline.measure import accuracy, execution, golden, ladder, layers, segmentation, speed

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from device.arrays import Outputs
 from device.errors import InputError, StageFailed
 from pipeline import dataset, recipe
-from pipeline.artifacts import Labels, Split
 from pipeline.cache import Cache
 from pipeline.data import leaks
+from pipeline.data.split import Labels, Split
 from pipeline.figures import Bin, Change
 from pipeline.load import load
 from pipeline.measure import metrics

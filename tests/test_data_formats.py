@@ -21,10 +21,10 @@ from PIL import Image
 from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import dataset
-from pipeline.artifacts import Split
 from pipeline.cache import Cache
 from pipeline.data import formats
 from pipeline.data.source import Source, Table
+from pipeline.data.split import Split
 from pipeline.measure.metrics import Task
 from tests.conftest import Project, subset
 
@@ -309,3 +309,65 @@ def test_every_file_in_the_folder_is_a_format() -> None:
 def test_a_recipe_that_names_no_data_is_told_how(project: Project, value: str, message: str) -> None:
     project.edit(('evaluation = "evaluation.npz"', f"evaluation = {value}"))
     assert message in project.refused("quantize", "small.toml")
+
+
+def damaged(good: bytes, random: np.random.Generator) -> bytes:
+    """Change some bytes, the first hundreds more often, or cut the end off."""
+    content = bytearray(good)
+    for _ in range(int(random.choice([1, 2, 20]))):
+        content[int(random.integers(min(len(content), random.choice([200, len(content)]))))] = int(random.integers(256))
+    return bytes(content[: int(random.integers(len(content)))] if random.random() < 0.2 else content)
+
+
+@pytest.mark.parametrize("name", ["shard", "parquet", "arrow", "state", "cifar", "npy"])
+def test_damaged_files_are_read_or_refused(name: str, real: dict[str, NDArray[Any]], tmp_path: Path) -> None:
+    source: Source
+    if name == "shard":
+        shards(tmp_path, labelled(real, json=lambda i: {"label": 1}), each=20)
+        source = path = tmp_path / "part-000.tar"
+    elif name == "parquet":
+        source = path = tmp_path / "a.parquet"
+        hugging(real).to_parquet(path)
+    elif name in ("arrow", "state"):
+        hugging(real).save_to_disk(tmp_path / "folder")
+        source = tmp_path / "folder"
+        path = source / ("state.json" if name == "state" else "data-00000-of-00001.arrow")
+    elif name == "cifar":
+        cifar(tmp_path / "cifar-10-batches-py", np.zeros((3, 32, 32, 3), np.uint8), [0, 1, 2])
+        source = Table.model_validate({"torchvision": "CIFAR10", "root": tmp_path, "train": False})
+        path = tmp_path / "cifar-10-batches-py/test_batch"
+    else:
+        np.save(tmp_path / "images.npy", real["images"])
+        np.save(tmp_path / "labels.npy", real["labels"])
+        source, path = Table(images=tmp_path / "images.npy", labels=tmp_path / "labels.npy"), tmp_path / "images.npy"
+    good, random, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(150):
+        path.unlink()  # else what is mapped changes under who mapped it
+        path.write_bytes(damaged(good, random))
+        try:
+            for one in dataset.read("evaluation", source, NAMES, CONTRACT, "classification"):
+                one.views[0].decode(one.views[0].content())
+        except InputError:
+            refused += 1
+    assert refused > 20
+
+
+def test_download_is_done_where_it_was_asked_for_and_nowhere_else(
+    project: Project, real: dict[str, NDArray[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(self: torchvision.datasets.MNIST) -> None:
+        fetched.append(self.raw_folder)
+        Path(self.raw_folder).mkdir(parents=True)
+        for part in ("t10k", "train"):
+            (Path(self.raw_folder) / f"{part}-images-idx3-ubyte").write_bytes(idx(real["images"]))
+            (Path(self.raw_folder) / f"{part}-labels-idx1-ubyte").write_bytes(idx(real["labels"].astype(np.uint8)))
+
+    fetched: list[str] = []
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", fetch)
+    table = '{torchvision = "FashionMNIST", root = "data", train = true}'
+    project.edit(('train = "train.npz"', f"train = {table}"), ("epochs = 6", "epochs = 1"))
+    assert "let torchvision fetch them with --download" in project.refused("train", "small.toml")
+    assert not fetched
+    line = project.refused("train", "small.toml", "--download")  # there they are, of more classes than the recipe's
+    assert "FashionMNIST has classes that are no class of this recipe: T-shirt/top" in line
+    assert fetched == ["data/FashionMNIST/raw"]

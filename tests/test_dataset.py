@@ -9,9 +9,9 @@ from PIL import Image
 from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import dataset
-from pipeline.artifacts import Split
 from pipeline.cache import Cache
 from pipeline.data import leaks
+from pipeline.data.split import Split
 from pipeline.measure.metrics import Task
 from tests.conftest import subset
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from device.arrays import Images, Outputs
 from device.preprocess import Preprocessing
-from pipeline.artifacts import Split
 from pipeline.cache import Cache
+from pipeline.data.split import Split
 from pipeline.measure import golden
 from tests.conftest import ROOT, Project
 

@@ -123,7 +123,9 @@ def test_a_head_of_other_classes_is_told_with_what_to_do(mine: Path, tmp_path: P
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     found = written(user, str(mine / "mine.pth"), "photos", "--classes", "names.txt", "--size", str(SIDE))
     assert found["classes"] == list(NAMES)
-    assert read(user.recipe).data.evaluation.is_file()
+    evaluation = read(user.recipe).data.evaluation
+    assert isinstance(evaluation, Path)
+    assert evaluation.is_file()
 
 
 def test_every_layout_of_images_is_split_without_a_leak(tmp_path: Path) -> None:

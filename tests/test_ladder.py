@@ -14,9 +14,10 @@ from device.arrays import Predict
 from device.errors import StageFailed
 from device.preprocess import Preprocessing
 from pipeline import dataset
-from pipeline.artifacts import FloatModel, Split
+from pipeline.artifacts import FloatModel
 from pipeline.cache import Cache
 from pipeline.compile import compile
+from pipeline.data.split import Split
 from pipeline.export import answer, export, simplify
 from pipeline.load import Deployable
 from pipeline.measure import ladder, layers

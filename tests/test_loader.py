@@ -13,9 +13,9 @@ from torch import Tensor
 
 from device.preprocess import Preprocessing
 from pipeline import augment, dataset, loader, recipe
-from pipeline.artifacts import Split
 from pipeline.augmentation import Augmentation
 from pipeline.cache import Cache
+from pipeline.data.split import Split
 from pipeline.measure.metrics import Task
 from tests.conftest import Project, subset
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from device.errors import TargetUnavailable
 from device.preprocess import Preprocessing
 from pipeline import dataset
-from pipeline.artifacts import FloatModel, Split
+from pipeline.artifacts import FloatModel
 from pipeline.cache import Cache
+from pipeline.data.split import Split
 from pipeline.export import answer, export, simplify
 from pipeline.load import Deployable
 from pipeline.quantize import quantize

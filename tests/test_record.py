@@ -15,7 +15,8 @@ import pytest
 
 from device.errors import InputError
 from pipeline import verdict
-from pipeline.artifacts import Split, Verified
+from pipeline.artifacts import Verified
+from pipeline.data.split import Split
 from pipeline.report import record
 from pipeline.verdict import Verdict
 from tests.conftest import ROOT, Project

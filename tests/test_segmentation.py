@@ -18,8 +18,8 @@ from device.errors import InputError, StageFailed
 from device.kept import Kept
 from device.preprocess import Preprocessing
 from pipeline import dataset, load, recheck
-from pipeline.artifacts import Split
 from pipeline.cache import Cache
+from pipeline.data.split import Split
 from pipeline.measure import segmentation
 from pipeline.recipe import Recipe
 from pipeline.report import record

@@ -13,12 +13,12 @@ from PIL import Image, ImageEnhance
 
 from device.errors import InputError
 from device.preprocess import Preprocessing
-from pipeline import dataset
-from pipeline.artifacts import Split
+from pipeline import dataset, recipe
 from pipeline.cache import Cache
 from pipeline.data import near, splitting
 from pipeline.data.sample import Sample, pixels
 from pipeline.data.source import Part, Sizes
+from pipeline.data.split import Split
 from tests.conftest import EMBEDDED, Project, subset
 
 CONTRACT = Preprocessing(height=32, width=32)
@@ -141,6 +141,17 @@ def test_a_divided_source_is_trained_on(divided: Project) -> None:
     assert "90 evaluation, 40 calibration, 170 train images" in done.stderr
 
 
+def test_evaluation_images_of_their_own_leave_the_source_to_the_others(divided: Project) -> None:
+    np.savez(divided.folder / "test.npz", **subset("train", 60, skip=300))  # type: ignore[arg-type]
+    divided.edit(
+        ("split = {evaluation = 0.3, calibration = 40}", 'split = {calibration = 40}\nevaluation = "test.npz"')
+    )
+    made = recipe.read(divided.recipe)
+    found = {name: dataset.split(name, one, made.classes, made.preprocessing, Cache(divided.folder / "build"))
+             for name, one in made.data.splits().items()}  # fmt: skip
+    assert {name: len(one) for name, one in found.items()} == {"calibration": 40, "evaluation": 60, "train": 260}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -148,6 +159,7 @@ def test_a_divided_source_is_trained_on(divided: Project) -> None:
         ('evaluation = "all.npz"\ncalibration = "all.npz"\nsplit = {}', "`split` is about one source that is divided"),
         ('source = "all.npz"\nmanifest = "x.json"\nsplit = {}', "`manifest` pins how the source is divided"),
         ('source = "all.npz"\nsplit = {evaluation = 0.9, calibration = 0.2}', "the shares come to 1.1 of the images"),
+        ('source = "all.npz"\nevaluation = "e.npz"\nsplit = {evaluation = 9}', "take out `split.evaluation`"),
         ('source = "all.npz"\nsplit = {evaluation = 1.5}', "a share is below 1, and a number of images is whole"),
         ('source = "all.npz"\nsplit = {evaluatoin = 0.5}', "did you mean 'evaluation'?"),
         ('source = "all.npz"\nmanifest = "x.json"', "x.json is not a split.json that bitferry wrote: No such file"),

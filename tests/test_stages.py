@@ -13,8 +13,9 @@ from onnx import numpy_helper
 from device.errors import InputError, StageFailed
 from device.preprocess import Preprocessing
 from pipeline import dataset, progress
-from pipeline.artifacts import FloatModel, Quantized, Split
+from pipeline.artifacts import FloatModel, Quantized
 from pipeline.cache import Cache
+from pipeline.data.split import Split
 from pipeline.export import answer, export, simplify
 from pipeline.load import Deployable
 from pipeline.quantize import quantize

@@ -15,8 +15,9 @@ import targets
 from device.arrays import Images, Outputs
 from device.errors import InputError, StageFailed
 from device.preprocess import Preprocessing
-from pipeline.artifacts import FloatModel, Split, TorchProgram
+from pipeline.artifacts import FloatModel, TorchProgram
 from pipeline.cache import Cache
+from pipeline.data.split import Split
 from pipeline.load import Deployable
 from pipeline.quantize import quantize
 from pipeline.recipe import Quantization

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import dataset
-from pipeline.artifacts import Split
 from pipeline.augmentation import Augmentation
 from pipeline.cache import Cache
 from pipeline.data import leaks
+from pipeline.data.split import Split
 from pipeline.load import Deployable
 from pipeline.loader import _flipped
 from pipeline.measure.metrics import Task

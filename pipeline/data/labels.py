@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from device.errors import InputError
 from device.pixels import IGNORED
 from pipeline import progress
-from pipeline.artifacts import Labels
+from pipeline.data.split import Labels
 from pipeline.measure.metrics import Task
 
 Found = tuple[int, ...]

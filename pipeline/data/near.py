@@ -14,7 +14,7 @@ from PIL import Image
 from device.arrays import Images
 from device.errors import InputError
 from pipeline import cache, progress
-from pipeline.artifacts import Split
+from pipeline.data.split import Split
 
 MOST = 0.01
 """Share of a split's images that may look like images of another."""

@@ -4,7 +4,7 @@ import numpy as np
 
 from device.arrays import Images
 from device.errors import InputError
-from pipeline.artifacts import Split
+from pipeline.data.split import Split
 
 NOISE, APART, LOOKED_AT = 0.1, 2, 64
 """A correlation of pixels that far apart that no picture has, and how many images are looked at."""

@@ -72,7 +72,8 @@ Whole = Annotated[
 class Sizes(Section):
     """How one source is divided: shares of it below 1, or numbers of images; the rest is for training."""
 
-    evaluation: Annotated[float, Field(gt=0)] = 0.2
+    evaluation: Annotated[float, Field(ge=0)] = 0.2
+    """0 where these are named by themselves."""
     calibration: Annotated[float, Field(gt=0)] = 0.05
     train: Annotated[float, Field(ge=0)] | None = None
     """None for all that is left; 0 for no training images."""
@@ -109,7 +110,7 @@ Source = Annotated[
 
 
 class Data(Section):
-    """Where each split's images are, or one source that is divided into all of them (docs/data.md)."""
+    """Where each split's images are, or one source that is divided into those not named (docs/data.md)."""
 
     calibration: Source
     evaluation: Source
@@ -131,8 +132,10 @@ class Data(Section):
         _refuse_both(given, asked)
         rest = {name: value for name, value in given.items() if name not in asked}
         sizes = asked.get("split", {})
+        if "evaluation" in given and isinstance(sizes, Mapping):
+            asked |= {"split": {**sizes, "evaluation": 0}}
         left = isinstance(sizes, Mapping) and sizes.get("train") == 0
-        names = [name for name in SPLITS if name != "train" or not left]
+        names = [name for name in SPLITS if name not in given and (name != "train" or not left)]
         return rest | {name: asked | {"part": name} for name in names}
 
     def splits(self) -> dict[str, Any]:
@@ -143,11 +146,14 @@ class Data(Section):
 def _refuse_both(given: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     if "source" not in asked:
         raise ValueError(f"`{next(iter(asked))}` is about one source that is divided; name it as `source`")
-    named = [name for name in SPLITS if name in given]
+    named = [name for name in SPLITS if name in given and name != "evaluation"]
     if named:
         raise ValueError(f"`source` is divided into every split; take out `{named[0]}`, or `{next(iter(asked))}`")
     if "split" in asked and "manifest" in asked:
         raise ValueError("`manifest` pins how the source is divided; take out `split`")
+    sizes = asked.get("split")
+    if "evaluation" in given and isinstance(sizes, Mapping) and "evaluation" in sizes:
+        raise ValueError("`evaluation` names its images, so that `split` leaves it none; take out `split.evaluation`")
 
 
 def title(source: Path | Table | Part) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from device.arrays import Outputs
 from device.errors import StageFailed
-from pipeline.artifacts import Labels, Split
+from pipeline.data.split import Labels, Split
 from pipeline.figures import Accuracy, Change
 from pipeline.measure import metrics
 from pipeline.measure.answers import (

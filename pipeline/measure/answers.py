@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from device.arrays import Outputs
 from device.pixels import IGNORED
 from device.runner import softmax
-from pipeline.artifacts import Labels, Split
+from pipeline.data.split import Labels, Split
 from pipeline.figures import Bin, ClassChange, Confusion, Flips, Reliability, WorstImage
 from pipeline.measure import metrics
 from pipeline.measure.metrics import Task

@@ -14,7 +14,7 @@ from device.arrays import Images, Outputs, Predict
 from device.errors import StageFailed
 from device.preprocess import Preprocessing
 from pipeline import cache
-from pipeline.artifacts import Split
+from pipeline.data.split import Split
 from pipeline.verdict import Golden, GoldenFile
 
 KINDS = {

@@ -9,7 +9,7 @@ from device import pixels
 from device.arrays import Images, Outputs, Predict
 from device.errors import first_line
 from pipeline import progress
-from pipeline.artifacts import Labels, Split
+from pipeline.data.split import Labels, Split
 from pipeline.measure.answers import Answers, answers, flips, of_pixels
 from pipeline.statistics import noise_share, sqnr_db
 from pipeline.verdict import Ladder, LayerError, Rung

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from device.arrays import Outputs
 from device.errors import InputError, first_line
-from pipeline.artifacts import Labels
+from pipeline.data.split import Labels
 from pipeline.statistics import Indices
 
 if TYPE_CHECKING:

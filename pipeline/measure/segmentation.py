@@ -11,7 +11,7 @@ from device import kept
 from device.errors import StageFailed
 from device.kept import Kept
 from device.pixels import IGNORED, Maps, thin_masks
-from pipeline.artifacts import Labels, Split
+from pipeline.data.split import Labels, Split
 from pipeline.figures import Accuracy, Change, ClassChange, Flips, WorstImage
 from pipeline.measure import metrics
 from pipeline.measure.accuracy import judge_accuracy, refuse_strange, resampled

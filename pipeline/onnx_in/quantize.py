@@ -16,7 +16,8 @@ from onnx import ModelProto
 from device.arrays import Images, Outputs
 from device.errors import InputError, StageFailed, first_line
 from pipeline import cache, progress
-from pipeline.artifacts import Calibration, FloatOnnx, QuantizedOnnx, Simplified, Split
+from pipeline.artifacts import Calibration, FloatOnnx, QuantizedOnnx, Simplified
+from pipeline.data.split import Split
 from pipeline.onnx_in.asked import OBSERVERS, usable
 from pipeline.onnx_in.looked import corrected
 from pipeline.onnx_in.plan import Plan, exact_elsewhere, plan

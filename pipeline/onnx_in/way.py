@@ -3,8 +3,9 @@
 from functools import partial
 from pathlib import Path
 
-from pipeline.artifacts import FloatOnnx, Onnx, QuantizedOnnx, Split
+from pipeline.artifacts import FloatOnnx, Onnx, QuantizedOnnx
 from pipeline.cache import Cache
+from pipeline.data.split import Split
 from pipeline.export import answer, simplify
 from pipeline.measure.ladder import Step
 from pipeline.onnx_in.load import as_given

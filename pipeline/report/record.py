@@ -18,8 +18,9 @@ from device import pixels
 from device.arrays import Images, Outputs
 from device.errors import InputError, first_line
 from pipeline import cache, verdict
-from pipeline.artifacts import Labels, Unmeasured, Verified
+from pipeline.artifacts import Unmeasured, Verified
 from pipeline.data.sample import VIEWS_JOINED
+from pipeline.data.split import Labels
 from pipeline.measure import segmentation
 from pipeline.measure.answers import answers
 from pipeline.report import page

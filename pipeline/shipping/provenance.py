@@ -13,8 +13,9 @@ import targets
 from device import rebuilt
 from device.errors import InputError
 from pipeline import cache, load, verify
-from pipeline.artifacts import Compiled, Split
+from pipeline.artifacts import Compiled
 from pipeline.data.source import base_name
+from pipeline.data.split import Split
 from pipeline.own_source import commit, own_commit, source_hash, version
 from pipeline.recipe import Quantization, Recipe
 from pipeline.verdict import Built, Verdict

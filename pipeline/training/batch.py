@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from pipeline import cache, progress
-from pipeline.artifacts import Split
+from pipeline.data.split import Split
 from pipeline.load import PACKAGES, Deployable, architecture
 from pipeline.recipe import Recipe
 from pipeline.training import losses, machine

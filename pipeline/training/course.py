@@ -17,8 +17,8 @@ from torch.func import functional_call
 
 from device.errors import StageFailed
 from pipeline import checkpoint, loader, progress
-from pipeline.artifacts import Split
 from pipeline.augmentation import Augmentation
+from pipeline.data.split import Split
 from pipeline.load import Deployable, architecture
 from pipeline.measure import metrics
 from pipeline.recipe import Recipe

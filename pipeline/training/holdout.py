@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device.errors import InputError
-from pipeline.artifacts import Labels
+from pipeline.data.split import Labels
 from pipeline.measure.metrics import Task
 from pipeline.training.settings import Training
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from device.pixels import IGNORED
-from pipeline.artifacts import Labels
+from pipeline.data.split import Labels
 from pipeline.measure.metrics import Task
 from pipeline.training.settings import Training
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline import loader
-from pipeline.artifacts import Split
 from pipeline.augmentation import Augmentation
+from pipeline.data.split import Split
 from pipeline.measure import accuracy, segmentation
 from pipeline.recipe import Recipe
 from pipeline.training.holdout import Positions

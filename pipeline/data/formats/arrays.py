@@ -1,5 +1,6 @@
 """NumPy arrays: an .npz with `images` and `labels`, or two .npy files; nothing in them is ever unpickled."""
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,8 @@ from pipeline.data.source import Table, Whole, title
 SMALL, MOST_SHRUNK = 100_000_000, 200
 """Bytes of an array that is no harm however well it is compressed; how many times smaller a larger one may be."""
 GROUPS = "groups"
+FAULTS = (OSError, ValueError, TypeError, EOFError, RuntimeError, SyntaxError, OverflowError, tokenize.TokenError)
+"""What NumPy raises of a damaged array, whose head it reads as Python's own notation."""
 
 
 def reads(source: Whole) -> bool:
@@ -69,7 +72,7 @@ def _packed(path: Path, wanted: Wanted) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as arrays:
             optional = [GROUPS] if GROUPS in arrays else []
             return {name: arrays[name] for name in ["images", *(["labels"] if wanted.labelled else []), *optional]}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (*FAULTS, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not an .npz with arrays `images` and `labels`: {error}") from error
     except MemoryError as error:
         raise InputError(f"{path} says that it holds more than this machine has memory for: {error}") from error
@@ -86,7 +89,7 @@ def _array(path: Path) -> NDArray[Any]:
     """Map an .npy file, so that only what is looked at is read."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, TypeError, EOFError, RuntimeError) as error:
+    except FAULTS as error:
         raise InputError(f"{path} is not an .npy array: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(found, np.ndarray):
         raise InputError(f"{path} is not an .npy array; an .npz is named by its path alone")

@@ -22,11 +22,6 @@ BATCHES = {
     ("CIFAR100", False): ("cifar-100-python", ["test"]),
 }
 NAMES = {"CIFAR10": ("batches.meta", "label_names", "labels"), "CIFAR100": ("meta", "fine_label_names", "fine_labels")}
-MAY_MAKE = {
-    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-}  # fmt: skip
-"""What an array is pickled as, by Python 2 and 3."""
 
 
 def reads(source: Whole) -> bool:
@@ -70,11 +65,20 @@ def _names(path: Path, key: str) -> list[str]:
 def _batch(path: Path, key: str) -> tuple[NDArray[np.uint8], Sequence[int]]:
     """Give N×32×32×3 pixels, which lie as planes in the file, and their labels."""
     held = _unpickled(path)
-    pixels, truth = held.get("data"), held.get(key)
-    shaped = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (3 * SIDE * SIDE,)
-    if not isinstance(pixels, np.ndarray) or not shaped or not isinstance(truth, list) or len(truth) != len(pixels):
+    pixels, truth = _pixels(held.get("data")), held.get(key)
+    if pixels is None or not isinstance(truth, list) or len(truth) != len(pixels):
         raise InputError(f"{path}: expected `data` N×{3 * SIDE * SIDE} uint8 and as many `{key}`; it is not CIFAR's")
     return np.ascontiguousarray(pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)), truth
+
+
+def _pixels(held: object) -> NDArray[np.uint8] | None:
+    """Make the array that a pickle describes, where it is one of N×3072 bytes in C's order."""
+    match held:
+        case _Array(state=(_, (int(rows), int(columns)), _Type(name="u1"), False | 0, (bytes() | str()) as data)):
+            content = data if isinstance(data, bytes) else data.encode("latin1", "replace")  # Python 2 had no bytes
+            if columns == 3 * SIDE * SIDE and len(content) == rows * columns:
+                return np.frombuffer(content, np.uint8).reshape(rows, columns)
+    return None
 
 
 def _unpickled(path: Path) -> dict[str, object]:
@@ -91,11 +95,48 @@ def _unpickled(path: Path) -> dict[str, object]:
     return found
 
 
-class _Arrays(pickle.Unpickler):
-    """An unpickler that makes arrays, numbers, texts, lists and dictionaries."""
+class _Array:
+    """What stands in for an array: the description of one, which NumPy itself would follow without much of a look."""
+
+    state: object = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _Type:
+    """What stands in for a type of numbers."""
+
+    def __init__(self, name: object = None, *_: object) -> None:
+        self.name = name
+
+    def __setstate__(self, state: object) -> None:
+        """Take the byte order and the like, which bytes have none of."""
+
+
+def _array(*_: object) -> _Array:
+    return _Array()
+
+
+def _bytes(text: object, encoding: object) -> bytes:
+    """Give bytes as Python 3 wrote them for Python 2."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise InputError("holds bytes that no batch of CIFAR's does; it is not opened")
+    return text.encode("latin1")
+
+
+STAND_INS = {
+    ("numpy.core.multiarray", "_reconstruct"): _array, ("numpy._core.multiarray", "_reconstruct"): _array,
+    ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Type, ("_codecs", "encode"): _bytes,
+}  # fmt: skip
+"""For all that an array is pickled as, by Python 2 and 3."""
+
+
+class _Arrays(pickle._Unpickler):  # the one in Python: the one in C writes of damaged files to stderr
+    """An unpickler that makes descriptions of arrays, numbers, texts, lists and dictionaries."""
 
     def find_class(self, module: str, name: str) -> object:
         """Refuse whatever a plain array does not need."""
-        if (module, name) not in MAY_MAKE:
+        if (module, name) not in STAND_INS:
             raise InputError(f"asks for {module}.{name}, which no batch of CIFAR's does; it is not opened")
-        return super().find_class(module, name)
+        return STAND_INS[module, name]

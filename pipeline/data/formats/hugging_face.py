@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from device.errors import InputError, first_line
 from pipeline.data.formats import path_of
-from pipeline.data.formats.parquet import needs_pyarrow
+from pipeline.data.formats.parquet import FAULTS, needs_pyarrow
 from pipeline.data.sample import Sample, Wanted
 from pipeline.data.source import Table, Whole
 
@@ -64,9 +64,12 @@ def _opened(path: Path, file: Path) -> "pa.Table":
     import pyarrow as pa  # noqa: PLC0415 - an extra
 
     try:
-        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-    except (OSError, pa.ArrowException) as error:
+        table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        table.schema.to_string()  # names that are no text are found here
+        table.validate(full=True)  # else a damaged offset is followed out of the file
+    except (*FAULTS, pa.ArrowException) as error:
         raise InputError(f"{file} is not an Arrow file that can be read: {first_line(error)}") from error
+    return table
 
 
 def _rows(path: Path, table: "pa.Table") -> "Rows":
@@ -76,8 +79,11 @@ def _rows(path: Path, table: "pa.Table") -> "Rows":
 
 
 def _small(table: "pa.Table", names: Sequence[str]) -> Mapping[str, list[Any]]:
-    return {name: table.column(name).to_pylist() for name in names}
+    return {name: table.column(name).to_pylist() for name in names}  # validated, so no text is broken
 
 
 def _cell(table: "pa.Table", column: str, index: int) -> Any:
-    return table.column(column)[index].as_py()
+    try:
+        return table.column(column)[index].as_py()
+    except ValueError as error:  # a name in it that is no text
+        raise InputError(f"column '{column}' cannot be read at {index}: {first_line(error)}") from error

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from pipeline.data.columns import Rows
 
+FAULTS = (OSError, ValueError, IndexError, MemoryError)
+"""What reading damaged files raises, besides Arrow's own errors."""
 MOST_GROUPS = 4
 """Groups of rows that are kept in memory for each file."""
 
@@ -65,25 +67,23 @@ def _rows(path: Path) -> "Rows":
 
     try:
         opened = ParquetFile(path, memory_map=True)
-    except (OSError, pa.ArrowException) as error:
+        schema, groups = opened.schema_arrow, _Groups(path, opened)
+        schema.to_string()  # names that are no text are found here
+    except (*FAULTS, pa.ArrowException) as error:
         raise InputError(f"{path} is not a Parquet file that can be read: {first_line(error)}") from error
-    groups = _Groups(path, opened)
-    return Rows(
-        str(path),
-        path.parent,
-        opened.schema_arrow,
-        opened.metadata.num_rows,
-        partial(_small, path, opened),
-        groups.cell,
-    )
+    return Rows(str(path), path.parent, schema, groups.starts[-1], partial(_small, path, opened), groups.cell)
 
 
 def _small(path: Path, opened: "ParquetFile", names: Sequence[str]) -> Mapping[str, list[Any]]:
     import pyarrow as pa  # noqa: PLC0415 - an extra
 
     try:
-        found: dict[str, list[Any]] = opened.read(columns=list(names)).to_pydict() if names else {}
-    except (OSError, pa.ArrowException) as error:
+        table = opened.read(columns=list(names))
+        table.validate(full=True)
+        found: dict[str, list[Any]] = table.to_pydict()
+        if any(len(column) != opened.metadata.num_rows for column in found.values()):
+            raise InputError(f"{path} cannot be read: its columns are not of one length")
+    except (*FAULTS, pa.ArrowException) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from error
     return found
 
@@ -105,10 +105,15 @@ class _Groups:
         with self.lock:
             if (column, group) not in self.kept:
                 try:
-                    self.kept[column, group] = self.opened.read_row_group(group, columns=[column]).column(column)
-                except (OSError, pa.ArrowException) as error:
+                    table = self.opened.read_row_group(group, columns=[column])
+                    table.validate(full=True)
+                except (*FAULTS, pa.ArrowException) as error:
                     raise InputError(f"{self.path} cannot be read: {first_line(error)}") from error
+                self.kept[column, group] = table.column(column)
             self.kept.move_to_end((column, group))
             if len(self.kept) > MOST_GROUPS:
                 self.kept.popitem(last=False)
-            return self.kept[column, group][index - self.starts[group]].as_py()
+            found = self.kept[column, group]
+        if index - self.starts[group] >= len(found):
+            raise InputError(f"{self.path} cannot be read: its column '{column}' ends before row {index}")
+        return found[index - self.starts[group]].as_py()
