@@ -455,10 +455,10 @@ class TestKept:
 
         project, weights = undisturbed
         (folder,) = (project.folder / "build/small/curves").iterdir()
-        events = EventAccumulator(str(folder)).Reload()  # type: ignore[no-untyped-call]
-        drawn = [round(one.value, 3) for one in events.Scalars("validation/top-1")]  # type: ignore[no-untyped-call]
+        events = EventAccumulator(str(folder)).Reload()
+        drawn = [round(one.value, 3) for one in events.Scalars("validation/top-1")]
         assert drawn == [round(one, 3) for one in percents(weights)]
-        assert len(events.Scalars("learning_rate/0")) == len(events.Scalars("train/images_per_s"))  # type: ignore[no-untyped-call]
+        assert len(events.Scalars("learning_rate/0")) == len(events.Scalars("train/images_per_s"))
 
     def test_nothing_held_out_is_no_record(self, project: Project) -> None:
         weights = taught(project, *QUICK, ("epochs = 2", "epochs = 1\nvalidation = 0.0"))
@@ -509,11 +509,12 @@ class TestPrecision:
             machine.precision(Training(precision="float16"))
         found = []
         for precision in ("float32", "bfloat16"):
-            project.edit(*(QUICK if not found else []))
-            old = "epochs = 2" if not found else "precision = 'float32'"
-            new = "epochs = 2\nprecision = 'float32'" if not found else "precision = 'bfloat16'"
-            found.append(load_file(taught(project, (old, new)).path)["head.weight"])
-            assert precision
+            weights = taught(
+                write_project(project.folder / precision),
+                *QUICK,
+                ("epochs = 2", f"epochs = 2\nprecision = '{precision}'"),
+            )
+            found.append(load_file(weights.path)["head.weight"])
         assert not torch.equal(*found)
         assert all(one.dtype == torch.float32 for one in found)
 

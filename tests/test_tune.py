@@ -86,7 +86,7 @@ class TestRewrite:
 @pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_and_writes_the_best_recipe(project: Project, tmp_path: Path) -> None:
     project.edit(("epochs = 6", "epochs = 2  # few"), ("learning_rate = 5e-3", "learning_rate = 1e-6"))
-    command = [BITFERRY, "tune", "small.toml", "--trials", "3", "--space", "learning_rate=2e-3..2e-2"]
+    command: list[str | Path] = [BITFERRY, "tune", "small.toml", "--trials", "3", "--space", "learning_rate=2e-3..2e-2"]
     command += ["-o", "tuned.toml", "--json"]
     with subprocess.Popen(
         command, cwd=project.folder, stderr=subprocess.PIPE, text=True, start_new_session=True
