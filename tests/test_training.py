@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from device.errors import InputError, StageFailed, TargetUnavailable
 from pipeline import cache
 from pipeline.artifacts import Weights
+from pipeline.nightly.inputs import _settings
 from pipeline.recipe import Recipe, read
 from pipeline.run import Run
 from pipeline.train import train
@@ -189,6 +190,15 @@ class TestStart:
         recipe, _ = made(project, ("timm:pretrained", "absent.pth"))
         with pytest.raises(InputError, match="training.start: the file .*absent.pth does not exist"):
             start.find(recipe, download=False)
+
+    def test_a_night_tells_two_files_of_one_name_apart(self, project: Project) -> None:
+        project.edit(("epochs = 6", "epochs = 6\nstart = 'w.pt'"))
+        found = []
+        for content in (b"one", b"two"):
+            (project.folder / "w.pt").write_bytes(content)
+            found.append(_settings(read(project.recipe), "openvino")["training.start"])
+        assert found[0] != found[1]
+        assert str(project.folder) not in "".join(found)
 
 
 class TestFreezing:
