@@ -27,6 +27,7 @@ from pipeline.cli_words import (
     Quick,
     RecipePath,
     Ssh,
+    Subject,
     TargetNames,
     Thorough,
     Trust,
@@ -213,9 +214,7 @@ def compile_(
 
 @app.command()
 def verify(
-    subject: Annotated[
-        Path, typer.Argument(metavar="RECIPE|BUNDLE", help="What to verify.", autocompletion=completion.recipes)
-    ] = DEFAULT_RECIPE,
+    subject: Subject = DEFAULT_RECIPE,
     target: TargetNames = None,
     build: BuildFolder = Path("build"),
     precision: PrecisionName = None,
