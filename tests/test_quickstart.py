@@ -57,7 +57,17 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 def test_an_installed_package_has_the_images(tmp_path: Path) -> None:
     uv = Path(sys.executable).with_name("uv")
-    building = [uv, "build", "--quiet", "--offline", "--no-build-isolation", "--wheel", "--out-dir", tmp_path, ROOT]
+    building: list[str | Path] = [
+        uv,
+        "build",
+        "--quiet",
+        "--offline",
+        "--no-build-isolation",
+        "--wheel",
+        "--out-dir",
+        tmp_path,
+        ROOT,
+    ]
     subprocess.run(building, check=True, env=plain_environment(VIRTUAL_ENV=sys.prefix))
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
