@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pipeline import progress
 from tests.conftest import BITFERRY, Project, subset
