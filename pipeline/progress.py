@@ -20,7 +20,7 @@ class Stopped(BaseException):
 
 
 _over: list[Callable[[], bool]] = []
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, force_jupyter=False)  # a notebook shows stderr, line after line
 
 
 def stage(name: str, text: str) -> None:

@@ -56,7 +56,8 @@ def outputs(notebook: Any) -> list[Any]:
 
 def test_every_cell_runs_and_results_are_rich(executed: Any) -> None:
     assert not [output for output in outputs(executed) if output.output_type == "error"]
-    rich = [output.data["text/html"] for output in outputs(executed) if "text/html" in output.get("data", {})]
+    results = [output.data for output in outputs(executed) if output.output_type == "execute_result"]
+    rich = [data["text/html"] for data in results if "text/html" in data]
     assert len(rich) == 2  # the verdict, the bundle
     for text in rich:
         assert "onnxruntime int8" in text

@@ -2,12 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Project
+from tests.conftest import EMBEDDED, ROOT, Project, plain_environment
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +53,26 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine/thesis.txt").write_text("mine")
     assert "bitferry did not make it" in user.refused("quickstart", "--out", "mine")
     assert "did you mean 'openvino'" in user.refused("quickstart", "--target", "openvin")
+
+
+def test_an_installed_package_has_the_images(tmp_path: Path) -> None:
+    uv = Path(sys.executable).with_name("uv")
+    building: list[str | Path] = [
+        uv,
+        "build",
+        "--quiet",
+        "--offline",
+        "--no-build-isolation",
+        "--wheel",
+        "--out-dir",
+        tmp_path,
+        ROOT,
+    ]
+    subprocess.run(building, check=True, env=plain_environment(VIRTUAL_ENV=sys.prefix))
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        for name in ("calibration.npz", "evaluation.npz"):
+            assert archive.read(f"pipeline/tour/{name}") == (EMBEDDED / name).read_bytes()
+    assert "pipeline/tour/LICENSE" in names
+    assert "pipeline/report/fragment.html.jinja" in names
