@@ -330,3 +330,10 @@ def test_a_csv_that_is_not_chexpert_s_is_told_where(
     assert not (tmp_path / "studies.tsv").exists()
     assert chexpert.main([str(tmp_path / "no.csv")]) == 2
     assert "no.csv: it cannot be read: No such file or directory" in capsys.readouterr().err
+
+
+def test_the_list_of_studies_stays_beside_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted(tmp_path, "--out", str(tmp_path / "studies.tsv"))
+    assert [one.name for one in tmp_path.glob("*studies*")] == ["studies.tsv"]
+    assert chexpert.main([str(tmp_path / "train.csv"), "--out", str(tmp_path / "train/studies.tsv")]) == 2
+    assert "where the names in the list begin; choose a name there" in capsys.readouterr().err
