@@ -25,7 +25,7 @@ from device.errors import InputError, TargetUnavailable
 from device.pixels import IGNORED
 from device.preprocess import Preprocessing
 from pipeline.augmentation import Augmentation, with_alias
-from pipeline.data.source import Data, Part, Sizes, Table
+from pipeline.data.source import Data, Part, Sizes, Table, written
 from pipeline.measure import metrics
 from pipeline.measure.metrics import COUNTED, TORCHMETRICS, Task
 from pipeline.section import Beside, Section, beside_recipe
@@ -234,7 +234,7 @@ def read(path: Path, *, precision: str | None = None, minutes: float | None = No
         recipe = Recipe.model_validate(given, context={"folder": path.parent})
     except ValidationError as error:
         faults = [_told(dict(detail), detail["loc"], _known_keys(detail["loc"][:-1])) for detail in error.errors()]
-        raise InputError(f"recipe {path}: {'; '.join(faults)}") from None
+        raise InputError(f"recipe {path}: {'; '.join(dict.fromkeys(faults))}") from None
     for name in recipe.nightly.nodes.keys() - {"*"}:
         targets.check_name(name)
     for name, options in recipe.targets.items():
@@ -247,7 +247,7 @@ def read(path: Path, *, precision: str | None = None, minutes: float | None = No
 
 def _told(detail: Mapping[str, Any], loc: Sequence[str | int], known: Sequence[str]) -> str:
     """Say one fault of pydantic's, found at `loc`, where the keys `known` may stand."""
-    where = ".".join(str(part) for part in loc)
+    where = ".".join(written(loc) if loc[:1] == ("data",) else map(str, loc))
     if not where:
         return str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

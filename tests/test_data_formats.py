@@ -300,7 +300,7 @@ def test_every_file_in_the_folder_is_a_format() -> None:
     [
         ('{torchvision = "CIFAR10"}', "torchvision = 'CIFAR10' needs `root`"),
         ("{}", "a table names one source"),
-        ('{path = "a.parquet", colour = "x"}', "unknown key 'data.evaluation.table.colour'"),
+        ('{path = "a.parquet", colour = "x"}', "unknown key 'data.evaluation.colour', known here: path, image"),
         ('{path = "evaluation.npz", label = "x"}', "evaluation.npz has no columns to be named"),
         ('"nowhere-{0..1}.tar"', "nowhere-0.tar does not exist, one of 2"),
         ('"nowhere.parquet"', "nowhere.parquet does not exist"),

@@ -1,6 +1,6 @@
 """What a recipe's [data] may say: where each split comes from, or one source that is divided."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -186,3 +186,11 @@ def paths(source: Path | Table | Part) -> Iterator[Path]:
         yield from [source.manifest] if source.manifest else []
     else:
         yield from (one for one in (source.path, source.images, source.labels, source.root) if one is not None)
+
+
+def written(loc: Sequence[str | int]) -> list[str]:
+    """Give where a fault is as the recipe writes it: what is divided stands there once, and no kind is named."""
+    names = [str(one) for one in loc]
+    if names[2:3] == ["part"]:
+        names = [names[0], *names[3:]]
+    return [name for i, name in enumerate(names) if not (i == 2 and name in ("table", "path") and names[1] != "split")]
