@@ -83,6 +83,8 @@ def _settings(recipe: Recipe, target: str) -> dict[str, str]:
     kind, _, name = recipe.model.source.partition(":")
     fields["model"]["weights"] = None
     fields["model"]["source"] = f"{kind}:{Path(name).name}" if kind == "pt2" else recipe.model.source
+    if recipe.training.start and Path(recipe.training.start).is_file():
+        fields["training"]["start"] = file_hash(Path(recipe.training.start))
     fields["classes"] = hashlib.sha256("\n".join(recipe.classes).encode()).hexdigest()[:16]
     flat = dict(_flat("", fields))
     return flat | dict(_flat(f"targets.{target}", recipe.targets.get(target, {})))
