@@ -7,7 +7,7 @@ first lateral image. Studies without a lateral one are left out, or their fronta
 
 A finding is 1 (there), 0 (not there), −1 (the report is uncertain) or empty (the report says nothing of it). Empty is
 taken as not there. What −1 is taken as, `--uncertain` says: `negative`, the default, `positive`, or `leave-out` for
-the whole study. Irvin et al. 2019 (CheXpert, table 3) compare these: which is best depends on the finding.
+the whole study. Irvin et al. 2019 (CheXpert) compare such policies: which is best depends on the finding.
 """
 
 import argparse
@@ -98,7 +98,9 @@ def convert(source: Path, out: Path, *, uncertain: str = "negative", lateral: st
         raise Wrong(f"{len(missing)} of {len(images)} images are not there, for example {missing[0]}")
     if out.resolve().parent != base:
         raise Wrong(f"{out} is not in {base}, where the names in the list begin; choose a name there")
-    out.write_text("\n".join(("\t".join(HEADINGS), *written)) + "\n", encoding="utf-8")
+    temporary = out.with_name(f".{out.name}.part")
+    temporary.write_text("\n".join(("\t".join(HEADINGS), *written)) + "\n", encoding="utf-8")
+    temporary.replace(out)
     patients = len({line.rpartition("\t")[2] for line in written})
     rest = f"; left out: {_told(left_out)}" if left_out else ""
     return f"{out}: {len(written)} studies of {patients} patients{rest}"

