@@ -239,6 +239,20 @@ def cifar(folder: Path, images: NDArray[np.uint8], labels: list[int], *, protoco
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(NAMES)}, protocol))
 
 
+def test_a_broken_file_of_torchvision_s_sets_is_left_out_as_any_other(
+    real: dict[str, NDArray[Any]], tmp_path: Path
+) -> None:
+    for number, image in enumerate(real["images"][:6]):
+        place = tmp_path / "set" / NAMES[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(png(image)[: 200 if number == 3 else None])
+    table, how = Table(torchvision="ImageFolder", root=tmp_path / "set"), dataset.Handling(broken_share=0.5)
+    found = dataset.split("evaluation", table, NAMES[:2], CONTRACT, Cache(tmp_path / "build"), how=how)
+    assert found.labels.tolist() == [0, 0, 0, 1, 1]
+    with pytest.raises(InputError, match="1 of the 6 evaluation images is broken.*image 4: a broken image"):
+        dataset.split("evaluation", table, NAMES[:2], CONTRACT, Cache(tmp_path / "build"))
+
+
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_cifar_s_batches_are_read_as_torchvision_reads_them(
     tmp_path: Path, protocol: int, monkeypatch: pytest.MonkeyPatch

@@ -129,7 +129,10 @@ def _targets(opened: Any) -> Sequence[Any] | None:
 
 
 def _pixels(opened: Any, index: int) -> bytes:
-    image = opened[index][0]
+    try:
+        image = opened[index][0]
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, of a broken file
+        raise InputError(f"image {index}: a broken image ({first_line(error)})") from error
     if not isinstance(image, Image.Image):
         raise InputError(f"image {index} is a {type(image).__name__}; expected a picture")
     return _packed(np.asarray(image.convert("RGB")))
