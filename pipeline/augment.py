@@ -14,6 +14,7 @@ from device.pixels import IGNORED
 from pipeline.augmentation import Augmentation
 
 NEAREST, BILINEAR = InterpolationMode.NEAREST, InterpolationMode.BILINEAR
+EXACT = InterpolationMode.NEAREST_EXACT
 TRIES = 10
 """At a rectangle of the asked area that fits, before the whole image is taken, as torchvision does."""
 ERASED, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)
@@ -85,7 +86,8 @@ def _rectangle(size: tuple[int, int], area: tuple[float, float], ratio: tuple[fl
 
 def _moved(images: Tensor, size: tuple[int, int], angle: float, how: InterpolationMode) -> Tensor:
     if images.shape[-2:] != size:
-        images = tv.resize(images, list(size), how, antialias=how is BILINEAR)
+        way = EXACT if how is NEAREST else how  # by pixels' centres, as masks are decoded and images are resized
+        images = tv.resize(images, list(size), way, antialias=how is BILINEAR)
     if not angle:
         return images
     fill = [float(IGNORED)] if how is NEAREST else [float(one) for one in images.float().mean((0, 2, 3)).round()]

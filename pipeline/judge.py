@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.split import Labels
-from pipeline.figures import Accuracy, Latency
+from pipeline.figures import Accuracy, Change, Latency
 from pipeline.measure.accuracy import judge_accuracy
 from pipeline.measure.golden import LEAST_LIMIT
 from pipeline.measure.segmentation import constant_percent
@@ -89,7 +89,7 @@ def _disturbed(timed: Latency) -> bool:
 def _baseline(accuracy: Accuracy, labels: Labels, budget: Budget) -> list[Check]:
     """Doubt a float model that guesses, or misses what it is known for: nothing can be lost where nothing is right."""
     judged, known = accuracy.judged, budget.float_percent
-    if known is not None and judged.float_percent < known - SHORT_OF_KNOWN:
+    if known is not None and _short(judged, known) > SHORT_OF_KNOWN:
         told = f"the float model itself reaches {judged.metric} {judged.float_percent:.1f} %, not the {known:g} % that"
         remedy = "it is not asked what it was trained for: check labels, class order, weights and preprocessing"
         return [("fail", f"{told} budget.float_percent records; {remedy}")]
@@ -119,9 +119,9 @@ def _recorded(accuracy: Accuracy, record: Record | None) -> list[Check]:
     judged = accuracy.judged
     if record is None or record.percent is None or record.metric != judged.metric or not record.images:
         return []
-    share = min(max(record.percent / 100, judged.float_percent / 100), 1 - 1 / (record.images + 2))
+    share = min(max(record.percent / 100, judged.float_percent / 100, 0.0), 1 - 1 / (record.images + 2))
     spread = 100 * (share * (1 - share) * (1 / record.images + 1 / accuracy.images)) ** 0.5
-    if judged.float_percent >= record.percent - SHORT_OF_KNOWN - SPREADS * spread:
+    if _short(judged, record.percent) <= SHORT_OF_KNOWN + SPREADS * spread:
         return []
     told = (
         f"the float model itself reaches {judged.metric} {judged.float_percent:.1f} %, not the {record.percent:.1f} %"
@@ -129,6 +129,11 @@ def _recorded(accuracy: Accuracy, record: Record | None) -> list[Check]:
     cause = f"the preprocessing is another one: {', '.join(record.differences)}" if record.differences else ""
     remedy = cause or "the images, their labels or the order of the classes are not those it was trained with"
     return [("fail", f"{told} that its training recorded in the weights' file; {remedy}")]
+
+
+def _short(judged: Change, known: float) -> float:
+    """Say how much worse the float model is than what is known of it, in points."""
+    return known - judged.float_percent if judged.higher_is_better else judged.float_percent - known
 
 
 def _float_percent(accuracy: Accuracy, metric: str) -> float:

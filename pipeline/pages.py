@@ -17,6 +17,7 @@ PAGES: tuple[tuple[str, str], ...] = (
     (r"images are copies of others|images are also in the", "recipes.md#splits"),
     (r"calibration images", "quantization.md"),
     (r"labels? .*(out of range|neither a class)|no class of this recipe", "recipes.md#labels"),
+    (r"data\.manifest", "recipes.md#splits"),
     (r"is not a bundle|manifest", "manifest.md"),
     (r"signature|is not trusted|no trusted key", "security.md"),
     (r"state dict|more than tensors|the weights ", "recipes.md#models"),

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipeline import augmentation, cache, load, loader
+from pipeline import augment, augmentation, cache, load, loader
 from pipeline.artifacts import Weights
 from pipeline.data.split import Split
 from pipeline.load import PACKAGES
@@ -14,7 +14,7 @@ from pipeline.training.course import Job
 
 CODE = [
     *sorted(Path(__file__).with_name("training").glob("*.py")),
-    *(Path(str(module.__file__)) for module in (load, loader, augmentation)),
+    *(Path(str(module.__file__)) for module in (load, loader, augment, augmentation)),
 ]
 
 
@@ -47,7 +47,7 @@ def prepare(
     key = cache.key(
         "train",
         code=__file__,
-        packages=(*PACKAGES[recipe.model.source.partition(":")[0]], "accelerate"),
+        packages=(*PACKAGES[recipe.model.source.partition(":")[0]], "torchvision", "accelerate"),
         modules={path.name: cache.file_hash(path) for path in CODE},
         own_code=load.own_code(recipe, folder),
         own_imports=load.own_imports(recipe, folder),

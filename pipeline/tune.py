@@ -88,19 +88,28 @@ def tune(path: Path, wanted: Wanted, output: Path | None, *, build: Path, downlo
     recipe = read_recipe(path)
     tried = space.read(wanted.space, recipe)
     _check_output(path, output)
-    rewrite.write(path.read_text(encoding="utf-8-sig"), {key: getattr(recipe.training, key) for key in tried})
+    _written(path, {key: getattr(recipe.training, key) for key in tried})
     try:
         from ray import tune as _  # noqa: F401 - to say so before the data is read
     except ModuleNotFoundError as error:
         raise TargetUnavailable(f"the search needs Ray Tune; install it (`{INSTALL}`)") from error
-    trials = _ranked(recipe, _search(recipe, path, wanted, tried, cache.Cache(build / recipe.name), download))
+    found = _search(recipe, path, wanted, tried, cache.Cache(build / recipe.name), download)
+    trials = _ranked(found)
+    if not trials and found.errors:
+        raise StageFailed(f"every trial failed, the first with: {str(found.errors[0]).strip().splitlines()[-1]}")
     if not trials:
         raise StageFailed("the search ended before any trial had validated once; give it more --minutes")
     if trials[0].percent is None:
         raise StageFailed("every trial failed; see what the recipe's own settings do with `bitferry train`")
     if output is not None:
-        output.write_text(rewrite.write(path.read_text(encoding="utf-8-sig"), trials[0].settings), encoding="utf-8")
+        output.write_text(_written(path, trials[0].settings), encoding="utf-8")
     return Tuned(recipe.metric, tuple(trials), str(output) if output else None)
+
+
+def _written(path: Path, settings: Mapping[str, Value]) -> str:
+    """Give the recipe's text with the settings; None is what the recipe leaves out, as it still does."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    return rewrite.write(path.read_text(encoding="utf-8-sig"), given)
 
 
 def _check_output(path: Path, output: Path | None) -> None:
@@ -127,7 +136,7 @@ def _search(
     run = Run(recipe, path, build, download=download)
     run.check_data()
     job, key = prepare(recipe, run.training, build, folder=path.parent.resolve(), download=download)
-    plan = cache.key("tune", code=__file__, job=key, space=repr(tried), trials=wanted.trials)
+    plan = cache.key("tune", code=__file__, job=key, space=repr(tried), trials=wanted.trials, minutes=wanted.minutes)
     room = (build.root / f"tune-{plan}").resolve()
     room.mkdir(parents=True, exist_ok=True)
     (room / JOB).write_bytes(pack(replace(job, start=job.start.resolve() if job.start else None)))
@@ -214,19 +223,19 @@ def _trial(config: dict[str, Any]) -> None:
 
     told = list[int]()
 
-    def tell(epoch: int, value: float) -> None:
+    def tell(epoch: int, value: float, *, ended: bool = False) -> None:
         values = [value if math.isfinite(value) else WORTHLESS]
         values += [one for _, one in past()] if recipe.training.keeps_best else []
         told.append(epoch)
-        ray_tune.report({"epoch": epoch, "value": max(values), "settings": settings})
+        ray_tune.report({"epoch": epoch, "value": max(values), "settings": settings, "ended": ended})
 
     try:
         if not (job.out / WEIGHTS).exists():
             teach(job, told=tell, threads=config[CPUS])
-        if not told:  # it had ended when the search was killed, which took no note of it
-            tell(*past()[-1])
+        if not told or told[-1] < recipe.training.epochs:  # ended by patience, or before the search was killed
+            tell(*past()[-1], ended=True)
     except StageFailed:  # it diverged, which is an answer too
-        tell(recipe.training.epochs, WORTHLESS)
+        ray_tune.report({"epoch": recipe.training.epochs, "value": WORTHLESS, "settings": settings, "ended": True})
 
 
 def _job(job: "Job", settings: Mapping[str, Value], room: Path) -> "Job":
@@ -235,7 +244,9 @@ def _job(job: "Job", settings: Mapping[str, Value], room: Path) -> "Job":
     own = room / "trials" / cache.key("trial", code=__file__, settings=dict(settings))
     own.mkdir(parents=True, exist_ok=True)
     batch = job.batch if training.batch_size == "auto" else training.batch_size
-    recipe = job.recipe.model_copy(update={"training": training})
+    flips = {"horizontal_flip": training.horizontal_flip} if "horizontal_flip" in settings else {}
+    augmentation = job.recipe.augmentation.model_copy(update=flips)
+    recipe = job.recipe.model_copy(update={"training": training, "augmentation": augmentation})
     return replace(job, recipe=recipe, batch=batch, checkpoint=own / "checkpoint.pt", curves=own / "curves", out=own)
 
 
@@ -257,11 +268,15 @@ def _best_so_far(metric: str) -> object:
     return Told()
 
 
-def _ranked(recipe: Recipe, found: "ResultGrid") -> list[Trial]:
+def _ranked(found: "ResultGrid") -> list[Trial]:
     """Order the trials: those that were trained to the end first, and of each kind the better first."""
     results = [one.metrics for one in found if one.metrics and "value" in one.metrics]
     whole = max((one["epoch"] for one in results), default=0)
-    results.sort(key=lambda one: (one["epoch"] == whole and one["value"] > WORTHLESS, one["value"]), reverse=True)
+
+    def ended(one: Mapping[str, Any]) -> bool:
+        return one["value"] > WORTHLESS and bool(one["ended"] or one["epoch"] == whole)
+
+    results.sort(key=lambda one: (ended(one), one["value"]), reverse=True)
     return [
         Trial(one["settings"], abs(one["value"]) if one["value"] > WORTHLESS else None, one["epoch"]) for one in results
     ]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,12 +23,15 @@ from torch import Tensor, nn
 from device.errors import InputError, StageFailed, TargetUnavailable
 from pipeline import cache
 from pipeline.artifacts import Weights
+from pipeline.figures import Change
+from pipeline.judge import _recorded
 from pipeline.nightly.inputs import _settings
 from pipeline.recipe import Recipe, read
 from pipeline.run import Run
 from pipeline.train import train
 from pipeline.training import batch, freezing, holdout, losses, machine, start
 from pipeline.training.optimizer import Average, optimizer, schedule
+from pipeline.training.record import Record
 from pipeline.training.settings import Training
 from tests.conftest import EMBEDDED, FACTORY, ROOT, Project, subset, write_project
 
@@ -162,6 +166,10 @@ class TestStart:
         assert "fc.weight starts anew ([7, 512] in the file, [3, 512] here)" in capsys.readouterr().err
         assert torch.equal(small.conv1.weight, other["conv1.weight"])
         assert start.head(small, ("fc.weight", "fc.bias")) == start.head(small, ()) == ("fc",)
+        vit = torchvision.models.VisionTransformer(16, 8, 1, 2, 8, 16, num_classes=3)
+        larger = torchvision.models.VisionTransformer(32, 8, 1, 2, 8, 16, num_classes=5).state_dict()
+        new = start.fit(vit, {f"model.{name}": tensor for name, tensor in larger.items()}, Path("w"))
+        assert start.head(vit, new) == ("encoder.pos_embedding", "heads.head")
         with pytest.raises(InputError, match="it is of another model"):
             start.fit(nn.Linear(4, 4), nn.Linear(5, 5).state_dict(), Path("w"))
 
@@ -269,6 +277,10 @@ class TestLosses:
         right = self.scores.softmax(1)[torch.arange(6), self.labels]
         focal = losses.Loss("classification", Training(loss="focal", gamma=2))
         torch.testing.assert_close(focal.sum(self.scores, self.labels), (-right.log() * (1 - right) ** 2).sum())
+        sure = torch.tensor([[200.0, 0.0]], requires_grad=True)
+        root = losses.Loss("classification", Training(loss="focal", gamma=0.5))
+        (slope,) = torch.autograd.grad(root.sum(sure, self.labels[:1]), sure)
+        assert slope.isfinite().all()
 
     def test_balanced_weights_make_classes_count_alike(self) -> None:
         balanced = Training(class_weights="balanced")
@@ -345,6 +357,16 @@ def test_an_average_follows_slowly_and_forgets_the_first_weights() -> None:
     for step in range(1, 200):
         average.update(model, step)
     assert average.state["weight"].item() == pytest.approx(1, abs=1e-6)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    average.update(model, 200)
+    assert average.state["weight"].item() == pytest.approx(1.1)
+
+
+def test_a_cycle_of_rates_leaves_the_momentum_of_sgd_alone() -> None:
+    made = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0, momentum=0.5)
+    schedule(made, Training(optimizer="sgd", momentum=0.5), 40)
+    assert made.param_groups[0]["momentum"] == 0.5
 
 
 @pytest.fixture(scope="module")
@@ -509,6 +531,13 @@ class TestRecord:
         run = self.recipe(trained, project, ('["a", "b", "c", "d", "e"]', '["a", "c", "b", "d", "e"]'))
         save_file(load_file(trained[1].path), project.folder / "w.safetensors")
         assert run.model.record is None
+
+
+@pytest.mark.parametrize(("higher", "outcomes"), [(True, ["fail"]), (False, [])])
+def test_what_is_recorded_of_a_metric_where_less_is_better_is_missed_by_more(higher: bool, outcomes: list[str]) -> None:
+    change = Change("torchmetrics:X", "bootstrap", 5.0, 5.0, 0.0, 0.0, 0.0, 0.95, higher_is_better=higher)
+    found = _recorded(SimpleNamespace(judged=change, images=1000), Record("torchmetrics:X", 40.0, 1000))  # type: ignore[arg-type]
+    assert [outcome for outcome, _ in found] == outcomes
 
 
 class TestPrecision:

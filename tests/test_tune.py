@@ -57,6 +57,13 @@ class TestSpace:
     def test_what_cannot_be_tried(self, project: Project, text: str, message: str) -> None:
         assert message in project.refused("tune", "small.toml", "--space", text)
 
+    def test_pairs_that_do_not_go_together_and_ends_without_a_beginning(self, project: Project) -> None:
+        recipe = read(project.recipe)
+        with pytest.raises(InputError, match=r"training.loss cannot be 'focal' with training.label_smoothing 0.1: "):
+            space.read(["loss=focal,cross-entropy", "label_smoothing=0.0,0.1"], recipe)
+        with pytest.raises(InputError, match="--space ema: the recipe, which is tried first, has none; set a number"):
+            space.read(["ema=0.9..0.99"], recipe)
+
     def test_the_output_lies_beside_the_recipe_and_replaces_nothing(self, project: Project) -> None:
         assert "small.toml is there already" in project.refused("tune", "small.toml", "-o", "small.toml")
         line = project.refused("tune", "small.toml", "-o", "../tuned.toml")

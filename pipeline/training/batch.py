@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import torch
 
-from pipeline import cache, progress
+from pipeline import cache, load, progress
 from pipeline.data.split import Split
 from pipeline.load import PACKAGES, Deployable, architecture
 from pipeline.recipe import Recipe
@@ -43,11 +43,12 @@ def choose(recipe: Recipe, data: Split, build: cache.Cache, precision: Precision
         "batch",
         code=__file__,
         packages=PACKAGES[recipe.model.source.partition(":")[0]],
+        own_code=load.own_code(recipe, folder),
+        own_imports=load.own_imports(recipe, folder),
         model=recipe.model.model_dump(mode="json"),
         contract=recipe.preprocessing,
         classes=len(recipe.classes),
         task=recipe.task,
-        optimizer=recipe.training.optimizer,
         images=len(data),
         machine=machine.name(),
         precision=precision,

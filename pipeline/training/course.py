@@ -86,7 +86,8 @@ class Course:
         labels = job.data.labels
         self.split = holdout.hold_out(labels, recipe.task, training.validation, training.seed)
         self.batches = holdout.divide(len(self.split.learnt), training, job.batch, accelerator.num_processes)
-        self.loss = losses.loss(recipe.task, training, labels[self.split.learnt], len(recipe.classes))
+        counted = self.split.learnt if training.class_weights == "balanced" else slice(0)  # masks are a copy
+        self.loss = losses.loss(recipe.task, training, labels[counted], len(recipe.classes))
         self.validation = Validation(recipe, job.data, self.split.held_out, self.loss, self.batches.part)
         options, classes = recipe.budget.metric_options, len(recipe.classes)
         self.sign = 1 if metrics.higher_is_better(recipe.metric, options, recipe.task, classes) else -1
@@ -97,7 +98,7 @@ class Course:
         average = Average(self.model, self.training.ema) if self.training.ema else None
         rates = schedule(raw, self.training, self.steps)
         kept = self.job.checkpoint
-        self.whole = Whole(kept, self.model, raw, rates, self.accelerator, average, {}, Position())
+        self.whole = Whole(kept, self.model, raw, rates, self.accelerator, average, {}, Position(steps=self.steps))
         self.whole.load()
         self.wrapped = self.accelerator.prepare_model(self.deployable)
         self.optimizer = self.accelerator.prepare_optimizer(raw)
@@ -226,7 +227,7 @@ class Course:
         self.deployable.eval()
         named = {f"model.{name}": tensor for name, tensor in state.items()}
         found = self.validation.look(
-            lambda images: functional_call(self.deployable, named, (images,)), self.accelerator
+            lambda images: functional_call(self.deployable, named, (images,), tie_weights=False), self.accelerator
         )
         value = self.sign * found.percent
         if math.isfinite(value) and (position.best is None or value > position.best):

@@ -15,6 +15,8 @@ from pipeline.training.settings import Training
 
 NOWHERE = -1
 """What no label of an image is."""
+LEAST_WRONG = 1e-7
+"""Of 1 − p: where it is 0, a power of it below 1 has an infinite gradient."""
 AT_ONCE = 256
 """Masks counted in one go."""
 
@@ -57,7 +59,7 @@ class Loss:
                 scores, labels, weights, ignore_index=self._ignored, reduction="none", label_smoothing=smoothing
             )
             right = self._right(scores, labels) if focal else None
-        return (each if right is None else each * (1 - right) ** self.settings.gamma).sum()
+        return (each if right is None else each * (1 - right).clamp(min=LEAST_WRONG) ** self.settings.gamma).sum()
 
     def _right(self, scores: Tensor, labels: Tensor) -> Tensor:
         picked = labels.masked_fill(labels == self._ignored, 0).unsqueeze(1)

@@ -37,7 +37,10 @@ def schedule(optimizer: torch.optim.Optimizer, training: Training, steps: int) -
     if training.schedule == "one-cycle":
         rates = [group["lr"] for group in optimizer.param_groups]
         share = max(training.warm_up, 2 / steps)  # PyTorch divides by zero for fewer steps of rising than two
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=share)
+        cycles = training.optimizer != "sgd"  # whose momentum is the recipe's, not 0.85 to 0.95
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, rates, total_steps=steps, pct_start=share, cycle_momentum=cycles
+        )
     warm = training.warm_up * steps
 
     def factor(step: int) -> float:

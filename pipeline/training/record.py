@@ -23,7 +23,7 @@ class Record:
 
     metric: str
     percent: float | None
-    """Of the metric · 100 on images held out; None where none were."""
+    """Of the metric · 100 on images held out; None where none were, or the metric has other options now."""
     images: int
     """How many those were."""
     differences: tuple[str, ...] = ()
@@ -40,6 +40,7 @@ def _told(recipe: Recipe, percent: float | None, images: int) -> dict[str, str |
     return {
         "version": version("bitferry"),
         "metric": recipe.metric,
+        "metric_options": json.dumps(recipe.budget.metric_options, sort_keys=True),
         "percent": percent if percent is None else round(percent, 4),
         "validation_images": images,
         "classes": classes,
@@ -70,7 +71,8 @@ def check(path: Path, recipe: Recipe) -> Record | None:
         if found["preprocessing_sha256"] != now["preprocessing_sha256"]:
             differences = tuple(_changed(json.loads(found["preprocessing"]), asdict(recipe.preprocessing)))
             progress.stage("load", f"{path} was trained with another preprocessing: {', '.join(differences)}")
-        percent = None if found["percent"] is None else float(found["percent"])
+        same = found.get("metric_options", "{}") == now["metric_options"]  # macro is not to be compared with micro
+        percent = None if found["percent"] is None or not same else float(found["percent"])
         return Record(str(found["metric"]), percent, int(found["validation_images"]), differences)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(

@@ -69,7 +69,7 @@ class Training(Section):
     keep: Literal["best", "last"] | None = None
     """Which epoch's weights; None for the best with `patience` and the last without."""
     horizontal_flip: bool = False
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @property
     def keeps_best(self) -> bool:

@@ -1,8 +1,9 @@
 """What a search for settings may try, as `learning_rate=1e-4..1e-2` or `optimizer=adamw,sgd`: checked beforehand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import combinations, product
 
 from pydantic import ValidationError
 
@@ -45,9 +46,21 @@ def read(given: Sequence[str], recipe: Recipe) -> Space:
     """Read the options of the command line, or make the default space; raise InputError for what cannot be tried."""
     space = dict(_read(text) for text in given) if given else default(recipe)
     for key, tried in space.items():
-        for value in (tried.low, tried.high) if isinstance(tried, Range) else tried:
-            _check(key, value, recipe)
+        for value in _ends(tried):
+            _check({key: value}, recipe)
+        if isinstance(tried, Range) and isinstance(own := getattr(recipe.training, key), str | None):
+            told = "none" if own is None else f"'{own}'"
+            raise InputError(f"--space {key}: the recipe, which is tried first, has {told}; set a number there")
+    if "horizontal_flip" in space and recipe.augmentation.horizontal_flip and not recipe.training.horizontal_flip:
+        raise InputError("--space horizontal_flip: the recipe has it in [augmentation]; move it to [training]")
+    for one, other in combinations(space, 2):
+        for first, second in product(_ends(space[one]), _ends(space[other])):
+            _check({one: first, other: second}, recipe)
     return space
+
+
+def _ends(tried: Range | tuple[Value, ...]) -> tuple[Value, ...]:
+    return (tried.low, tried.high) if isinstance(tried, Range) else tried
 
 
 def default(recipe: Recipe) -> Space:
@@ -91,13 +104,14 @@ def _value(text: str) -> Value:
     return text
 
 
-def _check(key: str, value: Value, recipe: Recipe) -> None:
-    given = recipe.training.model_dump(exclude_unset=True, exclude={"start"}) | {key: value}
+def _check(tried: Mapping[str, Value], recipe: Recipe) -> None:
+    given = {**recipe.training.model_dump(exclude_unset=True, exclude={"start"}), **tried}
+    what = " with ".join(f"training.{key} {value!r}" for key, value in tried.items()).replace(" ", " cannot be ", 1)
     try:
         made = Training.model_validate(given | ({"start": "torchvision:DEFAULT"} if recipe.training.start else {}))
     except ValidationError as error:
         told = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise InputError(f"--space: training.{key} cannot be {value!r}: {told}") from None
+        raise InputError(f"--space: {what}: {told}") from None
     wrong = list(settings.faults(made, recipe.task, trained=True))
     if wrong:
-        raise InputError(f"--space: training.{key} cannot be {value!r}: {'; '.join(wrong)}")
+        raise InputError(f"--space: {what}: {'; '.join(wrong)}")

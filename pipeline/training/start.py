@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from device.errors import InputError, StageFailed, TargetUnavailable, first_line
-from pipeline import checkpoint, progress
+from pipeline import checkpoint, progress, unwrapped
 from pipeline.recipe import Recipe
 from pipeline.training.settings import LIBRARY
 
@@ -123,6 +123,7 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> tuple[str,
     Those must be the model's last ones: its new head. Raises InputError where anything else does not match.
     """
     own = model.state_dict()
+    state = unwrapped.fitting(state, set(own))
     new = tuple(name for name in own if name in state and state[name].shape != own[name].shape)
     checkpoint.fill(model, {name: own[name] if name in new else tensor for name, tensor in state.items()}, path)
     if new and len(new) > len(own) // 2:
@@ -134,10 +135,18 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> tuple[str,
 
 
 def head(model: nn.Module, new: tuple[str, ...]) -> tuple[str, ...]:
-    """Name the modules that make up the head: those of the tensors that start anew, else the last with parameters."""
+    """Name what makes up the head: the modules of the tensors that start anew, else the last one with parameters.
+
+    Of a module that holds others, as an encoder its position embedding, it is the tensor alone.
+    """
     if new:
-        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in new))
+        return tuple(dict.fromkeys(_smallest(model, name) for name in new))
     return tuple(_with_parameters(model))[-1:]
+
+
+def _smallest(model: nn.Module, name: str) -> str:
+    module = name.rpartition(".")[0]
+    return name if any(model.get_submodule(module).children()) else module
 
 
 def _with_parameters(model: nn.Module) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from device.errors import StageFailed, first_line
+from device.errors import InputError, StageFailed, first_line
 from pipeline import progress
 from pipeline.training.optimizer import Average
 
@@ -25,6 +25,8 @@ class Position:
 
     step: int = 0
     """Steps done, of all epochs."""
+    steps: int = 0
+    """How many those have."""
     best: float | None = None
     """The best value of the validation, higher being better."""
     best_epoch: int = 0
@@ -73,7 +75,10 @@ class Whole:
             return False
         try:
             state = torch.load(self.path, weights_only=True, map_location="cpu")
+            self._compare(state)
             self._restore(state)
+        except InputError:
+            raise
         except Exception as error:  # torch.load raises many kinds for a file that was damaged
             raise StageFailed(f"{self.path} cannot be read ({first_line(error)}); delete it to train anew") from error
         if self.accelerator.is_main_process:
@@ -83,6 +88,15 @@ class Whole:
             exact = f", begun with {' and '.join(others)}: not quite as if it had not stopped" if others else ""
             progress.stage("train", told + exact)
         return True
+
+    def _compare(self, state: Mapping[str, Any]) -> None:
+        """Raise InputError where a batch of another size, of so many processes, makes for another number of steps."""
+        before, now = state["position"]["steps"], self.position.steps
+        if before != now:
+            raise InputError(
+                f"{self.path} is of a training of {before} steps by --processes {state['processes']}, and by so many "
+                f"as now it has {now}; give the number it was begun with, or delete the file to train anew"
+            )
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
