@@ -53,7 +53,9 @@ class Deployable(nn.Module):
             pixels = images.to(torch.float32)
             views = [pixels[:, view].permute(0, 3, 1, 2) for view in range(self.views)]
         scores = self.model(*(view * self.multiplier + self.offset for view in views))
-        found: Tensor = scores.get("out", scores) if isinstance(scores, dict) else scores  # torchvision's segmentation
+        if isinstance(scores, dict):  # torchvision's segmentation
+            scores = scores.get("out", scores)
+        found: Tensor = getattr(scores, "logits", scores)  # what its Inceptions give while they learn
         return found
 
 

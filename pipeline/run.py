@@ -86,6 +86,11 @@ class Run:
     def weights(self) -> Weights:
         if self.recipe.model.whole:
             raise InputError(f"recipe '{self.recipe.name}' has {self.recipe.model.whole}, which is not trained")
+        if not self.trains:
+            raise InputError(
+                f"recipe '{self.recipe.name}' has model.weights, so there is nothing to train; "
+                "to train on from them, name the file as training.start instead"
+            )
         self.check_data()
         recipe, folder = self.recipe, self.path.parent
         return train(recipe, self.training, self.build, folder=folder, processes=self.processes, download=self.download)

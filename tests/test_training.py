@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from device.errors import InputError, StageFailed, TargetUnavailable
+from device.preprocess import Preprocessing
 from pipeline import cache
 from pipeline.artifacts import Weights
 from pipeline.figures import Change
@@ -527,6 +528,11 @@ class TestRecord:
         assert len(reasons) == 1
         assert reasons[0].endswith(f"the preprocessing is another one: {difference}")
 
+    def test_given_weights_are_not_trained_over(self, trained: tuple[Project, Weights], project: Project) -> None:
+        run = self.recipe(trained, project)
+        with pytest.raises(InputError, match="has model.weights, so there is nothing to train; .* training.start"):
+            _ = run.weights
+
     def test_a_file_of_others_has_no_record(self, trained: tuple[Project, Weights], project: Project) -> None:
         run = self.recipe(trained, project, ('["a", "b", "c", "d", "e"]', '["a", "c", "b", "d", "e"]'))
         save_file(load_file(trained[1].path), project.folder / "w.safetensors")
@@ -586,3 +592,9 @@ def test_a_broken_checkpoint_is_named(project: Project) -> None:
     job.checkpoint.write_bytes(b"half")
     with pytest.raises(StageFailed, match=r"\.train-\w+\.pt cannot be read .*; delete it to train anew"):
         taught(project)
+
+
+def test_models_that_give_more_than_scores_while_they_learn() -> None:
+    model = torchvision.models.googlenet(weights=None, num_classes=3, init_weights=False)
+    learning = Deployable(model, Preprocessing(height=64, width=64)).train()
+    assert learning(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).shape == (2, 3)
