@@ -26,6 +26,7 @@ from pipeline import cache
 from pipeline.artifacts import Weights
 from pipeline.figures import Change
 from pipeline.judge import _recorded
+from pipeline.load import Deployable
 from pipeline.nightly.inputs import _settings
 from pipeline.recipe import Recipe, read
 from pipeline.run import Run
