@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from device.errors import BitferryError, InputError, TargetUnavailable, first_line
 from device.preprocess import Preprocessing
-from pipeline import cache, checkpoint, imports, progress
+from pipeline import cache, checkpoint, imports, progress, unwrapped
 from pipeline.artifacts import FloatModel
 from pipeline.measure.metrics import Task
 from pipeline.recipe import Recipe
@@ -26,6 +26,8 @@ PACKAGES = {
     "onnx": ("onnx", "onnxruntime"),
 }
 """Whose versions decide what a source gives."""
+READERS = [Path(str(module.__file__)) for module in (checkpoint, unwrapped)]
+"""Whose code decides which tensors of a file are the weights."""
 OURS = ("pipeline", "targets", "device", "__main__")
 
 
@@ -84,6 +86,7 @@ def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: 
         key=cache.key(
             "load",
             code=__file__,
+            readers={path.name: cache.file_hash(path) for path in READERS},
             packages=PACKAGES[kind],
             model=recipe.model.model_dump(mode="json", exclude={"weights"}),
             classes=recipe.classes,

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipeline import augmentation, cache, load, loader
+from pipeline import augment, augmentation, cache, load, loader
 from pipeline.artifacts import Weights
 from pipeline.data.split import Split
 from pipeline.load import PACKAGES
@@ -14,7 +14,8 @@ from pipeline.training.course import Job
 
 CODE = [
     *sorted(Path(__file__).with_name("training").glob("*.py")),
-    *(Path(str(module.__file__)) for module in (load, loader, augmentation)),
+    *(Path(str(module.__file__)) for module in (load, loader, augment, augmentation)),
+    *load.READERS,
 ]
 
 

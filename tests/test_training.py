@@ -161,6 +161,8 @@ class TestStart:
         assert start.fit(small, other, Path("w")) == ("fc.weight", "fc.bias")
         assert "fc.weight starts anew ([7, 512] in the file, [3, 512] here)" in capsys.readouterr().err
         assert torch.equal(small.conv1.weight, other["conv1.weight"])
+        wrapped = {f"model.{name}": tensor for name, tensor in other.items()}
+        assert start.fit(small, wrapped, Path("w")) == ("fc.weight", "fc.bias")
         assert start.head(small, ("fc.weight", "fc.bias")) == start.head(small, ()) == ("fc",)
         with pytest.raises(InputError, match="it is of another model"):
             start.fit(nn.Linear(4, 4), nn.Linear(5, 5).state_dict(), Path("w"))

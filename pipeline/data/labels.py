@@ -67,7 +67,7 @@ def of_value(value: object, own: Sequence[int] | None, classes: Sequence[str], t
     if isinstance(value, str):
         return of_text(value, classes, task, where)
     values: list[Any] = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-    if task == "multilabel" and len(values) == len(classes) and all(isinstance(one, bool | float) for one in values):
+    if task == "multilabel" and _of_each_class(values, classes, where):
         if strange := sorted({float(one) for one in values} - {0.0, 1.0}):
             raise InputError(f"{where}: expected a 0 or 1 for each class, found {strange[0]:g}")
         return tuple(index for index, one in enumerate(values) if one)
@@ -75,6 +75,17 @@ def of_value(value: object, own: Sequence[int] | None, classes: Sequence[str], t
         hint = '; for several labels per image set task = "multilabel"' if values else ""
         raise InputError(f"{where}: expected one label, found {len(values)}{hint}")
     return tuple(_of_one(one, own, classes, where) for one in values)
+
+
+def _of_each_class(values: Sequence[object], classes: Sequence[str], where: str) -> bool:
+    """Say whether a list has 0 or 1 for each class; it is of indices where these differ, or are of other types."""
+    if len(values) != len(classes) or all(isinstance(one, bool | float) for one in values):
+        return len(values) == len(classes)
+    if not all(type(one) is int and one in (0, 1) for one in values):
+        return False
+    if len(values) == len(set(values)) == 2:
+        raise InputError(f"{where}: {values} may be indices, or 0 and 1 for each class; write true and false, or names")
+    return len(set(values)) < len(values)
 
 
 def _of_one(value: object, own: Sequence[int] | None, classes: Sequence[str], where: str) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from device.errors import InputError, StageFailed, TargetUnavailable, first_line
-from pipeline import checkpoint, progress
+from pipeline import checkpoint, progress, unwrapped
 from pipeline.recipe import Recipe
 from pipeline.training.settings import LIBRARY
 
@@ -123,6 +123,7 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> tuple[str,
     Those must be the model's last ones: its new head. Raises InputError where anything else does not match.
     """
     own = model.state_dict()
+    state = unwrapped.fitting(state, set(own))
     new = tuple(name for name in own if name in state and state[name].shape != own[name].shape)
     checkpoint.fill(model, {name: own[name] if name in new else tensor for name, tensor in state.items()}, path)
     if new and len(new) > len(own) // 2:
