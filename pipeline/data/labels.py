@@ -41,12 +41,14 @@ def of_text(text: str, classes: Sequence[str], task: Task, where: str) -> tuple[
 
 def of_folders(names: Sequence[str], classes: Sequence[str], root: Path) -> list[int]:
     """Match folders with classes by name; where none matches but the counts agree, by sorted order (torchvision)."""
-    return _matched(names, classes, f"{root} has folders that are", f"{root}: no folder is named like a class")
+    unnamed = f"{root}: no folder is named like a class; taken in sorted order"
+    return _matched(names, classes, f"{root} has folders that are", unnamed)
 
 
 def of_names(names: Sequence[str], classes: Sequence[str], where: str) -> list[int]:
     """Match a data set's own names of its classes with the recipe's, in its order where none is known by name."""
-    return _matched(names, classes, f"{where} has classes that are", f"{where}: no class has a name of the recipe's")
+    unnamed = f"{where}: no class has a name of the recipe's; taken in its order"
+    return _matched(names, classes, f"{where} has classes that are", unnamed)
 
 
 def _matched(names: Sequence[str], classes: Sequence[str], strangers: str, unnamed: str) -> list[int]:
@@ -54,7 +56,7 @@ def _matched(names: Sequence[str], classes: Sequence[str], strangers: str, unnam
     if not strange:
         return [_by_name(name, classes) for name in names]
     if len(strange) == len(names) == len(classes):
-        progress.stage("data", f"{unnamed}; taken in {'sorted' if 'folder' in unnamed else 'its'} order")
+        progress.stage("data", unnamed)
         return list(range(len(names)))
     raise InputError(f"{strangers} no class of this recipe: {_some(strange)}; the classes are {_some(classes)}")
 
