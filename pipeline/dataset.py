@@ -110,7 +110,7 @@ def split(
         "data",
         code=__file__,
         readers={path.name: cache.file_hash(path) for path in _readers()},
-        packages=("pillow", "imagehash"),
+        packages=("pillow", "imagehash", *(("torchvision",) if roomy else ())),
         contract=contract,
         roomy=roomy,
         task=task,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from device.errors import BitferryError, InputError, TargetUnavailable, first_line
 from device.preprocess import Preprocessing
-from pipeline import cache, checkpoint, imports, progress
+from pipeline import cache, checkpoint, imports, progress, unwrapped
 from pipeline.artifacts import FloatModel
 from pipeline.measure.metrics import Task
 from pipeline.recipe import Recipe
@@ -26,6 +26,8 @@ PACKAGES = {
     "onnx": ("onnx", "onnxruntime"),
 }
 """Whose versions decide what a source gives."""
+READERS = [Path(str(module.__file__)) for module in (checkpoint, unwrapped)]
+"""Whose code decides which tensors of a file are the weights."""
 OURS = ("pipeline", "targets", "device", "__main__")
 
 
@@ -86,6 +88,7 @@ def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: 
         key=cache.key(
             "load",
             code=__file__,
+            readers={path.name: cache.file_hash(path) for path in READERS},
             packages=PACKAGES[kind],
             model=recipe.model.model_dump(mode="json", exclude={"weights"}),
             classes=recipe.classes,
@@ -150,15 +153,28 @@ def _factory(name: str, options: dict[str, Any], folder: Path) -> nn.Module:
     if str(folder.resolve()) not in sys.path:
         sys.path.insert(0, str(folder.resolve()))
     try:
-        factory = getattr(importlib.import_module(module_name), function)
+        module = importlib.import_module(module_name)
+        factory = getattr(module, function)
     except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise InputError(
             f"model source 'module:{name}' cannot be imported (looked in {folder} first): {_told(error)}"
         ) from error
+    _refuse_namesake(module_name, Path(module.__file__ or ""), folder)
     model = factory(**options)
     if not isinstance(model, nn.Module):
         raise InputError(f"module:{name} gave a {type(model).__name__}, expected a torch.nn.Module")
     return model
+
+
+def _refuse_namesake(name: str, loaded: Path, folder: Path) -> None:
+    """Raise InputError where the recipe's folder has such a module, and another was imported under its name before."""
+    place = folder.joinpath(*name.split("."))
+    own = next((path for path in (place / "__init__.py", Path(f"{place}.py")) if path.is_file()), None)
+    if own and loaded.is_file() and cache.file_hash(own) != cache.file_hash(loaded):
+        raise InputError(
+            f"the module '{name}' was imported from {loaded}, so {own} is not what would run; give it a name of its "
+            "own, or open this recipe in another process"
+        )
 
 
 def own_code(recipe: Recipe, folder: Path = Path()) -> dict[str, str]:

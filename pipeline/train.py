@@ -8,13 +8,15 @@ from pipeline import augment, augmentation, cache, load, loader
 from pipeline.artifacts import Weights
 from pipeline.data.split import Split
 from pipeline.load import PACKAGES
+from pipeline.measure import accuracy, metrics, segmentation
 from pipeline.recipe import Recipe
 from pipeline.training import batch, course, machine, processes, start, state
 from pipeline.training.course import Job
 
 CODE = [
     *sorted(Path(__file__).with_name("training").glob("*.py")),
-    *(Path(str(module.__file__)) for module in (load, loader, augment, augmentation)),
+    *(Path(str(module.__file__)) for module in (load, loader, augment, augmentation, accuracy, metrics, segmentation)),
+    *load.READERS,
 ]
 
 

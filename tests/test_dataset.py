@@ -10,7 +10,7 @@ from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import dataset
 from pipeline.cache import Cache
-from pipeline.data import leaks
+from pipeline.data import labels, leaks
 from pipeline.data.split import Split
 from pipeline.measure.metrics import Task
 from tests.conftest import subset
@@ -231,3 +231,20 @@ def test_data_of_the_other_task_is_refused_with_the_way_out(pictures: Path, tmp_
     np.savez(tmp_path / "a.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.zeros((3, 2), np.int64))
     with pytest.raises(InputError, match='of 3 integers, found .* set task = "multilabel"'):
         read(tmp_path / "a.npz", tmp_path)
+
+
+def test_a_list_of_0_and_1_for_each_class_is_no_list_of_indices() -> None:
+    def found(*value: object, classes: int = 4) -> tuple[int, ...]:
+        return labels.of_value(list(value), None, "abcd"[:classes], "multilabel", "a.parquet[0]")
+
+    assert found(0, 1, 0, 1) == found(False, True, False, True) == found(0.0, 1.0, 0.0, 1.0) == found(1, 3) == (1, 3)
+    assert found(0, 0, 0, 0) == ()
+    assert found(2, 0, 1, 3) == (2, 0, 1, 3)
+    with pytest.raises(InputError, match="may be indices, or 0 and 1 for each class"):
+        found(0, 1, classes=2)
+
+
+def test_a_group_in_front_of_the_label_is_not_read_as_no_label(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "list.tsv").write_text("file\tgroup\tlabel\ncat/1.png\tp1\tcat\n")
+    with pytest.raises(InputError, match="the column 'group' stands where .* belongs; put it after those"):
+        read(pictures / "list.tsv", tmp_path, task="multilabel")

@@ -55,7 +55,7 @@ def parsed(words: list[str]) -> None:
     assert found is not None, f"there is no command {names[0]}"
     known = {option for parameter in found.params for option in (*parameter.opts, *parameter.secondary_opts)}
     given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
-    assert given <= known | {"--quiet", "-q", "--debug", "--help"}, f"{names[0]} has no {given - known}"
+    assert given <= known | {"--quiet", "-q", "--debug", "--download", "--help"}, f"{names[0]} has no {given - known}"
 
 
 @pytest.mark.parametrize(("path", "command"), ALL, ids=lambda value: str(value).rpartition("/")[2][:60])

@@ -245,3 +245,11 @@ def test_averaged_weights_are_taken_before_others_and_wrappers_come_off() -> Non
     assert torch.equal(found["fc.weight"], plain["fc.weight"])
     own = {"model.fc.weight": torch.ones(1)}  # a user's own module with a `model` inside keeps it
     assert unwrapped.fitting(own, set(own)) == own
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "mobilenet_v3_small", "swin_t", "vit_b_16"])
+def test_the_last_layer_is_found_in_alphabetical_order_too(name: str) -> None:
+    with torch.device("meta"):
+        state = torchvision.models.get_model(name, num_classes=7).state_dict()
+    shapes = {key: tuple(state[key].shape) for key in sorted(state)}
+    assert next(architecture._torchvision(shapes)).classes == 7

@@ -193,6 +193,22 @@ def test_an_edit_in_any_file_of_one_s_own_model_is_a_new_model(tmp_path: Path, m
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_another_module_of_the_same_name_is_not_taken_for_the_recipe_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name, text in (("a", ""), ("b", ""), ("c", "# another\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "helped.py").write_text(HELPED + text)
+        (tmp_path / name / "helper.py").write_text(HELPER)
+    for name in ("helped", "helper"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("a", "b"):
+        load(of("module:helped:make", classes=2), None, folder=tmp_path / name)
+    with pytest.raises(InputError, match="the module 'helped' was imported from .*a/helped.py, so .*c/helped.py"):
+        load(of("module:helped:make", classes=2), None, folder=tmp_path / "c")
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [

@@ -167,6 +167,8 @@ class TestStart:
         assert start.fit(small, other, Path("w")) == ("fc.weight", "fc.bias")
         assert "fc.weight starts anew ([7, 512] in the file, [3, 512] here)" in capsys.readouterr().err
         assert torch.equal(small.conv1.weight, other["conv1.weight"])
+        wrapped = {f"model.{name}": tensor for name, tensor in other.items()}
+        assert start.fit(small, wrapped, Path("w")) == ("fc.weight", "fc.bias")
         assert start.head(small, ("fc.weight", "fc.bias")) == start.head(small, ()) == ("fc",)
         vit = torchvision.models.VisionTransformer(16, 8, 1, 2, 8, 16, num_classes=3)
         larger = torchvision.models.VisionTransformer(32, 8, 1, 2, 8, 16, num_classes=5).state_dict()

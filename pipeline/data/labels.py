@@ -41,12 +41,14 @@ def of_text(text: str, classes: Sequence[str], task: Task, where: str) -> tuple[
 
 def of_folders(names: Sequence[str], classes: Sequence[str], root: Path) -> list[int]:
     """Match folders with classes by name; where none matches but the counts agree, by sorted order (torchvision)."""
-    return _matched(names, classes, f"{root} has folders that are", f"{root}: no folder is named like a class")
+    unnamed = f"{root}: no folder is named like a class; taken in sorted order"
+    return _matched(names, classes, f"{root} has folders that are", unnamed)
 
 
 def of_names(names: Sequence[str], classes: Sequence[str], where: str) -> list[int]:
     """Match a data set's own names of its classes with the recipe's, in its order where none is known by name."""
-    return _matched(names, classes, f"{where} has classes that are", f"{where}: no class has a name of the recipe's")
+    unnamed = f"{where}: no class has a name of the recipe's; taken in its order"
+    return _matched(names, classes, f"{where} has classes that are", unnamed)
 
 
 def _matched(names: Sequence[str], classes: Sequence[str], strangers: str, unnamed: str) -> list[int]:
@@ -54,7 +56,7 @@ def _matched(names: Sequence[str], classes: Sequence[str], strangers: str, unnam
     if not strange:
         return [_by_name(name, classes) for name in names]
     if len(strange) == len(names) == len(classes):
-        progress.stage("data", f"{unnamed}; taken in {'sorted' if 'folder' in unnamed else 'its'} order")
+        progress.stage("data", unnamed)
         return list(range(len(names)))
     raise InputError(f"{strangers} no class of this recipe: {_some(strange)}; the classes are {_some(classes)}")
 
@@ -67,7 +69,7 @@ def of_value(value: object, own: Sequence[int] | None, classes: Sequence[str], t
     if isinstance(value, str):
         return of_text(value, classes, task, where)
     values: list[Any] = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-    if task == "multilabel" and len(values) == len(classes) and all(isinstance(one, bool | float) for one in values):
+    if task == "multilabel" and _of_each_class(values, classes, where):
         if strange := sorted({float(one) for one in values} - {0.0, 1.0}):
             raise InputError(f"{where}: expected a 0 or 1 for each class, found {strange[0]:g}")
         return tuple(index for index, one in enumerate(values) if one)
@@ -75,6 +77,17 @@ def of_value(value: object, own: Sequence[int] | None, classes: Sequence[str], t
         hint = '; for several labels per image set task = "multilabel"' if values else ""
         raise InputError(f"{where}: expected one label, found {len(values)}{hint}")
     return tuple(_of_one(one, own, classes, where) for one in values)
+
+
+def _of_each_class(values: Sequence[object], classes: Sequence[str], where: str) -> bool:
+    """Say whether a list has 0 or 1 for each class; it is of indices where these differ, or are of other types."""
+    if len(values) != len(classes) or all(isinstance(one, bool | float) for one in values):
+        return len(values) == len(classes)
+    if not all(type(one) is int and one in (0, 1) for one in values):
+        return False
+    if len(values) == len(set(values)) == 2:
+        raise InputError(f"{where}: {values} may be indices, or 0 and 1 for each class; write true and false, or names")
+    return len(set(values)) < len(values)
 
 
 def _of_one(value: object, own: Sequence[int] | None, classes: Sequence[str], where: str) -> int:

@@ -25,6 +25,8 @@ is given up: these shares of the checkpoint's tensors, and so many."""
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 PREFIX_TOKENS = (0, 1, 2, 5)
 """Embeddings of a vision transformer that are of no place in the image: class, distillation, registers."""
+HEAD = re.compile(r"(fc|heads?(\.head)?|classifier(\.\d+|\.(low|high)_classifier)?)\.weight")
+"""What torchvision calls the last layer, not the last in a .safetensors file, which is in alphabetical order."""
 DETECTION = ("rpn.", "roi_heads.", "head.classification_head.", "detect")
 
 
@@ -120,7 +122,8 @@ def _torchvision(shapes: Shapes) -> Iterator[_Candidate]:
     weights = [name for name, shape in shapes.items() if len(shape) in (2, 4) and not name.startswith("aux")]
     if not weights:
         return
-    classes = shapes[weights[-1]][0]
+    heads = [name for name in weights if HEAD.fullmatch(name)] or weights
+    classes = shapes[heads[-1]][0]
     aux = any(name.startswith(("aux", "AuxLogits")) for name in shapes)
     image = _image_size(shapes, "encoder.pos_embedding", "conv_proj.weight")
     for name in models.list_models(module=models):

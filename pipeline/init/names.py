@@ -58,7 +58,10 @@ def _counted(found: Pictures, head: int | None) -> int:
     if found.arrays:
         labels = [labels for _, labels in found.arrays.values()]
         if found.task == "multilabel":
-            return int(labels[0].shape[1])
+            count = int(labels[0].shape[1])
+            if head not in (None, count):
+                raise InputError(f"the labels are of {count} classes, and the model gives {head} scores")
+            return count
         largest = max(
             int(one[one != 255].max(initial=0)) if found.task == "segmentation" else int(one.max()) for one in labels
         )

@@ -101,10 +101,11 @@ def _shifts(model: ModelProto, found: Sequence[Layer], images: Images) -> list[V
     for layer in found:
         _add_beside(beside, layer, [layer.exact.input[0]], layer.exact_weight - layer.weight, bias=None)
     names = [f"{PREFIX}{layer.exact.name}" for layer in found]
-    totals = [np.zeros(1)] * len(names)
+    totals, seen = [np.zeros(1)] * len(names), 0
     for values in _run(beside, names, images):
         totals = [total + _channel_sums(values[name]) for total, name in zip(totals, names, strict=True)]
-    return [np.asarray(total / len(images), np.float32) for total in totals]
+        seen += len(values[names[0]])  # of a fixed batch the last images may be left out
+    return [np.asarray(total / max(1, seen), np.float32) for total in totals]
 
 
 def _channel_sums(values: Values) -> NDArray[np.float64]:

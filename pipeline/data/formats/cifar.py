@@ -40,6 +40,8 @@ def read(source: Whole, wanted: Wanted) -> list[Sample]:
     name, train = str(source.torchvision), source.options.get("train", True)
     if {*source.options} - {"train"} or not isinstance(train, bool):
         raise InputError(f"{name} takes `train = true` or `false` and nothing else, found {source.options}")
+    if wanted.contract.views > 1:
+        raise InputError(f"{name} has one image per answer, preprocessing.views = {wanted.contract.views}")
     folder_name, batches = BATCHES[name, train]
     folder = root_of(source) / folder_name
     if not (folder / batches[0]).is_file():

@@ -33,6 +33,8 @@ def read(source: Whole, wanted: Wanted) -> list[Sample]:
     first = lines[0].lower().split("\t") if lines else [""]
     headings = first if first[0] in HEADINGS else []
     group = headings.index(GROUP) if GROUP in headings else None
+    if group is not None and group < wanted.contract.views + wanted.labelled:
+        raise InputError(f"{source}:1: the column '{GROUP}' stands where {form(wanted)} belongs; put it after those")
     return [
         _sample(source, number, line, group, wanted)
         for number, line in enumerate(lines, start=1)
