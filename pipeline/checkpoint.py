@@ -135,8 +135,8 @@ def _tensors(stored: object, path: Path) -> dict[str, Tensor]:
     """Find the state dict in what was stored: itself, or under a usual name; drop known prefixes."""
     for name in WRAPPERS:
         inner = stored.get(name) if isinstance(stored, dict) else None
-        if isinstance(inner, dict) and (name not in AVERAGED or _all_dense(inner)):
-            stored = inner
+        if isinstance(inner, dict) and isinstance(stored, dict) and (name not in AVERAGED or _all_dense(inner)):
+            stored = _completed(inner, stored) if name in AVERAGED else inner
     if not isinstance(stored, dict) or not _all_dense(stored):
         raise InputError(f"{path} holds a {type(stored).__name__}, expected a state dict of names and dense tensors")
     state = {str(key): tensor for key, tensor in stored.items()}
@@ -144,6 +144,13 @@ def _tensors(stored: object, path: Path) -> dict[str, Tensor]:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     return {OLD_DENSENET.sub(r"\1\2.", key): tensor for key, tensor in state.items()}
+
+
+def _completed(averaged: dict[object, object], stored: dict[object, object]) -> dict[object, object]:
+    """Add what an average leaves out, such as batch norms' statistics, from the weights beside it."""
+    others = (stored.get(name) for name in WRAPPERS if name not in AVERAGED)
+    whole = next((one for one in others if isinstance(one, dict) and averaged.keys() < one.keys()), {})
+    return {**whole, **averaged}
 
 
 def _all_dense(stored: dict[object, object]) -> bool:

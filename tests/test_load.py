@@ -157,6 +157,15 @@ def test_files_that_are_no_state_dict_are_named(tmp_path: Path) -> None:
         checkpoint.read(tmp_path / "list.pt")
 
 
+def test_an_average_of_parameters_alone_takes_the_statistics_beside_it(tmp_path: Path) -> None:
+    plain = torch.nn.BatchNorm2d(2).state_dict() | {"running_mean": torch.tensor([1.0, 2.0])}
+    averaged = {"weight": torch.tensor([3.0, 4.0]), "bias": torch.zeros(2)}
+    torch.save({"model": plain, "model_ema": averaged, "epoch": 3}, tmp_path / "w.pth")
+    read = checkpoint.read(tmp_path / "w.pth")
+    assert read["weight"].tolist() == [3.0, 4.0]
+    assert read["running_mean"].tolist() == [1.0, 2.0]
+
+
 def test_tensors_that_share_their_memory_are_read_as_two(tmp_path: Path) -> None:
     whole = torch.arange(12.0)
     torch.save({"z": whole[:6], "a": whole[3:9].view(2, 3).T, "same": whole[:6]}, tmp_path / "shared.pt")

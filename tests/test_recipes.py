@@ -71,7 +71,7 @@ def compiled(project: Project, name: str) -> tuple[Run, Outputs]:
     images = run.evaluation.images
     scores = targets.get("openvino").load(made.path, precision="float32", options=made.options)(images)
     with torch.inference_mode():
-        wanted = run.model.eager(torch.from_numpy(images.copy())).numpy()
+        wanted = run.model.module()(torch.from_numpy(images.copy())).numpy()
     np.testing.assert_allclose(scores, wanted, atol=1e-3 * np.abs(wanted).max())
     return run, scores
 
