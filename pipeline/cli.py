@@ -259,7 +259,8 @@ app.add_typer(cli_nightly.commands)
 
 
 def _stop(*_: object) -> None:
-    typer.echo("stopped; what was finished is kept, run the same command to go on", err=True)
+    # Not to sys.stderr: a stage may have turned it away from what its tools say.
+    typer.echo("stopped; what was finished is kept, run the same command to go on", file=sys.__stderr__)
     sys.exit(130)
 
 

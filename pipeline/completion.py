@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import targets
-
 Shell = Literal["bash", "zsh", "fish"]
 NAME = "bitferry"
 VARIABLE = f"_{NAME.upper()}_COMPLETE"
@@ -43,6 +41,8 @@ def bundles(incomplete: str) -> list[str]:
 
 def target_names(incomplete: str) -> list[str]:
     """Give targets by name, or `all`; after a comma those that were not named yet."""
+    import targets  # noqa: PLC0415 - NumPy with it, whose absence no other command should die of
+
     before, comma, last = incomplete.rpartition(",")
     known = [name for name in [*targets.names(), *([] if comma else ["all"])] if name not in before.split(",")]
     return [f"{before}{comma}{name}" for name in known if name.startswith(last)]
@@ -50,6 +50,8 @@ def target_names(incomplete: str) -> list[str]:
 
 def precisions(incomplete: str) -> list[str]:
     """Give the precisions that a recipe may name."""
+    import targets  # noqa: PLC0415 - as above
+
     return [name for name in ("auto", *targets.PRECISIONS) if name.startswith(incomplete)]
 
 

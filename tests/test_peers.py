@@ -93,7 +93,13 @@ def test_the_peers_that_need_no_environment_of_their_own(
         assert rows[place]["bytes"] > 1000
         assert len(rows[place]["microseconds"]) == 40
         assert rows[place]["sqnr_db"] is None or rows[place]["sqnr_db"] > 15
-    assert rows["float", "openvino"]["sqnr_db"] > 60
+    floats = {
+        row["name"]: row["sqnr_db"]
+        for row in kept["recipe"]["ways"]
+        if (row["peer"], row["runtime"]) == ("float", "openvino")
+    }
+    assert floats["float32"] > 60
+    assert floats.get("bfloat16", 60) > 30  # there where this processor computes in it
     assert rows["nncf", "openvino"]["why"] == f"{nobody} cannot be run: No such file or directory"
     assert f"| NNCF | OpenVINO |  | {nobody} cannot be run" in printed
     assert "partition" in rows["pt2e", "openvino"]["why"] or not rows["pt2e", "openvino"]["why"]

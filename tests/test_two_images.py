@@ -65,6 +65,7 @@ evaluation = "evaluation.npz"
 epochs = 5
 batch_size = 64
 learning_rate = 1e-2
+validation = 0
 [budget]
 accuracy_drop_pp = 5.0
 """
