@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-import targets
 from device.errors import BitferryError
 
 FOLDER = "docs/"
+TARGETS = Path(__file__).parents[1] / "targets"
+"""Not imported: NumPy comes with it, whose absence can be what is told."""
 PAGES: tuple[tuple[str, str], ...] = (
     (r"^target '(\w+)' (?:needs|cannot be loaded)", "targets/{}.md"),
     (r"--source|no model of torchvision or timm|pass --trust", "first-minutes.md#the-model"),
@@ -50,4 +51,4 @@ def page(text: str) -> str | None:
 
 def _ours(target: str) -> bool:
     """Say whether a target is in bitferry's own folder, and so has a page."""
-    return (Path(str(targets.__file__)).parent / f"{target}.py").is_file()
+    return (TARGETS / f"{target}.py").is_file()
