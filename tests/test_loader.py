@@ -66,6 +66,23 @@ def test_a_training_that_is_gone_on_with_sees_the_same(real: Split, how: Augment
     assert all(torch.equal(a[1], b[1]) for a, b in zip(whole, other, strict=True))
 
 
+def test_mirroring_whole_batches_gives_what_mirroring_one_by_one_does(real: Split) -> None:
+    """The short way of flips alone beside the way of all other changes: the same pictures and masks come of both."""
+    how = Augmentation(horizontal_flip=True, vertical_flip=True)
+    images, masks = real.images[:3], real.images[:3, ..., 0]
+    for image, mask in zip(images, masks, strict=True):
+        short, plain = set(), set()
+        for seed in range(40):
+            found = loader._flipped(
+                image[None].copy(), mask[None].copy(), how, np.random.default_rng(seed), masked=True
+            )
+            short.add((found[0][0].numpy().tobytes(), found[1][0].numpy().tobytes()))
+            one = augment.sample(image[None], mask, mask.shape, how, np.random.default_rng(seed))
+            plain.add((one[0][0].permute(1, 2, 0).numpy().tobytes(), one[1].numpy().tobytes()))
+        assert short == plain
+        assert len(short) == 4
+
+
 def test_who_stops_early_leaves_no_thread(real: Split) -> None:
     found = loader.batches(real, range(50), batch_size=4, augmentation=PLAIN, task="classification", seed=0)
     next(found)

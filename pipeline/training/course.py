@@ -17,7 +17,6 @@ from torch.func import functional_call
 
 from device.errors import StageFailed
 from pipeline import checkpoint, loader, progress
-from pipeline.augmentation import Augmentation
 from pipeline.data.split import Split
 from pipeline.load import Deployable, architecture
 from pipeline.measure import metrics
@@ -63,12 +62,6 @@ class Job:
 
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-def augmentation(recipe: Recipe) -> Augmentation:
-    """Give how images are varied; `training.horizontal_flip` is the older name of one of these ways."""
-    flips = {"horizontal_flip": True} if recipe.training.horizontal_flip else {}
-    return recipe.augmentation.model_copy(update=flips)
 
 
 class Course:
@@ -167,7 +160,7 @@ class Course:
             self.job.data,
             self.batches.of(holdout.epoch_order(self.split.learnt, seed, epoch), process),
             batch_size=self.batches.part,
-            augmentation=augmentation(self.job.recipe),
+            augmentation=self.job.recipe.augmentation,
             task=self.job.recipe.task,
             seed=_seed(seed, ORDER, epoch, process),
             start=skipped * parts,
