@@ -83,7 +83,7 @@ def _unpickled(stream: BinaryIO, path: Path) -> dict[str, Tensor]:
 
 def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError(
-        f"{path} is not a readable state dict ({first_line(error)}); "
+        f"{path} is not a readable state dict ({type(error).__name__}: {first_line(error)}); "
         "expected torch.save(model.state_dict(), …) or .safetensors"
     )
 

@@ -171,7 +171,8 @@ def test_a_segmentation_model_wants_masks(mine: Path, tmp_path: Path) -> None:
     assert "expected a folder" in user.refused("init", "mine.pth", str(mine / "photos"), "-o", "other.toml")
 
 
-def test_an_onnx_file_tells_its_size_and_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", ["n", 7])
+def test_an_onnx_file_tells_its_size_and_layout(tmp_path: Path, batch: str | int) -> None:
     weight = helper.make_tensor("w", TensorProto.FLOAT, (3, 3), np.eye(3).ravel().tolist())
     graph = helper.make_graph(
         [
@@ -179,8 +180,8 @@ def test_an_onnx_file_tells_its_size_and_layout(tmp_path: Path) -> None:
             helper.make_node("MatMul", ["m", "w"], ["y"]),
         ],
         "mean_color",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 24, 20, 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 24, 20, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 3])],
         [weight],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "m.onnx")
@@ -189,6 +190,10 @@ def test_an_onnx_file_tells_its_size_and_layout(tmp_path: Path) -> None:
     assert found["model"]["source"] == f"onnx:{tmp_path / 'm.onnx'}"
     assert [found["preprocessing"][side] for side in ("height", "width")] == [24, 20]
     assert "N×H×W×3" in (tmp_path / "small.toml").read_text()
+    (tmp_path / "cut.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:-40])
+    told = Project(tmp_path).refused("init", "cut.onnx", "photos", "-o", "cut.toml")
+    assert "cut.onnx is no ONNX model that can be opened" in told
+    assert "bundle" not in told
 
 
 def test_an_exported_program_needs_trust_and_works(mine: Path, tmp_path: Path) -> None:

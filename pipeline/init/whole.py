@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from device import onnx_file
 from device.errors import InputError, first_line
 from pipeline.init.trial import Model
+from pipeline.onnx_in import given
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,7 @@ def onnx(path: Path) -> Whole:
     """Open an ONNX file, looked over before a runtime opens it; raise InputError when it is no image model."""
     import onnxruntime  # noqa: PLC0415 - for these files only
 
-    if not path.is_file():
-        raise InputError(f"the model {path} does not exist")
-    try:
-        onnx_file.check(path)
-    except InputError as error:  # it advises whoever has a bundle
-        raise InputError(f"{path} is no ONNX file that can be used ({str(error).partition(': ')[2]})") from error
+    given.read(path)
     try:
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
@@ -53,10 +48,14 @@ def onnx(path: Path) -> Whole:
     kind = {"tensor(uint8)": np.uint8, "tensor(float16)": np.float16}.get(inputs[0].type, np.float32)
 
     def answer(images: Tensor) -> Tensor:
-        given = images.numpy() if layout == "NCHW" else images.permute(0, 2, 3, 1).numpy()
-        fixed = isinstance(inputs[0].shape[0], int)
-        groups = [given[i : i + 1] for i in range(len(given))] if fixed else [given]
-        found = [session.run([outputs[0].name], {inputs[0].name: group.astype(kind)})[0] for group in groups]
+        pixels = images.numpy() if layout == "NCHW" else images.permute(0, 2, 3, 1).numpy()
+        fixed = inputs[0].shape[0]
+        each = fixed if isinstance(fixed, int) else len(pixels)
+        found = []
+        for start in range(0, len(pixels), each):
+            part = pixels[start : start + each]
+            full = np.concatenate([part, np.repeat(part[:1], each - len(part), 0)]).astype(kind)
+            found.append(session.run([outputs[0].name], {inputs[0].name: full})[0][: len(part)])
         return torch.from_numpy(np.concatenate(found).astype(np.float32))
 
     shape = outputs[0].shape
@@ -83,8 +82,8 @@ def program(path: Path, trust: bool) -> Whole:
     try:
         exported = torch.export.load(path)
         taken = [node.meta["val"] for node in exported.graph.nodes if node.name in exported.graph_signature.user_inputs]
-        given = exported.graph_signature.user_outputs[0]
-        made = next(node.meta["val"] for node in exported.graph.nodes if node.name == given)
+        answered = exported.graph_signature.user_outputs[0]
+        made = next(node.meta["val"] for node in exported.graph.nodes if node.name == answered)
     except Exception as error:  # torch raises a dozen kinds on a file that is no .pt2
         raise InputError(f"{path} is not an exported program (.pt2): {first_line(error)}") from error
     if len(taken) != 1 or taken[0].ndim != 4 or taken[0].shape[1] != 3:
