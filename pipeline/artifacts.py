@@ -124,8 +124,8 @@ class Quantized:
     key: str
     precision: Precision = "int8"
     """float8 where a target makes that of the int8 program."""
-    equalized: Path | None = None
-    """The float program that was equalized before, where one was."""
+    float_counterpart: Path | None = None
+    """The program without its grids: the same layers, equalized where they were, their batch norms folded."""
     quantized = True
 
     def module(self) -> "nn.Module":

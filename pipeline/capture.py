@@ -1,10 +1,8 @@
 """Program → torch.export program (`.pt2`), for the targets that compile from it; reading one, and its plain form."""
 
-import copy
 import logging
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,8 +11,7 @@ from device.errors import StageFailed, first_line
 from pipeline import cache, unsupported
 from pipeline.artifacts import Captured, Quantized, TorchProgram
 from pipeline.data.split import Split
-
-aten = torch.ops.aten
+from pipeline.functional import functional
 
 
 def capture(program: TorchProgram, calibration: Split, build: cache.Cache) -> Captured:
@@ -39,10 +36,10 @@ def captured(program: TorchProgram) -> torch.export.ExportedProgram:
     return _captured(program.module(), program.baseline.preprocessing.shape)
 
 
-def twin(program: TorchProgram) -> torch.export.ExportedProgram:
-    """Give the float program whose tensors inside this one's are nearest to: the equalized one, or the baseline's."""
-    if isinstance(program, Quantized) and program.equalized:
-        return read(program.equalized)
+def float_counterpart(program: TorchProgram) -> torch.export.ExportedProgram:
+    """Return the float program that has the layers of this one, by the same names: of a float program itself."""
+    if isinstance(program, Quantized) and program.float_counterpart:
+        return read(program.float_counterpart)
     return captured(program.baseline)
 
 
@@ -77,9 +74,16 @@ def _captured(model: nn.Module, shape: tuple[int, ...]) -> torch.export.Exported
 
 
 def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """Capture `model` with torch.export, batch dynamic; raise StageFailed when it cannot be captured."""
+    """Capture `model` with torch.export, batch dynamic and without in-place operators.
+
+    Raises StageFailed when it cannot be captured.
+    """
+
+    def export(module: nn.Module) -> torch.export.ExportedProgram:
+        return torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+
     try:
-        return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        return functional(export(model), export)
     except Exception as error:  # torch.export raises many kinds, some only once their own code gives up
         place = unsupported.in_code(error) or "run with --debug for the line in the model"
         raise StageFailed(f"torch.export cannot capture the model: {first_line(error)} ({place})") from error
@@ -87,45 +91,6 @@ def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedPro
 
 def _capture(program: TorchProgram, out: Path) -> None:
     torch.export.save(captured(program), out / "program.pt2")
-
-
-def without_in_place(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Copy a program with operators that return their result in place of those that write it over their input.
-
-    And ReLU6 as the clamp that it is: else the ONNX exporter has to find that out, symbolically and slowly.
-    """
-    copied = copy.deepcopy(program)
-    for node in copied.graph.nodes:
-        if node.op == "call_function" and _may_return(node):
-            name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname
-            node.target = getattr(getattr(aten, name[:-1]), overload)
-        if node.target is aten.relu6.default:
-            node.target, node.args = aten.clamp.default, (node.args[0], 0.0, 6.0)
-        if node.target is aten.hardtanh.default and len(node.args) == 3:
-            node.target = aten.clamp.default
-    copied.graph_module.recompile()
-    return copied
-
-
-def _may_return(node: fx.Node) -> bool:
-    """Say whether nothing but `node` sees what it writes: its input is new, and read by no view and nothing later."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.name.startswith("aten::") or not schema.name.endswith("_"):
-        return False
-    written = [bool(one.alias_info and one.alias_info.is_write) for one in schema.arguments]
-    plain = getattr(aten, schema.name.removeprefix("aten::")[:-1], None)
-    given = next(iter(node.args), None)
-    if written[:1] != [True] or any(written[1:]) or not hasattr(plain, schema.overload_name or "default"):
-        return False
-    if not isinstance(given, fx.Node) or not _is_new(given):
-        return False
-    return all(other is node or (other < node and _is_new(other)) for other in given.users)
-
-
-def _is_new(node: fx.Node) -> bool:
-    """Say whether a node's value shares no memory with another's; a dropout may give its input, and says not so."""
-    schema: Any = getattr(node.target, "_schema", None)
-    return schema is not None and not any(one.alias_info for one in schema.returns) and "dropout" not in schema.name
 
 
 def layer_name(node: fx.Node) -> str:

@@ -17,6 +17,7 @@ from pipeline.recipe import Quantization
 from pipeline.training.settings import Training
 from targets import Scheme, usable_cpus
 
+FLOAT_COUNTERPART = "float.pt2"
 STEPS = [
     *sorted(Path(__file__).with_name("quantization").glob("*.py")),
     Path(__file__).with_name("capture.py"),
@@ -62,7 +63,6 @@ def quantize(
     done = build.folder("quantize", key, whole)
     for path in (checkpoint, checkpoint.with_suffix(".new")):
         path.unlink(missing_ok=True)
-    equalized = done / "equalized.pt2"
     used = json.loads((done / "calibration.json").read_text())
     return Quantized(
         done / "program.pt2",
@@ -70,7 +70,7 @@ def quantize(
         scheme,
         Calibration(used["images"], len(calibration), used["curve"]),
         key,
-        equalized=equalized if equalized.exists() else None,
+        float_counterpart=done / FLOAT_COUNTERPART,
     )
 
 
@@ -89,7 +89,8 @@ def _quantize(
 
     from pipeline.quantization.annotate import SchemeQuantizer  # noqa: PLC0415
     from pipeline.quantization.finetune import Course  # noqa: PLC0415
-    from pipeline.quantization.graph import part_convolutions, round_before_pools  # noqa: PLC0415
+    from pipeline.quantization.folding import fold_constants  # noqa: PLC0415
+    from pipeline.quantization.graph import round_before_pools  # noqa: PLC0415
     from pipeline.quantization.steps import calibrate  # noqa: PLC0415
 
     torch.set_num_threads(usable_cpus())  # else it is what ran before in this process, and sums depend on it
@@ -102,11 +103,10 @@ def _quantize(
         course = Course(given, model.module(), settings.epochs, settings.learning_rate, lessons.training, checkpoint)
     with torch.no_grad():
         graph = captured(model).module()
-        part_convolutions(graph)
+        fold_constants(graph)
         prepared = prepare_pt2e(graph, SchemeQuantizer(scheme, settings.keep))
         found = calibrate(prepared, images, settings, course)
-        if found.equalized is not None:
-            torch.export.save(export_program(found.equalized, example), out / "equalized.pt2")
+        torch.export.save(export_program(found.float_counterpart, example), out / FLOAT_COUNTERPART)
         round_before_pools(prepared)
         converted = convert_pt2e(prepared)
         torch.export.save(export_program(converted, example), out / "program.pt2")

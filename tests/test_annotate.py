@@ -11,6 +11,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from pipeline.quantization.annotate import SchemeQuantizer
 from pipeline.quantization.steps import calibrate
 from pipeline.recipe import Quantization
+from pipeline.statistics import sqnr_db
 from targets import Scheme
 
 INPUT = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 4 - 1
@@ -224,3 +225,75 @@ def test_additions_of_tokens_stay_float() -> None:
             return scores
 
     assert quantized_inputs(annotated(Tokens(), Scheme()), torch.ops.aten.add.Tensor) == [[]]
+
+
+class Stream(nn.Module):
+    """Two blocks on one residual stream, kept as N×H×W×C, N×L×C or N×C×H×W, with a large channel if asked for."""
+
+    def __init__(self, kept: str, outlier: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kept = kept
+        self.stem, self.head = nn.Conv2d(3, 16, 2, 2), nn.Linear(16, 4)
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+        self.up, self.down = (nn.ModuleList(nn.Linear(*size) for _ in range(2)) for size in ((16, 32), (32, 16)))
+        with torch.no_grad():  # of the stream's first channel; the head takes it back
+            for last in (self.stem, *cast(list[nn.Linear], list(self.down))):
+                last.weight[0] *= outlier
+                cast(Tensor, last.bias)[0] *= outlier
+            self.head.weight[:, 0] /= outlier
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = {"NHWC": x.permute(0, 2, 3, 1), "NLC": x.flatten(2).transpose(1, 2)}.get(self.kept, x)
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            tokens = norm(x.permute(0, 2, 3, 1) if self.kept == "NCHW" else x)
+            tokens = down(nn.functional.gelu(up(tokens.roll(1, 1))))
+            x = x + (tokens.permute(0, 3, 1, 2) if self.kept == "NCHW" else tokens)
+        tokens = x.permute(0, 2, 3, 1) if self.kept == "NCHW" else x
+        scores: Tensor = self.head(tokens.flatten(1, -2).mean(1))
+        return scores
+
+
+class Shuffled(nn.Module):
+    """Additions and a product of maps between which channels are shuffled by views, and one of attention scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.bias, self.index = nn.Parameter(torch.randn(2, 9)), torch.arange(36 * 36).remainder(9).view(36, 36)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        n, c, h, w = x.shape
+        shuffled = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        x = shuffled + self.second(x)
+        rows = x.reshape(n, 2, c // 2, h * w)
+        scores = rows.transpose(2, 3) @ rows + self.bias[:, self.index]
+        x = (rows @ scores.softmax(-1)).reshape(n, c, h, w)
+        found: Tensor = self.last(x * torch.sigmoid(x)).mean((2, 3))
+        return found
+
+
+@pytest.mark.parametrize(("kept", "expected"), [("NHWC", 0), ("NLC", 0), ("NCHW", 2)])
+def test_additions_of_tokens_stay_float_however_many_axes_they_have(kept: str, expected: int) -> None:
+    nodes = annotated(Stream(kept), Scheme())
+    assert sum(bool(given) for given in quantized_inputs(nodes, torch.ops.aten.add.Tensor)) == expected
+    assert len(quantized_inputs(nodes, torch.ops.aten.linear.default)) == 5
+
+
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme(outputs="int8")])
+def test_a_large_channel_of_tokens_costs_as_little_with_four_axes_as_with_three(scheme: Scheme) -> None:
+    def quality(kept: str, outlier: float) -> float:
+        net = Stream(kept, outlier)
+        with torch.no_grad():
+            return sqnr_db(net(INPUT).numpy(), converted(net, scheme)(INPUT).numpy())
+
+    assert quality("NHWC", 200.0) > quality("NLC", 200.0) - 1
+
+
+def test_maps_are_known_behind_views_and_attention_scores_are_none() -> None:
+    nodes = annotated(Shuffled(), Scheme(outputs="int8"))
+    assert quantized_inputs(nodes, torch.ops.aten.add.Tensor) == [["reshape", "conv2d_1"], []]
+    assert quantized_inputs(nodes, torch.ops.aten.mul.Tensor) == [["reshape_2", "sigmoid"]]

@@ -15,15 +15,15 @@ from device.preprocess import Preprocessing
 from pipeline import progress
 from pipeline.capture import export_program
 from pipeline.load import Deployable
-from pipeline.measure.layers import twins
+from pipeline.measure.layers import counterparts
 from pipeline.quantization import correct, effects, equalize, learned, steps
 from pipeline.quantization.annotate import SchemeQuantizer
+from pipeline.quantization.folding import fold_constants
 from pipeline.quantization.graph import (
     activations,
     answers,
     layers,
     own_tensors,
-    part_convolutions,
     quality,
     round_before_pools,
     rounded_answers,
@@ -86,7 +86,9 @@ def images() -> Tensor:
 def prepared(images: Tensor, scheme: Scheme | None = None, net: nn.Module | None = None) -> fx.GraphModule:
     model = Deployable(net or Inverted(), CONTRACT).eval()
     with torch.no_grad():
-        made = prepare_pt2e(export_program(model, images[:2]).module(), SchemeQuantizer(scheme or Scheme()))
+        graph = cast(fx.GraphModule, export_program(model, images[:2]).module())
+        fold_constants(graph)
+        made = prepare_pt2e(graph, SchemeQuantizer(scheme or Scheme()))
     own_tensors(made)
     return cast(fx.GraphModule, made)
 
@@ -187,13 +189,13 @@ def test_padding_by_name_is_quantized_too(images: Tensor) -> None:
         nn.Conv2d(3, 8, 3, padding="same", dilation=2),
         nn.ReLU(),
         nn.Conv2d(8, 8, 5, stride=2, padding="valid"),
-        nn.Conv2d(8, 8, 2, padding="same"),  # one more to the right: stays float
+        nn.Conv2d(8, 8, 2, padding="same"),  # one more to the right: a padding before it
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(8, 5),
     )
     model = prepared(images, net=net)
-    assert len(layers(model)) == 3
+    assert len(layers(model)) == 4
     with torch.no_grad():
         steps.calibrate(model, images, Quantization())
         assert sqnr(Deployable(net, CONTRACT).eval()(images), convert_pt2e(model)(images)) > 25
@@ -222,12 +224,11 @@ def test_layers_of_an_equalized_model_are_compared_with_the_equalized_float_one(
     monkeypatch.setattr(steps, "NOISE", 3.0)  # this model's answers gain nothing by it
     model = prepared(images)
     with torch.no_grad():
-        equalized = steps.calibrate(model, images, Quantization()).equalized
-        assert equalized is not None
-        exported = export_program(equalized, images[:2]).module()
+        counterpart = steps.calibrate(model, images, Quantization()).float_counterpart
+        exported = cast(fx.GraphModule, export_program(counterpart, images[:2]).module())
         teacher = Deployable(Inverted(), CONTRACT).eval()(images)
         torch.testing.assert_close(exported(images), teacher, atol=1e-4, rtol=1e-4)
-    pairs = twins(exported, export_program(convert_pt2e(model), images[:2]).module())
+    pairs = counterparts(exported, export_program(convert_pt2e(model), images[:2]).module())
     assert len([name for name in pairs if name.startswith(("conv2d", "linear"))]) == 8
 
 
@@ -475,46 +476,3 @@ def test_rounding_before_a_max_pooling_as_well_changes_no_value(images: Tensor, 
         assert torch.equal(plain(images), pooled(images))
     assert rounded(plain) == [False, False]
     assert rounded(pooled) == [True, False]
-
-
-class Shared(nn.Module):
-    """A convolution whose output is taken before its batch norm, too, and one that has another batch norm each time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.twice = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
-        with torch.no_grad():
-            for i, norm in enumerate([self.norm, *self.norms]):
-                cast(nn.BatchNorm2d, norm).running_mean.add_(0.3 + i)  # type: ignore[union-attr]
-                cast(nn.BatchNorm2d, norm).weight.mul_(1.5 - 0.4 * i)
-                cast(nn.BatchNorm2d, norm).bias.add_(0.2 * i)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = x + self.norm(x).relu()
-        for norm in self.norms:
-            x = norm(self.twice(x)).relu()
-        found: Tensor = x.mean((2, 3))
-        return found
-
-
-def test_batch_norms_are_folded_into_convolutions_of_their_own(images: Tensor) -> None:
-    model = Deployable(Shared(), CONTRACT).eval()
-
-    def prepared_answers(*, parted: bool) -> Tensor:
-        with torch.no_grad():
-            graph = cast(fx.GraphModule, export_program(model, images[:2]).module())
-            if parted:
-                part_convolutions(graph)
-            made = prepare_pt2e(graph, SchemeQuantizer(Scheme()))
-            set_mode(made, "off")
-            found: Tensor = made(images[:8])
-            return found
-
-    with torch.no_grad():
-        wanted = model(images[:8])
-    torch.testing.assert_close(prepared_answers(parted=True), wanted, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(prepared_answers(parted=False), wanted, rtol=1e-2, atol=1e-2)  # else it needs no parting

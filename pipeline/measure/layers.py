@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from device.arrays import Images
 from pipeline.artifacts import Program, QuantizedOnnx, TorchProgram
-from pipeline.capture import layer_name, twin
+from pipeline.capture import float_counterpart, layer_name
 from pipeline.onnx_in import looked
 from pipeline.statistics import decibels
 from pipeline.verdict import LayerError
@@ -54,14 +54,14 @@ class Compare(fx.Interpreter):
     the layer asks. The second is the layer's own error.
     """
 
-    def __init__(self, program: fx.GraphModule, twins: dict[str, str], floats: dict[str, Tensor]) -> None:
+    def __init__(self, program: fx.GraphModule, counterparts: dict[str, str], floats: dict[str, Tensor]) -> None:
         super().__init__(program)
-        self.twins, self.floats = twins, floats
+        self.counterparts, self.floats = counterparts, floats
         self.powers: dict[str, Power] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        reference = self.floats.get(self.twins.get(n.name, ""))
+        reference = self.floats.get(self.counterparts.get(n.name, ""))
         if n.target in LAYERS and reference is not None and reference.shape == result.shape:
             own = self._alone(n)
             self.powers[n.name] = Power(_square(reference), _square(reference - result), _square(reference - own))
@@ -81,9 +81,9 @@ class Compare(fx.Interpreter):
 
     def _float_value(self, node: fx.Node) -> Any:
         """Follow the quantize and dequantize steps back to a node of the float program, and apply them to it."""
-        twin = self.floats.get(self.twins.get(node.name, ""))
-        if twin is not None:
-            return twin
+        counterpart = self.floats.get(self.counterparts.get(node.name, ""))
+        if counterpart is not None:
+            return counterpart
         if not rounds(node):
             return self.env[node]
         arguments = [self._float_value(cast(fx.Node, a)) if i == 0 else self._value(a) for i, a in enumerate(node.args)]
@@ -95,10 +95,10 @@ def compare(program: Program, images: Images) -> tuple[LayerError, ...]:
     if isinstance(program, QuantizedOnnx):
         return looked.compare(program, images.copy())
     program = cast(TorchProgram, program)
-    quantized, exported = program.module(), cast(fx.GraphModule, twin(program).module())
+    quantized, exported = program.module(), cast(fx.GraphModule, float_counterpart(program).module())
     batches = torch.split(torch.from_numpy(images.copy()), max(1, PIXELS // (images[0].size // 3)))
     with torch.no_grad():
-        pairs = twins(exported, quantized)
+        pairs = counterparts(exported, quantized)
         totals: dict[str, Power] = {}
         for batch in batches:
             captured = Capture(exported, frozenset(pairs.values()))
@@ -113,15 +113,13 @@ def compare(program: Program, images: Images) -> tuple[LayerError, ...]:
     )
 
 
-def twins(exported: fx.GraphModule, quantized: nn.Module) -> dict[str, str]:
-    """Pair each node of the int8 program with the float node of the same name, behind its batch norm if it has one.
+def counterparts(exported: fx.GraphModule, quantized: nn.Module) -> dict[str, str]:
+    """Pair each layer of the int8 program, and what its input was made from, with the float node of its name.
 
-    Quantizing folds batch norms into the convolutions before them and keeps the names of all other nodes.
+    `exported` is its float counterpart, which differs from it in the quantize and dequantize steps alone.
     """
-    floats = {node.name: node for node in exported.graph.nodes if node.op == "call_function"}
-    wanted = set(_sources(_graph(quantized)))
-    kept = {node.name for node in _graph(quantized).graph.nodes}
-    return {name: _behind_norm(floats[name], kept).name for name in wanted if name in floats}
+    floats = {node.name for node in exported.graph.nodes if node.op == "call_function"}
+    return {name: name for name in _sources(_graph(quantized)) if name in floats}
 
 
 def _sources(program: fx.GraphModule) -> Iterator[str]:
@@ -133,13 +131,6 @@ def _sources(program: fx.GraphModule) -> Iterator[str]:
             while rounds(source):
                 source = source.args[0]
             yield source.name
-
-
-def _behind_norm(node: fx.Node, kept: set[str]) -> fx.Node:
-    """Give the batch norm that was folded into a layer; one that the int8 program still has was not."""
-    users = list(node.users)
-    is_norm = len(users) == 1 and "batch_norm" in str(users[0].target) and users[0].name not in kept
-    return users[0] if node.target in LAYERS and is_norm else node
 
 
 def rounds(node: fx.Node) -> bool:

@@ -11,8 +11,8 @@ from device import pixels
 from device.arrays import Images, Outputs
 from pipeline import progress
 from pipeline.artifacts import Program, QuantizedOnnx, TorchProgram
-from pipeline.capture import layer_name, twin
-from pipeline.measure.layers import LAYERS, PIXELS, rounds, twins
+from pipeline.capture import float_counterpart, layer_name
+from pipeline.measure.layers import LAYERS, PIXELS, counterparts, rounds
 from pipeline.onnx_in import looked
 from pipeline.statistics import noise_share
 from pipeline.verdict import Blame
@@ -46,8 +46,7 @@ class Spared(fx.Interpreter):
 def blames(program: Program, images: Images) -> tuple[Blame, ...]:
     """Give what noise (a share of the scores' power) would go with each layer in float, the largest share first.
 
-    `images` are N×H×W×3 uint8. A layer whose float twin is not found, or whose weight is computed,
-    is left out.
+    `images` are N×H×W×3 uint8. A layer whose weight is computed from the images is left out.
     """
     if isinstance(program, QuantizedOnnx):
         return looked.blames(program, images)
@@ -55,13 +54,13 @@ def blames(program: Program, images: Images) -> tuple[Blame, ...]:
     quantized = cast(fx.GraphModule, program.module())
     given = torch.from_numpy(images.copy())
     with torch.no_grad():
-        exported = cast(fx.GraphModule, twin(program).module())
+        exported = cast(fx.GraphModule, float_counterpart(program).module())
         batches = torch.split(given, max(1, PIXELS // (given[0].numel() // 3)))
         reference = _answers(exported, batches)
         before = noise_share(reference, _answers(quantized, batches))
-        pairs = twins(exported, quantized)
+        pairs = counterparts(exported, quantized)
         layers = [node for node in quantized.graph.nodes if node.target in LAYERS and node.name in pairs]
-        layers = [node for node in layers if _plain(_parts(exported, pairs[node.name]))]
+        layers = [node for node in layers if _is_constant(_layer(exported, pairs[node.name]))]
         found = []
         for node in progress.track(layers, "blame layers", total=len(layers)):
             spared = Spared(quantized, node.name, _float_layer(exported, pairs[node.name]))
@@ -89,28 +88,20 @@ def _answers(model: Layer, batches: Sequence[Tensor]) -> Outputs:
 
 
 def _float_layer(exported: fx.GraphModule, name: str) -> Layer:
-    """Give a layer of the float program, with its batch norm if it has one, as a function of its input."""
-    nodes = _parts(exported, name)
-
-    def compute(value: Tensor) -> Tensor:
-        for node in nodes:
-            rest = fx.node.map_arg(node.args[1:], lambda one: _constant(exported, one))
-            options = fx.node.map_arg(dict(node.kwargs), lambda one: _constant(exported, one))
-            value = cast(Callable[..., Tensor], node.target)(value, *rest, **options)
-        return value
-
-    return compute
+    """Return a layer of the float program as a function of its input."""
+    node = _layer(exported, name)
+    rest = fx.node.map_arg(node.args[1:], lambda one: _constant(exported, one))
+    options = fx.node.map_arg(dict(node.kwargs), lambda one: _constant(exported, one))
+    return lambda value: cast(Callable[..., Tensor], node.target)(value, *rest, **options)
 
 
-def _parts(exported: fx.GraphModule, name: str) -> list[fx.Node]:
-    """Give a layer's own node, and its batch norm's."""
-    last = next(node for node in exported.graph.nodes if node.name == name)
-    return [last] if last.target in LAYERS else [cast(fx.Node, last.args[0]), last]
+def _layer(exported: fx.GraphModule, name: str) -> fx.Node:
+    return cast(fx.Node, next(node for node in exported.graph.nodes if node.name == name))
 
 
-def _plain(nodes: Sequence[fx.Node]) -> bool:
-    """Say whether a layer has nothing but its input and constants: a weight may be computed, too."""
-    return all(given.op == "get_attr" for node in nodes for given in node.all_input_nodes if given is not node.args[0])
+def _is_constant(node: fx.Node) -> bool:
+    """Return whether a layer takes nothing but its input and constants: a weight may be computed from images, too."""
+    return all(given.op == "get_attr" for given in node.all_input_nodes if given is not node.args[0])
 
 
 def _constant(exported: fx.GraphModule, node: fx.Node) -> Any:

@@ -20,6 +20,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from device.errors import InputError
 from pipeline.capture import layer_name
 from pipeline.quantization.grid import Grid
+from pipeline.quantization.layout import feature_maps
 from targets import Scheme
 
 aten = torch.ops.aten
@@ -62,18 +63,16 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         super().__init__()
         self.scheme, self.keep = scheme, frozenset(keep)
         self.activation = _activation(scheme)
+        self.maps: set[fx.Node] = set()
 
     def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
         """Prepare what no annotation can say.
 
-        A padding by its name becomes one by numbers, where it is as wide on both sides.
         Each layer gets a bias node of its own: layers that share one have other input scales, so other biases.
         Pooling to 1×1 becomes the mean that it is: on its way to ONNX it would end in a gather of every value from
         where it already is, to keep the memory format. And where layers give int8, a batch norm that no convolution
         could take in becomes one itself, channel by channel.
         """
-        for node in [node for node in model.graph.nodes if node.target is aten.conv2d.padding]:
-            _pad_by_numbers(node)
         for node in [node for node in model.graph.nodes if node.target is POOL and _to_one(node)]:
             node.target, node.args = MEAN, (node.args[0], [-1, -2], True)
         if self.scheme.outputs == "int8":
@@ -89,6 +88,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         return model
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        self.maps = feature_maps(model)
         for node in model.graph.nodes:
             inputs = self._inputs(node)
             if inputs and node.target is aten.cat.default and self.scheme.concatenations == "shared":
@@ -105,9 +105,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
     def _inputs(self, node: fx.Node) -> Inputs:
         if node.target in WEIGHTED and _is_weight(node.args[1]):
             return {} if layer_name(node) in self.keep else self._layer(node)
-        if node.target in ADDITIONS and all(map(_is_activation, node.args[:2])) and node.meta["val"].ndim == 4:
+        if node.target in ADDITIONS and all(map(_is_activation, node.args[:2])) and node in self.maps:
             return dict.fromkeys(self._added(node), self.activation)
-        if node.target in JOINS and self.scheme.outputs == "int8" and _joins_activations(node):
+        if node.target in JOINS and self.scheme.outputs == "int8" and node in self.maps and _joins_activations(node):
             return dict.fromkeys(node.all_input_nodes, self.activation)
         if node.target is POOL or _is_global_mean(node):
             return {_node(node.args[0]): self.activation}
@@ -120,7 +120,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         return {data: self.activation, weight: _weight(self.scheme), bias: _int32_bias((data, node), (weight, node))}
 
     def _added(self, node: fx.Node) -> list[fx.Node]:
-        """Choose the inputs of an addition that are quantized; of tokens none, for a few may be far larger."""
+        """Choose the inputs of an addition of maps that are quantized."""
         both = [_node(argument) for argument in node.args[:2]]
         if self.scheme.additions == "skip":
             direct = [given for given in both if given.target in WEIGHTED and len(given.users) == 1]
@@ -134,16 +134,6 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
             close = get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(names[:5])}, …"
             raise InputError(f"quantization.keep names '{name}', which is no convolution or matrix product; {hint}")
-
-
-def _pad_by_numbers(node: fx.Node) -> None:
-    given: list[Any] = list(node.args)
-    x, weight, bias, stride, padding, dilation, groups = given + [None, [1, 1], "valid", [1, 1], 1][len(given) - 2 :]
-    kernel = _node(weight).meta["val"].shape[2:]
-    around = [0, 0] if padding == "valid" else [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if all(one % 2 == 0 for one in around):
-        node.target = aten.conv2d.default
-        node.args = (x, weight, bias, stride, [one // 2 for one in around], dilation, groups)
 
 
 def _with_one_scale(node: fx.Node, spec: QuantizationSpec) -> tuple[Inputs, Spec]:

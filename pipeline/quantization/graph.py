@@ -114,37 +114,6 @@ def own_tensors(model: fx.GraphModule) -> None:
     model.recompile()
 
 
-def part_convolutions(model: fx.GraphModule) -> None:
-    """Give each batch norm a convolution of its own, with weights of its own, for torchao to fold it into.
-
-    It folds whether or not something else takes what the convolution gives, or another one has the same weights.
-    """
-    for norm in [node for node in model.graph.nodes if node.target is aten.batch_norm.default]:
-        convolution = cast(fx.Node, norm.args[0])
-        if convolution.target not in WEIGHTED:
-            continue
-        if len(convolution.users) > 1:
-            with model.graph.inserting_after(convolution):
-                own = model.graph.node_copy(convolution)
-            norm.replace_input_with(convolution, own)
-            convolution = own
-        for place, given in enumerate(convolution.args[1:3], 1):
-            if isinstance(given, fx.Node) and given.op == "get_attr" and _uses(model, given) > 1:
-                name = f"{str(given.target).replace('.', '_')}_of_{convolution.name}"
-                own_weight = torch.nn.Parameter(value(model, given).detach().clone(), requires_grad=False)
-                model.register_parameter(name, own_weight)  # as torchao puts the folded one there, too
-                with model.graph.inserting_before(convolution):
-                    copied = model.graph.get_attr(name)
-                copied.meta = dict(given.meta)
-                convolution.update_arg(place, copied)
-    model.recompile()
-
-
-def _uses(model: fx.GraphModule, given: fx.Node) -> int:
-    alike = [node for node in model.graph.nodes if node.op == "get_attr" and node.target == given.target]
-    return sum(len(node.users) for node in alike)
-
-
 def batch_axis(node: fx.Node) -> int | None:
     """Give the axis of a value that grows with the number of images."""
     shape = getattr(node.meta.get("val"), "shape", ())

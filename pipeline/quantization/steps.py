@@ -43,8 +43,8 @@ State = tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]
 class Calibrated:
     """What came of it, besides the graph itself."""
 
-    equalized: fx.GraphModule | None
-    """The float program whose tensors inside the grids round, where it was equalized."""
+    float_counterpart: fx.GraphModule
+    """The graph without its grids: the float program whose tensors inside they round, equalized where that stays."""
     images: int
     """Calibration images that went through."""
     curve: Mapping[int, float]
@@ -57,7 +57,9 @@ def calibrate(
     """Set the grids of a prepared graph, and better its weights and biases, by every step that the settings name."""
     own_tensors(model)
     set_mode(model, "off")
-    equalized = without_grids(model) if settings.equalize and _equalize(model, images) else None
+    if settings.equalize:
+        _equalize(model, images)
+    float_counterpart = without_grids(model)
     images, curve = _enough(model, images, settings) if settings.images == "enough" else (images, {})
     teacher, count = observe(model, images, settings)
     set_ranges(model, images, teacher, settings)
@@ -79,7 +81,7 @@ def calibrate(
         best = _try(model, name, step, best, lambda: quality(model, *judges))
     for grid in grids(model):
         grid.forget()
-    return Calibrated(equalized, count, curve)
+    return Calibrated(float_counterpart, count, curve)
 
 
 def _enough(model: fx.GraphModule, images: Tensor, settings: Quantization) -> tuple[Tensor, Mapping[int, float]]:

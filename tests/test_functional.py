@@ -1,0 +1,187 @@
+"""A captured program writes over nothing, and quantization's graph answers like the model all the same."""
+
+from collections.abc import Callable
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from pipeline.capture import export_program
+from pipeline.quantization.annotate import SchemeQuantizer
+from pipeline.quantization.folding import fold_constants
+from pipeline.quantization.graph import set_mode
+from pipeline.quantization.steps import calibrate
+from pipeline.recipe import Quantization
+from pipeline.statistics import sqnr_db
+from targets import Scheme
+
+IMAGES = torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def relu_and_add(y: Tensor) -> Tensor:
+    return y.relu().add_(0.1)
+
+
+def slice_doubled(y: Tensor) -> Tensor:
+    z = y.clone()
+    z[:, :4] = z[:, :4] * 2
+    return z
+
+
+def shifted(y: Tensor) -> Tensor:
+    z = torch.zeros_like(y)
+    z[:, :-1] = y[:, 1:]
+    z[:, -1:, 1:] = y[:, -1:, :-1]
+    return z
+
+
+def slice_multiplied(y: Tensor) -> Tensor:
+    y = y.relu()
+    y[:, 2:5].mul_(3.0)
+    return y
+
+
+def masked(y: Tensor) -> Tensor:
+    z = y.clone()
+    return z.masked_fill_(z > 0.5, 0.25)
+
+
+def slice_masked(y: Tensor) -> Tensor:
+    z = y * 1.5
+    part = z[:, ::2]
+    part.masked_fill_(part < 0, -0.2)
+    return z
+
+
+def view_added(y: Tensor) -> Tensor:
+    z = y * 1.0
+    z.flatten(2).add_(torch.linspace(0, 1, y.shape[2] * y.shape[3]))
+    return z
+
+
+def transposed(y: Tensor) -> Tensor:
+    z = y * 1.0
+    z.transpose(2, 3)[..., 0] *= 2
+    return z
+
+
+def chunks_added(y: Tensor) -> Tensor:
+    z = y * 1.0
+    first, second = z.chunk(2, 1)
+    first += second
+    second.sub_(first)
+    return z
+
+
+def read_before_written(y: Tensor) -> Tensor:
+    z = y * 1.0
+    view = z[:, :8]
+    before = view.clone()
+    z.relu_()
+    return torch.cat([view, before], 1)
+
+
+def written_in_a_loop(y: Tensor) -> Tensor:
+    z = torch.zeros_like(y)
+    for channel in range(4):
+        z[:, channel] = y[:, channel] * (channel % 3)
+    return z
+
+
+def borders_zeroed(y: Tensor) -> Tensor:
+    z = y * 1.0
+    z[..., 0].zero_()
+    z[..., -1:, :].fill_(0.5)
+    return z
+
+
+WRITES = (
+    relu_and_add, slice_doubled, shifted, slice_multiplied, masked, slice_masked, view_added, transposed, chunks_added,
+    read_before_written, written_in_a_loop, borders_zeroed,
+)  # fmt: skip
+
+
+class Between(nn.Module):
+    """Two convolutions, each with its batch norm, and between them something that writes."""
+
+    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.write = write
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.second, self.other = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.drop, self.head = nn.Dropout(0.2, inplace=True), nn.Linear(16, 5)
+        with torch.no_grad():
+            for norm in (self.norm, self.other):
+                cast(Tensor, norm.running_mean).add_(0.1)
+                cast(Tensor, norm.running_var).mul_(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.write(self.norm(self.first(x)))
+        x = functional.relu6(self.other(self.second(x)), inplace=True)
+        scores: Tensor = self.head(self.drop(x).mean((2, 3)))
+        return scores
+
+
+def writing(graph: fx.Graph) -> list[str]:
+    """Name the operators of a graph that write over an input."""
+    schemas = {node: getattr(node.target, "_schema", None) for node in graph.nodes}
+    return [str(node.target) for node, schema in schemas.items() if schema is not None and schema.is_mutable]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_captured_program_writes_over_nothing_and_answers_alike(write: Callable[[Tensor], Tensor]) -> None:
+    net = Between(write).eval()
+    before = IMAGES.clone()
+    with torch.no_grad():
+        program = export_program(net, IMAGES[:2])
+        assert writing(program.graph) == []
+        torch.testing.assert_close(program.module()(IMAGES), net(IMAGES))
+        assert torch.equal(IMAGES, before)
+        graph = cast(fx.GraphModule, program.module())
+        fold_constants(graph)
+        assert "batch_norm" not in str(graph.graph)
+        prepared = prepare_pt2e(graph, SchemeQuantizer(Scheme()))
+        set_mode(prepared, "off")
+        torch.testing.assert_close(prepared(IMAGES), net(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("write", [slice_doubled, relu_and_add, slice_masked])
+def test_int8_keeps_what_was_written(write: Callable[[Tensor], Tensor]) -> None:
+    net, unwritten = Between(write).eval(), Between(torch.clone).eval()
+    with torch.no_grad():
+        graph = cast(fx.GraphModule, export_program(net, IMAGES[:2]).module())
+        fold_constants(graph)
+        prepared = prepare_pt2e(graph, SchemeQuantizer(Scheme()))
+        calibrate(prepared, IMAGES, Quantization(observer="scores", ranges="learned", iterations=2))
+        found = convert_pt2e(prepared)(IMAGES)
+        wanted, without = net(IMAGES), unwritten(IMAGES)
+    assert sqnr_db(wanted.numpy(), found.numpy()) > 30
+    assert sqnr_db(without.numpy(), found.numpy()) < 25
+
+
+def test_what_nobody_else_sees_becomes_the_operator_that_returns_it() -> None:
+    class Activations(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = functional.relu6(self.first(images), inplace=True)
+            x = functional.hardtanh(x, 0.0, 3.0, inplace=True)
+            return functional.silu(self.second(x), inplace=True)
+
+    net = Activations()
+    program = export_program(net, IMAGES[:2])
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert [name for name in names if "size" not in name] == [
+        "aten.conv2d.default",
+        "aten.relu6.default",
+        "aten.hardtanh.default",
+        "aten.conv2d.default",
+        "aten.silu.default",
+    ]
+    torch.testing.assert_close(program.module()(IMAGES), net(IMAGES), rtol=0, atol=0)
