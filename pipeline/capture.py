@@ -13,6 +13,7 @@ from device.errors import StageFailed, first_line
 from pipeline import cache, unsupported
 from pipeline.artifacts import Captured, Quantized, TorchProgram
 from pipeline.data.split import Split
+from pipeline.rewrites import rewrite
 
 aten = torch.ops.aten
 
@@ -73,7 +74,7 @@ def quiet_imports() -> None:
 @lru_cache(maxsize=2)
 def _captured(model: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
     with torch.no_grad():
-        return export_program(model, torch.zeros(2, *shape, dtype=torch.uint8))
+        return rewrite(export_program(model, torch.zeros(2, *shape, dtype=torch.uint8)))
 
 
 def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:

@@ -224,7 +224,7 @@ class Deployment:
         options = self.options or self.run.recipe.options(self.name)
         onnx_in.refuse_target(self.run.recipe, self.name)
         onnx_in.refuse_batch(self.run.model, self.name, options)
-        return compile(self.source, self.name, self.run.build, options=options)
+        return compile(self.source, self.name, self.program, self.run.calibration, self.run.build, options=options)
 
     @cached_property
     def runtime_float(self) -> Compiled | None:

@@ -28,7 +28,7 @@ def in_export(error: BaseException, capture: Callable[[], torch.export.ExportedP
             error = error.__cause__
         return f"{first_line(error)} {in_code(error)}".strip()
     operator, overload = found.groups()
-    places = [_place(node) for node in _nodes(capture) if _is(node, re.split(r"::|\.", operator)[-1], overload)]
+    places = [place(node) for node in _nodes(capture) if _is(node, re.split(r"::|\.", operator)[-1], overload)]
     where = "; ".join(dict.fromkeys(places[:SHOWN])) or "the model"
     return f"the operator {operator} in {where} has no form in ONNX; {ways_out('onnx')}"
 
@@ -80,7 +80,8 @@ def _form(name: str) -> targets.Form | None:
         return None
 
 
-def _place(node: fx.Node) -> str:
+def place(node: fx.Node) -> str:
+    """Name the layer that a node is of, with the line of the model."""
     stack: Sequence[tuple[str, object]] = list((node.meta.get("nn_module_stack") or {}).values())
     layer = re.sub(r"^L\['self'\]\.?", "", str(stack[-1][0])).removeprefix("model.") if stack else ""
     line = USER_CODE.findall(node.meta.get("stack_trace") or "")
