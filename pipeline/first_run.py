@@ -4,10 +4,13 @@ A compiler may take a model that its runtime cannot run, or computes otherwise. 
 that is a failure whatever the budget allows. Elsewhere the verdict judges; what int8 kernels lose besides is said.
 """
 
+import contextlib
+import io
+
 import numpy as np
 
 import targets
-from device.arrays import Outputs
+from device.arrays import Images, Outputs
 from device.errors import StageFailed, TargetUnavailable, first_line
 from pipeline import fault, progress, unsupported
 from pipeline.artifacts import Compiled, Program
@@ -30,13 +33,7 @@ def check(compiled: Compiled, program: Program, calibration: Split) -> None:
     picked = np.linspace(0, len(calibration) - 1, min(IMAGES, len(calibration))).round().astype(int)
     images = calibration.images[np.unique(picked)].copy()
     expected = fault.reference(compiled.source)(images)
-    try:
-        found = load_artifact(compiled)(images)
-    except TargetUnavailable:
-        raise
-    except Exception as error:  # the vendor's runtime may raise anything
-        told = f"was compiled, and fails when it runs: {first_line(error)}"
-        raise _failure(compiled, told, fault.operator(compiled, images[:1], None)) from error
+    found = _answers(compiled, images)
     _check_scores(compiled, expected, found)
     if compiled.precision == "float32" and not alike(expected, found):
         told = (
@@ -46,6 +43,20 @@ def check(compiled: Compiled, program: Program, calibration: Split) -> None:
         raise _failure(compiled, told, fault.operator(compiled, images[:2], alike))
     if compiled.precision == "int8":
         _say_loss(compiled, eager(program.baseline.module())(images), expected, found)
+
+
+def _answers(compiled: Compiled, images: Images) -> Outputs:
+    """Load and run an artifact, what the runtime writes to stderr kept for the error."""
+    with contextlib.redirect_stderr(io.StringIO()) as log:
+        try:
+            return load_artifact(compiled)(images)
+        except TargetUnavailable:
+            raise
+        except Exception as error:  # the vendor's runtime may raise anything
+            written = [line.rpartition("] ")[2] for line in log.getvalue().splitlines() if line]
+            told = "; ".join([first_line(error), *written[:1]])
+            blamed = fault.operator(compiled, images[:1], None)
+            raise _failure(compiled, f"was compiled, and fails when it runs: {told}", blamed) from error
 
 
 def alike(expected: Outputs, found: Outputs) -> bool:
@@ -67,7 +78,7 @@ def _check_scores(compiled: Compiled, expected: Outputs, found: Outputs) -> None
 def _failure(compiled: Compiled, told: str, blamed: str | None) -> StageFailed:
     """Say of an artifact what is wrong with it, at which operator, and what else there is."""
     ways = unsupported.ways_out(targets.get(compiled.target).CONSUMES, compiled.target)
-    where = f"it begins with {blamed}; " if blamed else ""
+    where = f"what goes wrong first is {blamed}; " if blamed else ""
     return StageFailed(f"{compiled.target} {compiled.precision} {told}; {where}{ways}")
 
 

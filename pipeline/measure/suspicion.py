@@ -7,6 +7,7 @@ import numpy as np
 from device.machine import Conditions
 from device.timing import Series
 from pipeline.figures import Candidate, Ratio, Suspicion
+from pipeline.verdict import Ladder
 from targets import Environment
 
 MOST_OTHER_LOAD = 0.1
@@ -40,6 +41,13 @@ def contradiction(eager: Candidate, artifact: Candidate, ratio: Ratio) -> tuple[
             "believe neither until the machine is quiet",
         ),
     )
+
+
+def lossy(climbed: Ladder, environment: Environment) -> Iterator[Suspicion]:
+    """Tell where an int8 artifact, the last step, loses what the int8 program before it still has."""
+    *_, before, last = climbed.rungs
+    if last.name in climbed.suspects and last.sqnr_db is not None and before.sqnr_db is not None:
+        yield kernels(last.name, before.sqnr_db, last.sqnr_db, environment)
 
 
 def kernels(target: str, had: float, has: float, environment: Environment) -> Suspicion:
