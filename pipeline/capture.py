@@ -25,7 +25,9 @@ def capture(program: TorchProgram, calibration: Split, build: cache.Cache) -> Ca
     """
     if isinstance(program, Quantized):
         return Captured(program.path, program.precision, program.key)
-    key = cache.key("capture", code=__file__, packages=("torch",), program=program.key, data=calibration.key)
+    rewritten = cache.file_hash(Path(__file__).with_name("rewrites.py"))
+    inputs = {"rewrites": rewritten, "program": program.key, "data": calibration.key}
+    key = cache.key("capture", code=__file__, packages=("torch",), **inputs)
     done = build.folder("capture", key, partial(_capture, program))
     return Captured(done / "program.pt2", program.precision, key)
 

@@ -20,6 +20,7 @@ from targets import Scheme, usable_cpus
 STEPS = [
     *sorted(Path(__file__).with_name("quantization").glob("*.py")),
     Path(__file__).with_name("capture.py"),
+    Path(__file__).with_name("rewrites.py"),
     Path(__file__).with_name("statistics.py"),
 ]
 

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 aten = torch.ops.aten
 POOLS = {aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default}
-RESIZES = {
-    getattr(getattr(aten, name), overload)
-    for name in ("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_bicubic2d")
-    for overload in ("vec", "default")
-}
+RESIZES, SCALED = (
+    {getattr(getattr(aten, name), overload) for name in names for overload in ("vec", "default")}
+    for names in (("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_bicubic2d"), ("upsample_bilinear2d",))
+)
+"""Resizing that every runtime has of its own, or lacks; and such as differs where a scale is not new size / old."""
 MOST_VALUES = 2**22
 """Of the images that a resizing is tried on at once."""
 Mapped = Callable[[Tensor], Tensor]
@@ -28,7 +28,8 @@ def rewrite(program: torch.export.ExportedProgram) -> torch.export.ExportedProgr
     """Give a program whose operators every runtime computes alike: itself where it has no others.
 
     Average pooling over the edge becomes explicit padding, plain pooling and a multiplication; resizing to a fixed
-    size, cubic or with antialiasing, becomes two products with constant matrices.
+    size that is cubic, with antialiasing, or by a scale that is not the ratio of the sizes becomes two products with
+    constant matrices.
     """
     module = cast(fx.GraphModule, program.module())
     found = {node: made for node in module.graph.nodes if (made := _replacement(node)) is not None}
@@ -97,13 +98,16 @@ def axis_weights(resize: Mapped, size: Sequence[int], axis: int) -> Tensor:
 
 def _replacement(node: fx.Node) -> nn.Module | None:
     """Make what computes a node's value as every runtime does; None for a node that stays."""
-    if node.target not in POOLS | RESIZES:
+    if node.target not in POOLS | RESIZES | SCALED:
         return None
     given, found = node.all_input_nodes[0].meta["val"].shape, node.meta["val"].shape
     if not all(isinstance(axis, int) for axis in (*given[2:], *found[2:])):
         return None
-    compute = partial(_computed, node)
-    return MatrixResize(compute, given[2:]) if node.target in RESIZES else _average(node, compute, given[2:], found[2:])
+    compute, old, new = partial(_computed, node), given[2:], found[2:]
+    if node.target in POOLS:
+        return _average(node, compute, old, new)
+    plain = node.target in SCALED and _scales_as_sizes(node, old, new)
+    return None if plain else MatrixResize(compute, old)
 
 
 def _computed(node: fx.Node, x: Tensor) -> Tensor:
@@ -112,10 +116,24 @@ def _computed(node: fx.Node, x: Tensor) -> Tensor:
     return value
 
 
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Give a node's arguments by the names that its operator has for them."""
+    names = [argument.name for argument in cast(Any, node.target)._schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _scales_as_sizes(node: fx.Node, old: Sequence[int], new: Sequence[int]) -> bool:
+    """Say whether a resizing's scales, where it has any, are those of its sizes: 0.7 of 15 pixels are 10, not 10.5."""
+    given = _arguments(node)
+    if given["align_corners"]:  # which looks at sizes alone
+        return True
+    scales = given.get("scale_factors") or [given.get("scales_h"), given.get("scales_w")]
+    return all(scale is None or scale * a == b for scale, a, b in zip(scales, old, new, strict=True))
+
+
 def _average(node: fx.Node, compute: Mapped, size: Sequence[int], pooled: Sequence[int]) -> nn.Module | None:
     """Make an average pooling explicit that rounds its size up, or divides by a number of its own."""
-    names = [argument.name for argument in cast(Any, node.target)._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given = _arguments(node)
     if not given.get("ceil_mode") and given.get("divisor_override") is None:
         return None
     kernel = _each(given["kernel_size"], size)
