@@ -61,11 +61,12 @@ def candidates(build: Cache) -> tuple[dict[str, Predict], Images]:
     found = {"eager float32": eager(net)}
     for add in (True, False):
         scheme = targets.Scheme(additions="both" if add else "none")
-        onnx = simplify(export(quantize(model, images, scheme, Quantization(), build), images, build), images, build)
+        program = quantize(model, images, scheme, Quantization(), build)
+        onnx = simplify(export(program, images, build), images, build)
         where = f"additions in {'int8' if add else 'float'}"
         for name in ("openvino", "onnxruntime"):
             options = targets.get(name).Options(threads=THREADS)
-            path = compile(replace(onnx, precision="int8"), name, build, options=options).path
+            path = compile(replace(onnx, precision="int8"), name, program, images, build, options=options).path
             found[f"{name}, {where}"] = targets.get(name).load(path, precision="int8", options=options)
         found[f"openvino dynamic batch, {where}"] = dynamic_openvino(onnx.path)
     return found, images.images[:64].copy()

@@ -62,7 +62,8 @@ def artifact(build: Cache) -> tuple[Compiled, Images]:
     model = FloatModel(net, contract, CLASSES, key="resnet18-seed-0")
     program = quantize(model, images, targets.get(TARGET).SCHEMES["int8"] or targets.Scheme(), Quantization(), build)
     options = targets.get(TARGET).Options()
-    made = compile(simplify(export(program, images, build), images, build), TARGET, build, options=options)
+    source = simplify(export(program, images, build), images, build)
+    made = compile(source, TARGET, program, images, build, options=options)
     return made, images.images[:1].copy()
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from device.errors import InputError
-from pipeline import progress
+from pipeline import failing, progress
 
 if TYPE_CHECKING:
     from pipeline.nightly.store import Store
@@ -142,7 +142,7 @@ class Cache:
             if self.store and fetched:
                 progress.stage(stage, f"{of} fetched from {self.store.url}".strip())
             else:
-                with progress.timed(stage, of):
+                with progress.timed(stage, of), failing.stage(stage, of):
                     make(temporary)
         publish(temporary, final)
         if self.store and not fetched:

@@ -12,6 +12,7 @@ from pipeline import cache, unsupported
 from pipeline.artifacts import Captured, Quantized, TorchProgram
 from pipeline.data.split import Split
 from pipeline.functional import functional
+from pipeline.rewrites import rewrite
 
 
 def capture(program: TorchProgram, calibration: Split, build: cache.Cache) -> Captured:
@@ -21,7 +22,9 @@ def capture(program: TorchProgram, calibration: Split, build: cache.Cache) -> Ca
     """
     if isinstance(program, Quantized):
         return Captured(program.path, program.precision, program.key)
-    key = cache.key("capture", code=__file__, packages=("torch",), program=program.key, data=calibration.key)
+    rewritten = cache.file_hash(Path(__file__).with_name("rewrites.py"))
+    inputs = {"rewrites": rewritten, "program": program.key, "data": calibration.key}
+    key = cache.key("capture", code=__file__, packages=("torch",), **inputs)
     done = build.folder("capture", key, partial(_capture, program))
     return Captured(done / "program.pt2", program.precision, key)
 
@@ -70,7 +73,7 @@ def quiet_imports() -> None:
 @lru_cache(maxsize=2)
 def _captured(model: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
     with torch.no_grad():
-        return export_program(model, torch.zeros(2, *shape, dtype=torch.uint8))
+        return rewrite(export_program(model, torch.zeros(2, *shape, dtype=torch.uint8)))
 
 
 def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from device.errors import BitferryError, InputError
-from pipeline import cli_nightly, cli_ship, cli_train, completion, pages
+from device.errors import BitferryError, InputError, StageFailed
+from pipeline import cli_nightly, cli_ship, cli_train, completion, failing, pages
 from pipeline.cli_more import commands
 from pipeline.cli_train import Processes
 from pipeline.cli_words import (
@@ -37,6 +37,8 @@ from pipeline.cli_words import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pipeline.measure.latency import Effort
     from pipeline.recipe import Recipe
     from pipeline.run import Deployment, Run
@@ -45,7 +47,7 @@ DEFAULT_RECIPE = Path("recipes/fashion-resnet18.toml")
 
 app = typer.Typer(
     help="Take PyTorch vision models to edge devices as 8-bit, and prove what is shipped.\n\n"
-    "Exit codes: 0 inside the budget, 1 missed, undecided or unmeasured, 2 cannot run.",
+    "Exit codes: 0 inside the budget, 1 missed, undecided or unmeasured, 2 cannot run, be it one of several targets.",
     epilog="Example: bitferry deploy recipes/fashion-resnet18.toml --target openvino",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -74,17 +76,33 @@ def _run(recipe: "Recipe", path: Path, build: Path, trust: bool, effort: "Effort
     return Run(recipe, path, Cache(build / recipe.name), trust, effort, download=Said.download)
 
 
-def _each(path: Path, names: str | None, build: Path, trust: bool, precision: str | None) -> "list[Deployment]":
-    """Give the way to each target; where the precision is left open, to its int8, or the first it has."""
+def _each(
+    recipe: Path,
+    names: str | None,
+    build: Path,
+    trust: bool,
+    precision: str | None,
+    made: "Callable[[Deployment], Path]",
+    as_json: bool,
+) -> None:
+    """Print a path for each target; where the precision is left open, of its int8, or the first it has."""
     import targets
     from pipeline.asked import asked
 
-    recipe, chosen = asked(path, names, precision=precision)  # faults in these are told before torch is imported
+    read, chosen = asked(recipe, names, precision=precision)  # faults in these are told before torch is imported
+    from pipeline.deploy import each
     from pipeline.run import Deployment
+    from pipeline.verdict import Failed
 
-    run = _run(recipe, path, build, trust)
+    run = _run(read, recipe, build, trust)
     firsts = {name: next(iter(targets.get(name).SCHEMES)) for name in chosen}
-    return [Deployment(run, name, firsts[name] if recipe.precision == "auto" else recipe.precision) for name in chosen]
+    ways = {n: Deployment(run, n, firsts[n] if read.precision == "auto" else read.precision) for n in chosen}
+    found = each(run, chosen, lambda name: made(ways[name]))
+    _print_paths({name: path for name, path in zip(chosen, found, strict=True) if isinstance(path, Path)}, as_json)
+    for one in (one for one in found if isinstance(one, Failed)):
+        typer.echo(f"error: {one.target}: {one.error}", err=True)
+    if any(isinstance(one, Failed) for one in found):
+        raise typer.Exit(2)
 
 
 def _effort(quick: bool, thorough: bool) -> "Effort":
@@ -149,11 +167,7 @@ def quantize(
 
     Example: bitferry quantize recipes/fashion-resnet18.toml --target openvino
     """
-    from pipeline.artifacts import Quantized, QuantizedOnnx
-
-    made = {one.name: one.program for one in _each(recipe, target, build, trust, "int8")}
-    kinds = Quantized | QuantizedOnnx
-    _print_paths({name: program.path for name, program in made.items() if isinstance(program, kinds)}, json_)
+    _each(recipe, target, build, trust, "int8", lambda one: one.quantized.path, json_)
 
 
 @app.command()
@@ -169,8 +183,7 @@ def trace(
 
     Example: bitferry trace recipes/fashion-resnet18.toml --target openvino
     """
-    deployments = _each(recipe, target, build, trust, precision)
-    _print_paths({one.name: one.traced.path for one in deployments}, json_)
+    _each(recipe, target, build, trust, precision, lambda one: one.traced.path, json_)
 
 
 @app.command()
@@ -186,8 +199,7 @@ def export(
 
     Example: bitferry export recipes/fashion-resnet18.toml --target openvino
     """
-    deployments = _each(recipe, target, build, trust, precision)
-    _print_paths({one.name: one.simplified.path for one in deployments}, json_)
+    _each(recipe, target, build, trust, precision, lambda one: one.simplified.path, json_)
 
 
 @app.command(name="compile")
@@ -203,8 +215,7 @@ def compile_(
 
     Example: bitferry compile recipes/fashion-resnet18.toml --target openvino,onnxruntime
     """
-    deployments = _each(recipe, target, build, trust, precision)
-    _print_paths({one.name: one.compiled.path for one in deployments}, json_)
+    _each(recipe, target, build, trust, precision, lambda one: one.compiled.path, json_)
 
 
 @app.command()
@@ -240,11 +251,10 @@ def verify(
     from pipeline.asked import asked
 
     recipe, names = asked(subject, target, precision=precision, minutes=search_minutes)
-    from pipeline.deploy import way
+    from pipeline.deploy import verify as verify_
     from pipeline.report import terminal
 
-    run = _run(recipe, subject, build, trust, effort)
-    results = [way(run, name).verified for name in names]
+    results = verify_(_run(recipe, subject, build, trust, effort), names)
     terminal.show(results, as_json=json_)
     raise typer.Exit(terminal.exit_code(results, allow_unmeasured=allow_unmeasured))
 
@@ -264,9 +274,9 @@ def _stop(*_: object) -> None:
     sys.exit(130)
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception, cause: Exception | None = None) -> None:
     if Said.debug:
-        traceback.print_exception(error)
+        traceback.print_exception(cause or error)
     typer.echo(f"error: {pages.told(error)}", err=True)
     sys.exit(2)
 
@@ -281,6 +291,8 @@ def main() -> None:
         app([*anywhere, *others])
     except (BitferryError, OSError) as error:  # OSError: a full disk, a folder that may not be read
         _fail(error)
+    except Exception as error:  # noqa: BLE001 - 1, which Python would end with, says that a budget was missed
+        _fail(StageFailed(f"{failing.told(error)}; bitferry did not expect this: --debug shows the traceback"), error)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Simplified ONNX, TorchScript or a torch.export program → a target's own file."""
+"""Simplified ONNX, TorchScript or a torch.export program → a target's own file, run once and compared with it."""
 
 from dataclasses import asdict, replace
 from functools import partial
@@ -7,14 +7,21 @@ from pathlib import Path
 import targets
 from device import errors
 from device.errors import BitferryError, StageFailed, first_line
-from pipeline import cache, unsupported
-from pipeline.artifacts import Compiled, Source
+from pipeline import cache, fault, first_run, unsupported
+from pipeline.artifacts import Compiled, Program, Source
+from pipeline.data.split import Split
+
+CHECKS = [Path(str(module.__file__)) for module in (first_run, fault)]
 
 
-def compile(source: Source, name: str, build: cache.Cache, *, options: targets.Options) -> Compiled:
-    """Compile for the target called `name`; raise StageFailed, with the vendor's error as cause, when it cannot.
+def compile(
+    source: Source, name: str, program: Program, calibration: Split, build: cache.Cache, *, options: targets.Options
+) -> Compiled:
+    """Compile for the target called `name`, and run the artifact on calibration images where it runs here.
 
-    `options` are of the target's own kind; without a number of threads, every CPU this process may use is meant.
+    Raises StageFailed, with the vendor's error as cause, when it cannot be compiled or fails when it runs, and when
+    float32 answers otherwise than `source`, which was made from `program`. `options` are of the target's own kind;
+    without a number of threads, every CPU this process may use is meant.
     """
     target = targets.get(name)
     options = replace(options, threads=options.threads or targets.usable_cpus())
@@ -23,21 +30,27 @@ def compile(source: Source, name: str, build: cache.Cache, *, options: targets.O
         target=name,
         code=targets.source(name),
         shipped={path.name: cache.file_hash(path) for path in sorted(Path(errors.__file__).parent.glob("*.py"))},
+        checks=[cache.file_hash(path) for path in CHECKS],
         source=source.key,
+        data=calibration.key,
         precision=source.precision,
         options=asdict(replace(options, threads=None)),
         environment=target.environment(options=options),
     )
-    done = build.folder("compile", key, partial(_compile, name, source, options), of=name)
-    return Compiled(done / f"model{target.SUFFIX}", name, source.precision, source, options, key)
+    made = Compiled(Path(f"model{target.SUFFIX}"), name, source.precision, source, options, key)
+    done = build.folder("compile", key, partial(_compile, made, program, calibration), of=name)
+    return replace(made, path=done / made.path)
 
 
-def _compile(name: str, source: Source, options: targets.Options, out: Path) -> None:
-    target = targets.get(name)
+def _compile(made: Compiled, program: Program, calibration: Split, out: Path) -> None:
+    name, source = made.target, made.source
+    compiled = replace(made, path=out / made.path)
     try:
-        target.compile(source.path, out / f"model{target.SUFFIX}", precision=source.precision, options=options)
+        targets.get(name).compile(source.path, compiled.path, precision=made.precision, options=made.options)
     except BitferryError:
         raise
     except Exception as error:
         place = unsupported.in_compile(error, source.path, name)
         raise StageFailed(f"{name}'s compiler refused {source.path}: {first_line(error)}; {place}") from error
+    if not compiled.environment.unmeasured:
+        first_run.check(compiled, program, calibration)

@@ -1,23 +1,54 @@
-"""A recipe to every target named: where its precision is "auto", searched first."""
+"""A recipe to every target named: where its precision is "auto", searched first; one that fails stops no other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+from device.errors import BitferryError
+from pipeline import failing, pages, progress
 from pipeline.artifacts import Bundle, Unmeasured, Verified
 from pipeline.bundle import check_output
 from pipeline.run import Deployment, Run
 from pipeline.search import choose
 from pipeline.shipping.provenance import epoch
+from pipeline.verdict import Failed
+
+Made = TypeVar("Made")
 
 
-def deploy(run: Run, names: Sequence[str], out: Path) -> list[Bundle | Verified | Unmeasured]:
+def deploy(run: Run, names: Sequence[str], out: Path) -> list[Bundle | Verified | Unmeasured | Failed]:
     """Take the recipe's model to every target named; outside the budget, a target gives its verdict and no bundle.
 
     What this machine cannot run is bundled unmeasured, to be verified where it can.
     """
     check_output(run.recipe, list(names), out)
     epoch()  # a fault in it is told before anything is built
-    return [way(run, name).ship(out) for name in names]
+    return each(run, names, lambda name: way(run, name).ship(out))
+
+
+def verify(run: Run, names: Sequence[str]) -> list[Verified | Unmeasured | Failed]:
+    """Verify the recipe's model on every target named."""
+    return each(run, names, lambda name: way(run, name).verified)
+
+
+def each(run: Run, names: Sequence[str], make: Callable[[str], Made]) -> list[Made | Failed]:
+    """Make something for every target named; where one fails, the others go on.
+
+    What they share, data and float model, is made first: a fault in it is raised, as is that of an only target.
+    """
+    _ = run.model
+    return [_attempt(run, name, make, alone=len(names) == 1) for name in names]
+
+
+def _attempt(run: Run, name: str, make: Callable[[str], Made], *, alone: bool) -> Made | Failed:
+    try:
+        with failing.stage(name):
+            return make(name)
+    except (BitferryError, OSError) as error:
+        if alone:
+            raise
+        progress.stage("failed", f"{name}: {pages.told(error)}")
+        return Failed(name, run.recipe.precision, pages.told(error))
 
 
 def way(run: Run, name: str) -> Deployment:

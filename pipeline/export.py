@@ -42,7 +42,7 @@ def export(program: TorchProgram, calibration: Split, build: cache.Cache) -> Onn
     key = cache.key(
         "export",
         code=__file__,
-        capture=cache.file_hash(Path(__file__).with_name("capture.py")),
+        capture=[cache.file_hash(Path(__file__).with_name(f"{name}.py")) for name in ("capture", "rewrites")],
         packages=("torch", "onnx", "onnxscript"),
         program=program.key,
         data=calibration.key,

@@ -203,7 +203,7 @@ class Footprint:
 class Suspicion:
     """What may have disturbed the measurement, and what to do about it."""
 
-    kind: Literal["other load", "noise", "drift", "first run", "clock", "threads"]
+    kind: Literal["other load", "noise", "drift", "first run", "clock", "threads", "kernels"]
     finding: str
     remedy: str
 

@@ -21,6 +21,7 @@ FLOAT_COUNTERPART = "float.pt2"
 STEPS = [
     *sorted(Path(__file__).with_name("quantization").glob("*.py")),
     Path(__file__).with_name("capture.py"),
+    Path(__file__).with_name("rewrites.py"),
     Path(__file__).with_name("statistics.py"),
 ]
 

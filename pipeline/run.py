@@ -9,7 +9,7 @@ from typing import cast
 
 import targets
 from device.errors import InputError
-from pipeline import dataset, progress, rungs
+from pipeline import dataset, failing, progress, rungs
 from pipeline.artifacts import (
     Baseline,
     Bundle,
@@ -18,6 +18,7 @@ from pipeline.artifacts import (
     FloatOnnx,
     Onnx,
     Program,
+    Quantized,
     QuantizedOnnx,
     Simplified,
     Source,
@@ -101,7 +102,8 @@ class Run:
         if onnx_in.is_onnx(self.recipe):
             return load_onnx(self.recipe, self.path.parent, self.build)
         given = self.weights.path if self.trains else self.recipe.model.weights
-        return load(self.recipe, given, folder=self.path.parent, trust=self.trust)
+        with failing.stage("load"):
+            return load(self.recipe, given, folder=self.path.parent, trust=self.trust)
 
     @property
     def trains(self) -> bool:
@@ -190,6 +192,11 @@ class Deployment:
         onnx_in.refuse_stage(self.run.recipe)
         return cast(TorchProgram, self.program)
 
+    @property
+    def quantized(self) -> Quantized | QuantizedOnnx:
+        """Give the program of a precision that the target quantizes for."""
+        return cast(Quantized | QuantizedOnnx, self.program)
+
     @cached_property
     def traced(self) -> Traced:
         return trace(self.torch_program, self.run.calibration, self.run.build)
@@ -224,7 +231,7 @@ class Deployment:
         options = self.options or self.run.recipe.options(self.name)
         onnx_in.refuse_target(self.run.recipe, self.name)
         onnx_in.refuse_batch(self.run.model, self.name, options)
-        return compile(self.source, self.name, self.run.build, options=options)
+        return compile(self.source, self.name, self.program, self.run.calibration, self.run.build, options=options)
 
     @cached_property
     def runtime_float(self) -> Compiled | None:
@@ -247,11 +254,12 @@ class Deployment:
     def verified(self) -> Verified | Unmeasured:
         run, recipe, way = self.run, self.run.recipe.at_look(self.look), self.way
         found: Verified | Unmeasured
-        if self.compiled.environment.unmeasured:
-            found = unmeasured(recipe, way, run.evaluation, run.build, command=self._command())
-        else:
-            measured = verify(recipe, way, run.evaluation, run.build, command=self._command(), effort=run.effort)
-            found = replace(measured, verdict=replace(measured.verdict, search=self.search))
+        with failing.stage("verify", self.name):
+            if self.compiled.environment.unmeasured:
+                found = unmeasured(recipe, way, run.evaluation, run.build, command=self._command())
+            else:
+                measured = verify(recipe, way, run.evaluation, run.build, command=self._command(), effort=run.effort)
+                found = replace(measured, verdict=replace(measured.verdict, search=self.search))
         progress.stage("report", str(record.write(found, run.build)))
         return found
 
@@ -260,7 +268,8 @@ class Deployment:
         if verdict.outcome not in ("pass", "unmeasured"):
             progress.stage("bundle", f"none for {self.name}: {verdict.outcome}")
             return self.verified
-        return bundle(self.origin, self.program, self.compiled, self.verified, out)
+        with failing.stage("bundle", self.name):
+            return bundle(self.origin, self.program, self.compiled, self.verified, out)
 
     @property
     def origin(self) -> Origin:

@@ -11,6 +11,7 @@ from torch import fx
 
 import targets
 from device.errors import TargetUnavailable, first_line
+from pipeline import failing
 
 SHOWN = 3
 NO_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'")
@@ -28,7 +29,7 @@ def in_export(error: BaseException, capture: Callable[[], torch.export.ExportedP
             error = error.__cause__
         return f"{first_line(error)} {in_code(error)}".strip()
     operator, overload = found.groups()
-    places = [_place(node) for node in _nodes(capture) if _is(node, re.split(r"::|\.", operator)[-1], overload)]
+    places = [place(node) for node in _nodes(capture) if _is(node, re.split(r"::|\.", operator)[-1], overload)]
     where = "; ".join(dict.fromkeys(places[:SHOWN])) or "the model"
     return f"the operator {operator} in {where} has no form in ONNX; {ways_out('onnx')}"
 
@@ -51,8 +52,8 @@ def _is(node: fx.Node, name: str, overload: str) -> bool:
 
 def in_code(error: BaseException) -> str:
     """Name the line of the model's own source that a capture stopped at; nothing where the error tells none."""
-    lines = [match for match in USER_CODE.findall(_chain(error)) if "/torch/" not in match[0]]
-    return f"at {Path(lines[-1][0]).name}:{lines[-1][1]}: {lines[-1][2].strip()}" if lines else ""
+    line = _own_line(_chain(error))
+    return f"at {line}" if line else failing.place(error)
 
 
 def in_compile(error: BaseException, model: Path, target: str) -> str:
@@ -80,12 +81,22 @@ def _form(name: str) -> targets.Form | None:
         return None
 
 
-def _place(node: fx.Node) -> str:
+def place(node: fx.Node) -> str:
+    """Name the layer that a node is of, with the line of the model."""
     stack: Sequence[tuple[str, object]] = list((node.meta.get("nn_module_stack") or {}).values())
     layer = re.sub(r"^L\['self'\]\.?", "", str(stack[-1][0])).removeprefix("model.") if stack else ""
-    line = USER_CODE.findall(node.meta.get("stack_trace") or "")
-    source = f" ({Path(line[-1][0]).name}:{line[-1][1]}: {line[-1][2].strip()})" if line else ""
-    return f"the layer '{layer or 'model'}'{source}"
+    trace = node.meta.get("stack_trace") or ""
+    line = _own_line(trace) or _line(USER_CODE.findall(trace))
+    return f"the layer '{layer or 'model'}'{f' ({line})' if line else ''}"
+
+
+def _own_line(text: str) -> str:
+    """Quote the innermost line of a traceback's text that is not PyTorch's own; nothing where there is none."""
+    return _line([match for match in USER_CODE.findall(text) if "/torch/" not in match[0]])
+
+
+def _line(found: Sequence[Sequence[str]]) -> str:
+    return f"{Path(found[-1][0]).name}:{found[-1][1]}: {found[-1][2].strip()}" if found else ""
 
 
 def _chain(error: BaseException | None) -> str:

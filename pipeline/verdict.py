@@ -209,3 +209,13 @@ def write(verdict: Built, path: Path) -> None:
 def fields(verdict: Built) -> dict[str, object]:
     """Give the verdict as what JSON can hold."""
     return asdict(verdict) | {"passed": verdict.passed}
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A target for which a stage failed, beside others that went on."""
+
+    target: str
+    precision: str
+    """As the recipe has it, which may be auto."""
+    error: str

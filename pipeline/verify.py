@@ -22,7 +22,7 @@ from pipeline.artifacts import Baseline, Compiled, Program, Unmeasured, Verified
 from pipeline.data.split import Split
 from pipeline.figures import Accuracy, Latency
 from pipeline.judge import Measured, judge
-from pipeline.measure import accuracy, execution, golden, ladder, layers, segmentation, speed
+from pipeline.measure import accuracy, execution, golden, ladder, layers, segmentation, speed, suspicion
 from pipeline.measure.latency import Effort
 from pipeline.onnx_in import looked
 from pipeline.recipe import Recipe
@@ -77,6 +77,8 @@ def verify(
             timed_as=model.timed_as,
         )
     timed = _with_accuracy(timed, found, way.runtime_float, evaluation, recipe, build)
+    if compiled.precision == "int8":
+        timed = replace(timed, suspicions=(*suspicion.lossy(climbed, compiled.environment), *timed.suspicions))
     verdict = _verdict(recipe, way, evaluation, Measured(found, timed, climbed, proved), command)
     maps = kept.maps(baseline, answers)
     return Verified(verdict, baseline.scores, answers.scores, fresh.scores, files, evaluation, maps, series)

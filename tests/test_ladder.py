@@ -112,7 +112,7 @@ def steps(model: FloatModel, images: Split, build: Cache) -> dict[str, Step]:
     traced = trace(program, images, build)
     exported = export(program, images, build)
     simplified = simplify(exported, images, build)
-    compiled = compile(simplified, TARGET, build, options=targets.get(TARGET).Options(threads=1))
+    compiled = compile(simplified, TARGET, program, images, build, options=targets.get(TARGET).Options(threads=1))
     loads: dict[str, Callable[[], Predict]] = dict(
         zip(
             STEPS,

@@ -84,7 +84,7 @@ def test_it_answers_like_pytorch_at_every_batch(
         recipe.read(deployed.recipe, precision=precision), deployed.folder, Cache(deployed.folder / "build/small")
     )
     way, options = Deployment(run, name, precision), target.Options(threads=1, batch=batch)
-    made = compile(way.source, name, run.build, options=options)
+    made = compile(way.source, name, way.program, run.calibration, run.build, options=options)
     assert made.path.exists()
     needs = targets.needs(name, made.path, options=options)
     assert needs.packages

@@ -195,7 +195,7 @@ def test_operators_that_it_does_not_take_are_all_named(rtx: Any, run: Run, tmp_p
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
     given = replace(Deployment(run, "tensorrt", "float32").simplified, path=path, key="unsupported")
     with pytest.raises(StageFailed) as refused:
-        compile(given, "tensorrt", Cache(tmp_path / "build"), options=rtx.Options(cache=""))
+        compile(given, "tensorrt", run.model, run.calibration, Cache(tmp_path / "build"), options=rtx.Options(cache=""))
     told = str(refused.value)
     assert "Bernoulli at 'noise'; Det at 'head/node_det'" in told
     assert "first.relu" not in told

@@ -7,6 +7,8 @@ import numpy as np
 from device.machine import Conditions
 from device.timing import Series
 from pipeline.figures import Candidate, Ratio, Suspicion
+from pipeline.verdict import Ladder
+from targets import Environment
 
 MOST_OTHER_LOAD = 0.1
 """Of all CPUs. PyTorch's threads spin while they wait for each other, so one busy neighbour slows it manyfold."""
@@ -38,6 +40,29 @@ def contradiction(eager: Candidate, artifact: Candidate, ratio: Ratio) -> tuple[
             "blocks",
             "believe neither until the machine is quiet",
         ),
+    )
+
+
+def lossy(climbed: Ladder, environment: Environment) -> Iterator[Suspicion]:
+    """Tell where an int8 artifact, the last step, loses what the int8 program before it still has."""
+    *_, before, last = climbed.rungs
+    if last.name in climbed.suspects and last.sqnr_db is not None and before.sqnr_db is not None:
+        yield kernels(last.name, before.sqnr_db, last.sqnr_db, environment)
+
+
+def kernels(target: str, had: float, has: float, environment: Environment) -> Suspicion:
+    """Tell that a target's int8 kernels answer further from the float model than the int8 program: SQNR in dB."""
+    saturates = "int8" not in environment.fast
+    why = (
+        f"{environment.device} has no instructions for int8, and without them kernels may cut off sums of products"
+        if saturates
+        else "its kernels compute something else than the program says"
+    )
+    return Suspicion(
+        "kernels",
+        f"{target}'s int8 answers are {has:.1f} dB from the float model, those of the int8 program that was compiled "
+        f"{had:.1f} dB: {why}",
+        "verify on the processor that it is for" if saturates else "keep layers in float, or try another target",
     )
 
 

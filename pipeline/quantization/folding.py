@@ -97,8 +97,10 @@ def _as_linear(
     constants: set[fx.Node],
     known: dict[fx.Node, Any],
 ) -> None:
-    """Write a product by a constant matrix K×N as the linear layer that it is."""
+    """Write a product by a constant matrix K×N as the linear layer that it is, where that was learned."""
     if weight not in constants or data in constants or (bias is not None and bias not in constants):
+        return
+    if not _is_learned(model, weight):  # as resizing by products is not
         return
     matrix = _evaluate(model, weight, known)
     shift = None if bias is None else _evaluate(model, bias, known)
@@ -108,6 +110,13 @@ def _as_linear(
     node.args = (data, _add_parameter(model, node, f"{node.name}_weight", matrix.T))
     if shift is not None:
         node.args = (*node.args, _add_parameter(model, node, f"{node.name}_bias", shift))
+
+
+def _is_learned(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a constant is a parameter, or computed from one."""
+    if node.op == "get_attr":
+        return isinstance(attrgetter(str(node.target))(model), nn.Parameter)
+    return any(_is_learned(model, given) for given in node.all_input_nodes)
 
 
 def _pad_by_numbers(node: fx.Node) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,28 +11,38 @@ from rich.table import Table
 from pipeline import verdict
 from pipeline.artifacts import Bundle, Unmeasured, Verified
 from pipeline.figures import Candidate, Ratio
-from pipeline.verdict import Built, Verdict, Weighed
+from pipeline.verdict import Built, Failed, Verdict, Weighed
 
 STYLES = {"pass": "green", "fail": "red", "undecided": "yellow", "unmeasured": "yellow"}
 Result = Bundle | Verified | Unmeasured
+Outcome = Result | Failed
 
 
-def exit_code(results: Sequence[Result], *, allow_unmeasured: bool = False) -> int:
-    """Give 0 when every target is inside the budget, 1 when one is not, or not provably; unmeasured as allowed."""
+def exit_code(results: Sequence[Outcome], *, allow_unmeasured: bool = False) -> int:
+    """Give 0 when every target is inside the budget, 1 when one is not, or not provably; unmeasured as allowed.
+
+    2 when one failed, whatever the others are.
+    """
+    if any(isinstance(result, Failed) for result in results):
+        return 2
     good = {"pass", "unmeasured"} if allow_unmeasured else {"pass"}
-    return 0 if all(_verdict(result).outcome in good for result in results) else 1
+    return 0 if all(_verdict(result).outcome in good for result in _judged(results)) else 1
 
 
-def show(results: Sequence[Result], *, as_json: bool) -> None:
+def show(results: Sequence[Outcome], *, as_json: bool) -> None:
     """Print the verdict of each target on stdout."""
     if as_json:
         print(json.dumps([_fields(result) for result in results], indent=2, allow_nan=False))
         return
     console = Console()
-    measured = [found for result in results if isinstance(found := _verdict(result), Verdict)]
+    measured = [found for result in _judged(results) if isinstance(found := _verdict(result), Verdict)]
     if measured:
         console.print(_table(measured))
     for result in results:
+        if isinstance(result, Failed):
+            title = escape(f"{result.target} {result.precision}")
+            console.print(f"[red]failed[/] {title}: {escape(result.error)}", soft_wrap=True)
+            continue
         for line in _told(_verdict(result)):
             console.print(line, soft_wrap=True)
         if isinstance(result, Bundle):
@@ -44,7 +55,7 @@ def rows(found: Verdict) -> dict[str, str]:
     return named | {name: cell for name, cell in _cells(found).items() if name != "verdict"}
 
 
-def show_json(results: Sequence[Result], **more: object) -> None:
+def show_json(results: Sequence[Outcome], **more: object) -> None:
     """Print verdicts on stdout as JSON, beside what else is given."""
     print(json.dumps({"verdicts": [_fields(result) for result in results], **more}, indent=2, allow_nan=False))
 
@@ -53,7 +64,13 @@ def _verdict(result: Result) -> Built:
     return result.verified.verdict if isinstance(result, Bundle) else result.verdict
 
 
-def _fields(result: Result) -> dict[str, object]:
+def _judged(results: Sequence[Outcome]) -> list[Result]:
+    return [result for result in results if not isinstance(result, Failed)]
+
+
+def _fields(result: Outcome) -> dict[str, object]:
+    if isinstance(result, Failed):
+        return {"outcome": "failed"} | asdict(result) | {"bundle": None}
     path = str(result.path) if isinstance(result, Bundle) else None
     return verdict.fields(_verdict(result)) | {"bundle": path}
 

@@ -1,0 +1,137 @@
+"""Operators that runtimes compute otherwise: written so that eager PyTorch, ONNX and the runtimes give one answer."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import targets
+from pipeline.cache import Cache
+from pipeline.capture import captured
+from pipeline.compile import compile
+from pipeline.export import answer, export, simplify
+from pipeline.rewrites import rewrite
+from pipeline.statistics import sqnr_db
+from pipeline.verify import eager, load_artifact
+from tests.test_torchscript import float_model, split
+
+POOLS = [
+    {"kernel_size": kernel, "stride": stride, "padding": padding, "count_include_pad": counted, "divisor_override": by}
+    for kernel, stride, padding, counted, by in product((2, 3), (2, 3), (0, 1), (True, False), (None, 5))
+]
+RESIZES = [
+    *(
+        {"size": size, "mode": mode, "antialias": True}
+        for size in ((8, 7), (34, 30))
+        for mode in ("bilinear", "bicubic")
+    ),
+    {"scale_factor": 0.7, "mode": "bilinear", "antialias": True},
+    {"scale_factor": 0.7, "mode": "bilinear"},
+    {"scale_factor": (1.5, 0.4), "mode": "bilinear"},
+    {"size": (5, 15), "mode": "bicubic"},
+    {"size": (9, 23), "mode": "bicubic", "align_corners": True},
+    {"scale_factor": 0.7, "mode": "bicubic", "align_corners": False},
+]
+
+
+class Call(nn.Module):
+    """One function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def rewritten(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[torch.export.ExportedProgram, bool]:
+    """Capture a function with an open batch; give it rewritten, and whether it was."""
+    program = torch.export.export(Call(function), (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    again = rewrite(program)
+    return again, again is not program
+
+
+def operators(program: torch.export.ExportedProgram) -> set[str]:
+    return {str(node.target).split(".")[1] for node in program.graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+def test_average_pooling_over_the_edge_is_what_pytorch_gives(pool: dict[str, object]) -> None:
+    x = torch.randn(3, 2, 17, 14)
+    function = nn.AvgPool2d(ceil_mode=True, **pool)  # type: ignore[arg-type]
+    program, changed = rewritten(function, x)
+    assert changed
+    assert operators(program) <= {"avg_pool2d", "pad", "mul"}
+    (pooled,) = [node for node in program.graph.nodes if "avg_pool2d" in str(node.target)]
+    assert len(pooled.args) == 3  # nothing but kernel and stride is left to a runtime
+    torch.testing.assert_close(program.module()(x), function(x))
+
+
+@pytest.mark.parametrize("kind", [nn.AvgPool1d, nn.AvgPool3d])
+def test_it_is_alike_along_one_axis_and_three(kind: type[nn.Module]) -> None:
+    function = kind(3, 2, 1, ceil_mode=True, count_include_pad=False)  # type: ignore[call-arg]
+    x = torch.randn(2, 3, 10) if kind is nn.AvgPool1d else torch.randn(2, 3, 8, 10, 7)
+    program, changed = rewritten(function, x)
+    assert changed
+    torch.testing.assert_close(program.module()(x), function(x))
+
+
+@pytest.mark.parametrize("resize", RESIZES, ids=str)
+def test_resizing_is_what_pytorch_gives(resize: dict[str, object]) -> None:
+    x = torch.randn(3, 2, 17, 15)
+    function = partial(F.interpolate, **resize)  # type: ignore[arg-type]
+    program, changed = rewritten(function, x)
+    assert changed
+    assert operators(program) == {"matmul"}
+    torch.testing.assert_close(program.module()(x), function(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        nn.AvgPool2d(3, 2, 1),
+        partial(F.interpolate, size=(34, 30), mode="bilinear"),
+        partial(F.interpolate, scale_factor=2, mode="bilinear"),
+        partial(F.interpolate, scale_factor=2, mode="nearest"),
+    ],
+)
+def test_what_runtimes_compute_alike_stays(function: Callable[[Tensor], Tensor]) -> None:
+    program, changed = rewritten(function, torch.randn(2, 2, 16, 15))
+    assert not changed
+    assert not {"matmul", "pad"} & operators(program)
+
+
+class Edges(nn.Module):
+    """Two convolutions, between them average pooling over the edge and a resizing that lowers its aliasing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, (4, 4)), nn.Conv2d(8, 8, 3)
+        self.pool = nn.AvgPool2d(3, 2, padding=1, ceil_mode=True)
+        self.head = nn.Linear(8 * 5 * 5, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(self.pool(torch.relu(self.first(x))), (7, 7), mode="bilinear", antialias=True)
+        scores: Tensor = self.head(torch.relu(self.second(x)).flatten(1))
+        return scores
+
+
+def test_layers_keep_their_names_and_runtimes_give_what_pytorch_gives(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, build = float_model(Edges(), split().images), Cache(tmp_path / "build")
+    places = [node.meta["nn_module_stack"] for node in captured(model).graph.nodes if "avg_pool2d" in str(node.target)]
+    assert [list(place.values())[-1][0] for place in places] == ["model.pool"]
+    images = split().images[-9:].copy()
+    expected = eager(model.module())(images)
+    simplified = simplify(export(model, split(), build), split(), build)
+    np.testing.assert_allclose(answer(simplified.path, images), expected, atol=1e-4)
+    for name in ("openvino", "onnxruntime"):
+        made = compile(simplified, name, model, split(), build, options=targets.get(name).Options(threads=1))
+        assert sqnr_db(expected, load_artifact(made)(images)) > 100
