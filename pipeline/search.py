@@ -19,7 +19,7 @@ import torch
 import targets
 from device import pixels
 from device.errors import first_line
-from pipeline import progress
+from pipeline import interrupt, progress
 from pipeline.artifacts import FloatOnnx
 from pipeline.measure import latency, sensitivity
 from pipeline.measure.accuracy import judge_accuracy
@@ -54,7 +54,7 @@ def choose(run: Run, name: str) -> Deployment:
         first = next(iter(targets.get(name).SCHEMES))
         progress.stage("search", f"{name} cannot be timed here, so {first} is built")
         return Deployment(run, name, first)
-    with progress.timed("search", name), progress.until_stopped("search") as stopped:
+    with progress.timed("search", name), interrupt.until_stopped(partial(progress.stage, "search")) as stopped:
         search = _Searching(run, stopped, run.recipe.search.minutes)
         search.weigh_whole(name, found.fast)
         search.weigh_slowed()
@@ -152,9 +152,11 @@ class _Searching:
         if best is None or int8 is None or int8.ms > WORTH * best.ms:
             return
         try:
-            with progress.stopping(self._over):
+            with interrupt.stopping(self._over):
                 blames = sensitivity.blames(int8.way.program, self.images)
-        except progress.Stopped:
+        except interrupt.Ended:
+            raise
+        except interrupt.Stopped:
             return
         names = by_worth(blames, cost_of_float(int8, best))
         count, judged = 1, int8.noise
@@ -195,9 +197,11 @@ class _Searching:
         """
         over = self._over if self.trials else lambda: False
         try:
-            with progress.stopping(over):
+            with interrupt.stopping(over):
                 scores = pixels.thin(load_artifact(way.compiled)(self.images))
-        except progress.Stopped:
+        except interrupt.Ended:
+            raise
+        except interrupt.Stopped:
             progress.stage("search", f"{way.title} is left out: it was not done in time; another run goes on with it")
             return None
         except Exception as error:  # torch, torchao and the runtimes raise anything
