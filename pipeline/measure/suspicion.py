@@ -1,6 +1,6 @@
 """What may have disturbed a timing, as data with a remedy: other load, noise, drift, first calls, clock, threads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,8 @@ LEAST_CLOCK = 0.8
 FAR = 3.5
 """Modified z-score of an outlier (Iglewicz & Hoaglin 1993), the deviation floored at 1 % of the median."""
 MOST_OUTLIERS = 0.02
+KINDS = ("other load", "threads", "clock", "drift", "noise", "first run")
+"""What weighs most first."""
 
 
 def suspicions(series: Mapping[str, Series], *, threads: int, conditions: Conditions) -> tuple[Suspicion, ...]:
@@ -39,6 +41,11 @@ def contradiction(eager: Candidate, artifact: Candidate, ratio: Ratio) -> tuple[
             "believe neither until the machine is quiet",
         ),
     )
+
+
+def by_weight(found: Sequence[Suspicion]) -> list[Suspicion]:
+    """Sort suspicions: those first that can turn a verdict, then those that an interval holds already."""
+    return sorted(found, key=lambda one: KINDS.index(one.kind) if one.kind in KINDS else len(KINDS))
 
 
 def _load(others: float | None) -> Iterator[Suspicion]:
