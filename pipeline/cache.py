@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from device.errors import InputError
-from pipeline import failing, progress
+from pipeline import failing, interrupt, progress
 
 if TYPE_CHECKING:
     from pipeline.nightly.store import Store
@@ -87,7 +87,9 @@ def locked(path: Path, stage: str) -> Iterator[None]:
         lock.acquire(timeout=1)
     except Timeout:
         progress.stage(stage, "waits for another run")
-        lock.acquire()
+        interrupt.check()
+        with interrupt.waiting(stage):
+            lock.acquire()
     try:
         yield
     finally:

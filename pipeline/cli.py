@@ -4,7 +4,6 @@
 # ruff: noqa: PLC0415
 
 import json
-import signal
 import sys
 import traceback
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from device.errors import BitferryError, InputError, StageFailed
-from pipeline import cli_nightly, cli_ship, cli_train, completion, failing, pages
+from pipeline import cli_nightly, cli_ship, cli_train, completion, failing, interrupt, pages
 from pipeline.cli_more import commands
 from pipeline.cli_train import Processes
 from pipeline.cli_words import (
@@ -268,12 +267,6 @@ app.add_typer(cli_ship.commands)
 app.add_typer(cli_nightly.commands)
 
 
-def _stop(*_: object) -> None:
-    # Not to sys.stderr: a stage may have turned it away from what its tools say.
-    typer.echo("stopped; what was finished is kept, run the same command to go on", file=sys.__stderr__)
-    sys.exit(130)
-
-
 def _fail(error: Exception, cause: Exception | None = None) -> None:
     if Said.debug:
         traceback.print_exception(cause or error)
@@ -283,16 +276,23 @@ def _fail(error: Exception, cause: Exception | None = None) -> None:
 
 def main() -> None:
     """Run the command line; --quiet, --debug and --download may stand anywhere."""
-    signal.signal(signal.SIGINT, _stop)
+    interrupt.end_on_interrupt()
     completion.prepare()
     anywhere = [a for a in sys.argv[1:] if a in ("--quiet", "-q", "--debug", "--download")]
     others = [a for a in sys.argv[1:] if a not in anywhere]
     try:
         app([*anywhere, *others])
     except (BitferryError, OSError) as error:  # OSError: a full disk, a folder that may not be read
-        _fail(error)
+        if not interrupt.ending():  # Ctrl-C reaches what was started, too
+            _fail(error)
     except Exception as error:  # noqa: BLE001 - 1, which Python would end with, says that a budget was missed
-        _fail(StageFailed(f"{failing.told(error)}; bitferry did not expect this: --debug shows the traceback"), error)
+        if not interrupt.ending():
+            _fail(
+                StageFailed(f"{failing.told(error)}; bitferry did not expect this: --debug shows the traceback"), error
+            )
+    finally:
+        if interrupt.ending():
+            interrupt.leave()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """Figures → pass, fail or undecided, with the reasons and one sentence: every check that can decide, in one place."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 from pipeline.data.split import Labels
-from pipeline.figures import Accuracy, Change, Latency
-from pipeline.measure.accuracy import judge_accuracy
+from pipeline.figures import Accuracy, Change, Latency, Ratio
+from pipeline.measure.accuracy import gained_pp, judge_accuracy
 from pipeline.measure.golden import LEAST_LIMIT
 from pipeline.measure.segmentation import constant_percent
 from pipeline.recipe import Budget
 from pipeline.statistics import binomial_tail
 from pipeline.training.record import Record
 from pipeline.verdict import Golden, Ladder, Outcome
+from targets import Layer, Precision
 
 GUESSING = 0.05
 """How likely as many right answers by guessing may be before a float model is said to know nothing."""
@@ -22,6 +26,15 @@ SPREADS = 3.0
 """How many standard deviations of both samples are allowed besides."""
 ANY_DROP = 100.0
 """A budget that allows this is not about accuracy."""
+TOO_WIDE = 4.0
+"""Of a ratio's interval, upper over lower end, from which on nothing is claimed of the speed."""
+WIDE = 1.5
+"""The same, from which on only the end nearer to 1 is claimed."""
+FEW_DIFFERENT = 0.9
+"""Of the evaluation images, that must differ from all others."""
+MANY_FLIPS, LOUD_DB = 0.05, 20.0
+"""Of the images: so many other answers, with so little signal over noise, are told even where the accuracy is kept."""
+ORDER: tuple[Outcome, ...] = ("fail", "undecided", "unmeasured", "pass")
 Check = tuple[Outcome, str]
 
 
@@ -33,6 +46,11 @@ class Measured:
     latency: Latency
     ladder: Ladder
     golden: Golden
+    asked: Precision = "float32"
+    layers: Sequence[Layer] = ()
+    """As the runtime ran them."""
+    different: int | None = None
+    """How many of the evaluation images differ from all others; None where that is not known."""
 
 
 def judge(
@@ -41,39 +59,112 @@ def judge(
     """Pass when every bound is inside the budget, fail when one is outside, otherwise undecided.
 
     `what` names the artifact, as in `int8 on openvino`; `record` is what its weights' file says.
-    Gives the outcome, the headline and the reasons.
+    Gives the outcome, the headline and the reasons, those first that keep it from passing.
     """
-    drop, reason, _ = judge_accuracy(measured.accuracy, budget.accuracy_drop_pp)
+    drop, reason = judge_answers(measured.accuracy, budget)
     checks = [(drop, reason), _speed(measured.latency, budget), *_baseline(measured.accuracy, labels, budget)]
-    checks += [*_recorded(measured.accuracy, record), *_golden(measured.golden)]
+    checks += [*_recorded(measured.accuracy, record), *_golden(measured.golden), *_ran(measured)]
+    checks += [*_repeated(measured), *_differing(measured.accuracy)]
+    checks.sort(key=lambda check: ORDER.index(check[0]))
     outcomes = [outcome for outcome, _ in checks]
     worst: Outcome = "fail" if "fail" in outcomes else "undecided" if "undecided" in outcomes else "pass"
     said = headline(worst, drop, what, measured, budget)
     return worst, said, tuple(reason for _, reason in checks)
 
 
+def judge_answers(accuracy: Accuracy, budget: Budget) -> Check:
+    """Judge the drop; where it is allowed, doubt a gain that rounding cannot bring."""
+    drop, reason, _ = judge_accuracy(accuracy, budget.accuracy_drop_pp)
+    doubt = doubted(accuracy.judged, budget.accuracy_drop_pp, budget.accuracy_gain_pp) if drop == "pass" else None
+    if doubt is None:
+        return drop, reason
+    flips, noise = accuracy.flips, "" if accuracy.sqnr_db is None else f", SQNR {accuracy.sqnr_db:.1f} dB"
+    return "undecided", f"{doubt} ({flips.flipped} of {accuracy.images} answers differ{noise})"
+
+
+def doubted(judged: Change, allowed_pp: float, gain_pp: float) -> str | None:
+    """Say what is wrong with an artifact that is surely better than the float model it was rounded from."""
+    gained = gained_pp(judged)
+    if allowed_pp >= ANY_DROP or gained <= gain_pp:
+        return None
+    return (
+        f"surely {gained:.1f} pp better in {judged.metric} than the float model, {gain_pp:g} pp are believed: rounding "
+        "teaches a model nothing, so labels were made by this artifact, or the float model is not asked what it was "
+        "trained for; check labels, class order, weights and preprocessing, or set budget.accuracy_gain_pp if you know "
+        "the cause"
+    )
+
+
 def headline(outcome: Outcome, drop: Outcome, what: str, measured: Measured, budget: Budget) -> str:
     """Say the verdict in one sentence; `drop` is the outcome of the accuracy alone."""
     latency, change = measured.latency, measured.accuracy.judged
-    ratio = latency.speedup.value
-    pace = f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"
-    pace += f" than {latency.baseline}"
+    pace = _pace(latency.speedup, latency.baseline)
     if budget.min_speedup is not None and _speed(latency, budget)[0] != "pass":
         pace += f" ({budget.min_speedup:g}× asked for)"
     if _disturbed(latency):
         pace += " (timed beside other load)"
     bound = f"at least {change.drop_lower_pp:.2f}" if drop == "fail" else f"at most {change.drop_upper_pp:.2f}"
     worse = f"{bound} pp worse ({change.metric}), {100 * change.confidence:g}% sure"
+    if drop == "undecided" and change.drop_upper_pp <= budget.accuracy_drop_pp:
+        worse = f"surely {gained_pp(change):.1f} pp better than its float model ({change.metric}), which is no proof"
     opening = {"pass": "Ship", "fail": "Do not ship", "undecided": "Undecided about"}[outcome]
     return f"{opening} {what}: {pace}, {worse}"
+
+
+def _pace(ratio: Ratio, baseline: str) -> str:
+    """Say how fast, and no more than the interval bears out."""
+    lower, upper, value = ratio.lower, ratio.upper, ratio.value
+    if upper > TOO_WIDE * lower:
+        return f"speed-up not measured ({lower:.2f} to {upper:.2f}× of {baseline})"
+    if lower <= 1 <= upper:
+        return f"about as fast as {baseline} ({lower:.2f} to {upper:.2f}×)"
+    if upper > WIDE * lower:
+        return (
+            f"at least {lower:.1f}× faster than {baseline}"
+            if lower > 1
+            else f"up to {1 / lower:.1f}× slower than {baseline}"
+        )
+    return (f"{value:.1f}× faster" if value >= 1 else f"{1 / value:.1f}× slower") + f" than {baseline}"
+
+
+def _ran(measured: Measured) -> list[Check]:
+    """Fail where no layer ran in the precision that was asked for: it is another artifact than the one wanted."""
+    asked, layers = measured.asked, measured.layers
+    if asked == "float32" or not layers or any(layer.precision == asked for layer in layers):
+        return []
+    ran = ", ".join(f"{count} {name}" for name, count in Counter(layer.precision for layer in layers).most_common())
+    told = f"{asked} was asked for, and none of the {len(layers)} convolutions and matrix products ran in it ({ran})"
+    return [("fail", f"{told}; ask for {layers[0].precision}, or for another target")]
+
+
+def _repeated(measured: Measured) -> list[Check]:
+    """Doubt bounds that count the same image many times as if each were another."""
+    different, images = measured.different, measured.accuracy.images
+    if different is None or different >= FEW_DIFFERENT * images:
+        return []
+    told = f"the {images} evaluation images are only {different} different ones"
+    return [("undecided", f"{told}, and repeating an image proves nothing; give each once")]
+
+
+def _differing(accuracy: Accuracy) -> list[Check]:
+    """Tell of many other answers and much noise, where the accuracy alone does not show it."""
+    flips, images, noise = accuracy.flips, accuracy.images, accuracy.sqnr_db
+    if noise is None or noise >= LOUD_DB or flips.flipped < MANY_FLIPS * images:
+        return []
+    told = f"{flips.flipped} of {images} answers are others than the float model's ({flips.lost} became wrong, "
+    return [("pass", f"{told}{flips.gained} right), SQNR of the scores {noise:.1f} dB: see where it is lost")]
 
 
 def _speed(timed: Latency, budget: Budget) -> Check:
     """Judge the interval; beside other load, which slows PyTorch most, against eager's fastest tenth as well."""
     ratio, wanted = timed.speedup, budget.min_speedup
     told = f"{ratio.lower:.2f} to {ratio.upper:.2f} times as fast as {timed.eager.name}"
+    asked = "no minimum asked for" if wanted is None else f"{wanted:g} asked for"
+    if ratio.upper > TOO_WIDE * ratio.lower:
+        remedy = "too wide an interval to be a measurement: verify when the machine is quiet, or with --thorough"
+        return "pass" if wanted is None else "undecided", f"{told}, {asked}; {remedy}"
     if wanted is None:
-        return "pass", f"{told}, no minimum asked for"
+        return "pass", f"{told}, {asked}"
     least = timed.eager.timing.fastest_tenth_ms / timed.artifact.timing.median_ms
     if _disturbed(timed) and ratio.lower >= wanted > least:
         return "undecided", f"{told}, {wanted:g} asked for; timed beside other load, which flatters: verify when quiet"
@@ -103,8 +194,9 @@ def _baseline(accuracy: Accuracy, labels: Labels, budget: Budget) -> list[Check]
         )
     elif labels.ndim == 2:
         area = _float_percent(accuracy, "AUC")
-        guesses = area <= 50
-        told = f"the float model itself ranks no better than chance (AUC {area:.1f} %)"
+        chance = _area_of_chance(labels)
+        guesses = area <= chance
+        told = f"the float model itself ranks no better than chance (AUC {area:.1f} %, chance reaches {chance:.1f} %)"
     else:
         chance = float(np.bincount(labels).max() / len(labels))  # always answering the commonest class
         right = round(len(labels) * _float_percent(accuracy, "top-1") / 100)
@@ -112,6 +204,21 @@ def _baseline(accuracy: Accuracy, labels: Labels, budget: Budget) -> list[Check]
         told = f"the float model itself is right on {right / len(labels):.1%}, and guessing gives {chance:.1%}"
     remedy = "check labels, class order, weights and preprocessing, or allow a drop of 100 pp to judge speed alone"
     return [("undecided", f"{told}: {remedy}")] if guesses else []
+
+
+def _area_of_chance(labels: Labels) -> float:
+    """Give what the mean AUC of scores that know nothing stays under 95 times in 100, in percent; labels N×K.
+
+    Of one class it varies by (P + N + 1)/(12·P·N) around a half, P images of the class and N others (Mann & Whitney
+    1947); the classes are taken for independent.
+    """
+    positives = labels.sum(axis=0, dtype=np.float64)
+    negatives = len(labels) - positives
+    usable = (positives > 0) & (negatives > 0)
+    if not usable.any():
+        return 100.0
+    variances = (len(labels) + 1) / (12 * positives[usable] * negatives[usable])
+    return 50 + 100 * NormalDist().inv_cdf(1 - GUESSING) * float(np.sqrt(variances.sum()) / usable.sum())
 
 
 def _recorded(accuracy: Accuracy, record: Record | None) -> list[Check]:

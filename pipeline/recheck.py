@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.markup import escape
 
 import targets
 from device import golden, kept, measure, runner, whole
-from device.arrays import Images
+from device.arrays import Images, Outputs
 from device.errors import InputError, StageFailed
 from device.kept import Kept
 from device.machine import Machine
@@ -23,16 +24,20 @@ from device.timing import BLOCKS
 from pipeline import cache, dataset, progress
 from pipeline.data.split import Labels, Split
 from pipeline.figures import Change, Suspicion, Timing
-from pipeline.measure import latency, segmentation
-from pipeline.measure.accuracy import paired_change
+from pipeline.judge import doubted
+from pipeline.measure import accuracy, latency, segmentation
+from pipeline.measure.accuracy import Terms, paired_change, refuse_strange
+from pipeline.measure.answers import answers
 from pipeline.measure.latency import Effort
 from pipeline.measure.suspicion import suspicions
 from pipeline.report import record
-from pipeline.report.terminal import STYLES
+from pipeline.report.terminal import STYLES, suspicious
 from pipeline.verdict import Built, Outcome, Verdict
 from targets import Environment
 
 ENVIRONMENTS = TypeAdapter(Environment)
+GAIN_PP = 1.0
+"""Of `budget.accuracy_gain_pp`, for a bundle whose manifest does not say it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Shown:
     labels: Labels
     float_answers: Labels
     """The float model's, as recorded in the bundle."""
+    float_scores: Outputs | None = None
+    """Its scores, where the judged metric needs them."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +127,13 @@ def conclude(
     faults, told = _faults(found.golden, found.score_limit), found.measurement
     change = _change(found.answered, shown, verified, manifest) if shown and found.answered else None
     timing, environment = latency.timing(told.series), _environment(told)
+    outcome, doubt = _outcome(change, verified, manifest)
     there = verified.latency.artifact.timing.median_ms if isinstance(verified, Verdict) else None
     rechecked = Recheck(
         bundle=str(bundle),
-        outcome="fail" if faults else _outcome(change, verified),
-        headline=_headline(not faults, change, environment, verified),
-        reasons=(*faults, *_told(change, verified), _speed(timing, there, told, host)),
+        outcome="fail" if faults else outcome,
+        headline=_headline(not faults, change, environment, verified, outcome),
+        reasons=(*faults, *doubt, *_told(change, verified), _speed(timing, there, told, host)),
         golden=found.golden,
         score_limit=found.score_limit,
         timing=timing,
@@ -138,7 +146,7 @@ def conclude(
         environment=environment,
         suspicions=suspicions({"artifact": told.series}, threads=told.threads, conditions=told.conditions),
     )
-    if change and not isinstance(verified, Verdict):
+    if outcome != "unmeasured" and change and not isinstance(verified, Verdict):
         _complete(bundle, manifest, rechecked)
     return rechecked
 
@@ -195,8 +203,10 @@ def show(found: Recheck, *, as_json: bool) -> int:
     console = Console()
     console.print(f"[{STYLES[found.outcome]}]{found.outcome}[/] {escape(found.headline)}", soft_wrap=True)
     place = (_place(found.host, found.machine, found.environment),) if found.host else ()
-    for line in (*found.reasons, *place, *(f"suspicious: {one.finding}; {one.remedy}" for one in found.suspicions)):
+    for line in (*found.reasons, *place):
         console.print(f"     {escape(line)}", soft_wrap=True)
+    for line in suspicious(found.suspicions):
+        console.print(line, soft_wrap=True)
     return 0 if found.outcome == "pass" else 1
 
 
@@ -207,19 +217,34 @@ def _place(host: str, machine: Machine, environment: Environment) -> str:
     )
 
 
-def _outcome(change: Change | None, verified: Built) -> Outcome:
-    """Judge the drop in right answers; where the budget is about another metric, it is only told."""
-    allowed, judged = verified.budget_drop_pp, change is not None and verified.budget_metric == change.metric
-    if not judged and not isinstance(verified, Verdict):
-        return "undecided"
-    if change is None or not judged or change.drop_upper_pp <= allowed:
-        return "pass"
-    return "fail" if change.drop_lower_pp > allowed else "undecided"
+def _outcome(change: Change | None, verified: Built, manifest: dict[str, Any]) -> tuple[Outcome, tuple[str, ...]]:
+    """Judge the drop as the recipe's budget does; unmeasured where its metric cannot be, for lack of float scores.
+
+    Without images it is what verification found, which a bundle that was built unmeasured lacks. Gives the reason of a
+    doubt besides.
+    """
+    if change is None:
+        return (verified.outcome if isinstance(verified, Verdict) else "undecided"), ()
+    allowed = verified.budget_drop_pp
+    if change.metric != verified.budget_metric:
+        return "unmeasured", ()
+    if change.drop_upper_pp > allowed:
+        return ("fail" if change.drop_lower_pp > allowed else "undecided"), ()
+    doubt = doubted(change, allowed, float(_budget(manifest).get("accuracy_gain_pp", GAIN_PP)))
+    return ("undecided", (doubt,)) if doubt else ("pass", ())
 
 
-def _headline(passed: bool, change: Change | None, here: Environment, verified: Built) -> str:
+def _budget(manifest: dict[str, Any]) -> Mapping[str, Any]:
+    """Give the budget of the recipe that a bundle was built from, as its manifest has it."""
+    found: Any = manifest
+    for name in ("provenance", "recipe", "budget"):
+        found = found.get(name, {}) if isinstance(found, Mapping) else {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _headline(passed: bool, change: Change | None, here: Environment, verified: Built, outcome: Outcome) -> str:
     same = "the same runtime and processor" if here == verified.environment else _differs(here, verified.environment)
-    inside = _outcome(change, verified) == "pass"
+    inside = outcome == "pass"
     missed = "" if inside else ", but on these images the budget is not shown to be kept"
     if not isinstance(verified, Verdict):
         same, missed = (
@@ -247,7 +272,7 @@ def _told(change: Change | None, verified: Built) -> tuple[str, ...]:
     budget = (
         f"{verified.budget_drop_pp:g} pp allowed"
         if judged == change.metric
-        else f"the budget is about {judged}, not judged here"
+        else f"the budget is about {judged}, which takes the float model's scores, and this bundle has none"
     )
     what = "right" if change.method == "tango" else change.metric
     right = f"{change.percent:.2f} % {what}, float {change.float_percent:.2f} %"
@@ -264,8 +289,26 @@ def show_again(bundle: Path, manifest: dict[str, Any], data: Path) -> Shown:
         raise InputError(f"none of the {len(images)} images of {data} is one that {bundle} was verified on")
     if len(pairs) < len(images):
         progress.stage("verify", f"{len(images) - len(pairs)} images left out: the bundle was not verified on them")
-    ours, theirs = (np.array(column) for column in zip(*pairs, strict=True))
-    return Shown(images.images[ours], images.labels[ours], recorded.float_answers[theirs])
+    pairs = list({row: (i, row) for i, row in reversed(pairs)}.values())  # each once: a repetition proves nothing
+    ours, theirs = (np.array(column) for column in zip(*sorted(pairs), strict=True))
+    labels, scores = images.labels[ours], recorded.float_scores
+    _refuse_other_labels(labels, recorded.labels[theirs], len(manifest["classes"]), data)
+    return Shown(
+        images.images[ours], labels, recorded.float_answers[theirs], scores if scores is None else scores[theirs]
+    )
+
+
+def _refuse_other_labels(labels: Labels, recorded: Labels, classes: int, data: Path) -> None:
+    """Raise InputError where the images have other labels than they were verified with: another proof of something."""
+    given = labels
+    if labels.ndim == 3:
+        given = segmentation.perfect(segmentation.counts(labels.astype(np.uint8), labels, classes))
+    others = int((given.reshape(len(given), -1) != recorded.reshape(len(recorded), -1)).any(axis=1).sum())
+    if others:
+        raise InputError(
+            f"{others} of {len(labels)} images of {data} have other labels than those they were verified with; give "
+            "the evaluation data as it was, or deploy again with the new labels"
+        )
 
 
 def _change(answered: Kept, shown: Shown, verified: Built, manifest: dict[str, Any]) -> Change:
@@ -275,6 +318,13 @@ def _change(answered: Kept, shown: Shown, verified: Built, manifest: dict[str, A
         after = segmentation.counts(answered.maps, labels, len(manifest["classes"]))
         exact = segmentation.unpacked(segmentation.perfect(after), before)
         return segmentation.change(verified.budget_metric, exact, after, confidence)
+    if shown.float_scores is not None:
+        task = runner.task_of(manifest)
+        refuse_strange(shown.float_scores, answered.scores)
+        options = dict(_budget(manifest).get("metric_options") or {})
+        own, found = (answers(scores, labels, task) for scores in (shown.float_scores, answered.scores))
+        terms = Terms(task, len(manifest["classes"]), options, confidence)
+        return accuracy.change(verified.budget_metric, own, found, labels, terms)
     right = record.right(record.chosen(answered.scores, labels), labels)
     name = "top-1" if labels.ndim == 1 else "whole answers"
     return paired_change(name, record.right(before, labels), right, confidence)

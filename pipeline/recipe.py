@@ -108,6 +108,8 @@ class Budget(Section):
     """Keyword arguments of the torchmetrics class."""
     accuracy_drop_pp: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Of the metric · 100."""
+    accuracy_gain_pp: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Of the metric · 100: an artifact that is surely better than its float model by more is doubted."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     min_speedup: Annotated[float, Field(gt=0)] | None = None
     """Over the eager float model, at the same thread count."""

@@ -47,7 +47,7 @@ from pipeline.report import record
 from pipeline.shipping.provenance import Origin, epoch
 from pipeline.trace import trace
 from pipeline.train import train
-from pipeline.verdict import Search
+from pipeline.verdict import Search, searched
 from pipeline.verify import Way, evaluate, unmeasured, verify
 from targets import Precision
 
@@ -259,7 +259,7 @@ class Deployment:
                 found = unmeasured(recipe, way, run.evaluation, run.build, command=self._command())
             else:
                 measured = verify(recipe, way, run.evaluation, run.build, command=self._command(), effort=run.effort)
-                found = replace(measured, verdict=replace(measured.verdict, search=self.search))
+                found = replace(measured, verdict=searched(measured.verdict, self.search))
         progress.stage("report", str(record.write(found, run.build)))
         return found
 

@@ -18,11 +18,11 @@ import torch
 
 import targets
 from device import pixels
-from device.errors import first_line
-from pipeline import progress
+from device.errors import InputError, first_line
+from pipeline import interrupt, progress
 from pipeline.artifacts import FloatOnnx
-from pipeline.measure import latency, sensitivity
-from pipeline.measure.accuracy import judge_accuracy
+from pipeline.judge import judge_answers
+from pipeline.measure import execution, latency, sensitivity
 from pipeline.run import Deployment, Run
 from pipeline.statistics import noise_share
 from pipeline.trial import Trial, by_worth, cost_of_float, reason, weighed, within
@@ -54,7 +54,7 @@ def choose(run: Run, name: str) -> Deployment:
         first = next(iter(targets.get(name).SCHEMES))
         progress.stage("search", f"{name} cannot be timed here, so {first} is built")
         return Deployment(run, name, first)
-    with progress.timed("search", name), progress.until_stopped("search") as stopped:
+    with progress.timed("search", name), interrupt.until_stopped(partial(progress.stage, "search")) as stopped:
         search = _Searching(run, stopped, run.recipe.search.minutes)
         search.weigh_whole(name, found.fast)
         search.weigh_slowed()
@@ -71,6 +71,7 @@ class _Searching:
     def __init__(self, run: Run, stopped: Callable[[], bool], minutes: float) -> None:
         self.run, self.stopped, self.minutes, self.deadline = run, stopped, minutes, np.inf
         self.trials: list[Trial] = []
+        self.left_out: dict[str, str] = {}
         self.looks, self.timings, self.start = 0, 0, time.monotonic()
         given = run.calibration.images  # spread, for a folder is sorted by class
         self.images = given[np.linspace(0, len(given) - 1, min(IMAGES, len(given))).round().astype(int)].copy()
@@ -152,9 +153,11 @@ class _Searching:
         if best is None or int8 is None or int8.ms > WORTH * best.ms:
             return
         try:
-            with progress.stopping(self._over):
+            with interrupt.stopping(self._over):
                 blames = sensitivity.blames(int8.way.program, self.images)
-        except progress.Stopped:
+        except interrupt.Ended:
+            raise
+        except interrupt.Stopped:
             return
         names = by_worth(blames, cost_of_float(int8, best))
         count, judged = 1, int8.noise
@@ -191,24 +194,39 @@ class _Searching:
     def _built(self, way: Deployment, *, needed: bool = False) -> Trial | None:
         """Compile and answer a few images; None, with a line, for what cannot be, unless nothing else is left.
 
+        What is wrong with the recipe ends the search: InputError.
+
         What comes after the whole precisions ends where it is when the time is over, or with Ctrl-C.
         """
         over = self._over if self.trials else lambda: False
         try:
-            with progress.stopping(over):
+            with interrupt.stopping(over):
                 scores = pixels.thin(load_artifact(way.compiled)(self.images))
-        except progress.Stopped:
+        except interrupt.Ended:
+            raise
+        except interrupt.Stopped:
             progress.stage("search", f"{way.title} is left out: it was not done in time; another run goes on with it")
             return None
+        except InputError:
+            raise
         except Exception as error:  # torch, torchao and the runtimes raise anything
             if needed:
                 raise
-            progress.stage("search", f"{way.title} is left out: {first_line(error)}")
+            self._without(way, first_line(error))
             return None
         if not np.isfinite(scores).all():
-            progress.stage("search", f"{way.title} is left out: its scores are not finite")
+            self._without(way, "its scores are not finite")
+            return None
+        layers = execution.executed(way.compiled)
+        if layers and not needed and not any(layer.precision == way.precision for layer in layers):
+            self._without(way, f"none of its {len(layers)} layers runs in {way.precision} here")
             return None
         return Trial(way, noise_share(self.reference, scores))
+
+    def _without(self, way: Deployment, why: str) -> None:
+        """Leave a candidate out, and say why."""
+        self.left_out[way.title] = why
+        progress.stage("search", f"{way.title} is left out: {why}")
 
     def _timed(self, trials: Sequence[Trial]) -> list[Trial]:
         """Time them interleaved, each with its own threads."""
@@ -230,7 +248,7 @@ class _Searching:
         recipe = run.recipe.at_look(self.looks)
         answers = artifact_answers(trial.way.compiled, run.evaluation, run.build)
         found = compared(float_answers(run.model, run.evaluation, run.build), answers, run.evaluation, recipe)
-        outcome, reason, _ = judge_accuracy(found, recipe.budget.accuracy_drop_pp)
+        outcome, reason = judge_answers(found, recipe.budget)
         progress.stage("search", f"{trial.way.title}: {trial.ms:.2f} ms, {outcome}: {reason}")
         judged = replace(trial, way=replace(trial.way, look=self.looks), outcome=outcome, change=found.judged)
         self.trials = [judged if one is trial else one for one in self.trials]
@@ -245,4 +263,6 @@ class _Searching:
             self.trials = self._timed(self.trials)
         chosen = self.chosen
         front = tuple(weighed(one, chosen, self.trials) for one in sorted(self.trials, key=lambda one: one.ms))
-        return Search(reason(self.trials, chosen), front, self.looks, time.monotonic() - self.start)
+        left_out = tuple(f"{title}: {why}" for title, why in self.left_out.items())
+        seconds = time.monotonic() - self.start
+        return Search(reason(self.trials, chosen), front, self.looks, seconds, left_out)

@@ -8,10 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device.arrays import Outputs
+from device.errors import InputError
 
 Indices = NDArray[np.int64]
 """Positions of images; one may come several times."""
 
+LEAST_DRAWS, MOST_DRAWS = 1000, 200_000
+"""Resamples of a bootstrap."""
+BEYOND = 10
+"""Resamples that must lie beyond a bound: the quantile of fewer is little more than the extreme one."""
 RELOAD = 0.01
 """What a ratio may change by when a model is merely loaded again into other memory, which no number of calls averages
 out. Without it `benchmarks/self_ratio.py` found 1 in 91 of 100 intervals of a model against itself, with it in 96."""
@@ -124,14 +129,17 @@ def paired_bootstrap(
     images: int,
     confidence: float,
     *,
-    draws: int = 1000,
+    draws: int | None = None,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Bound the first minus the second value of a metric from both sides, each side at `confidence`.
 
     The percentile bootstrap over images (Efron & Tibshirani 1993): `metric` gets the positions of the images drawn.
-    A draw on which it is NaN counts as the worst one for both bounds, so they are infinite when many are.
+    Unless `draws` is given, so often that `BEYOND` draws lie beyond each bound. A draw on which the metric is NaN
+    counts as the worst one for both bounds, so they are infinite when many are. Raises InputError for a confidence
+    that asks for too many.
     """
+    draws = draws or bootstrap_draws(confidence)
     rng = np.random.default_rng(seed)
     pairs = np.array([metric(rng.integers(images, size=images)) for _ in range(draws)])
     differences = pairs[:, 0] - pairs[:, 1]
@@ -139,6 +147,17 @@ def paired_bootstrap(
     lower = np.quantile(np.where(undefined, -np.inf, differences), 1 - confidence, method="lower")
     upper = np.quantile(np.where(undefined, np.inf, differences), confidence, method="higher")
     return float(lower), float(upper)
+
+
+def bootstrap_draws(confidence: float) -> int:
+    """Say how many draws a bound at this one-sided confidence takes; raise InputError where too many."""
+    draws = max(LEAST_DRAWS, math.ceil(BEYOND / (1 - confidence)))
+    if draws > MOST_DRAWS:
+        raise InputError(
+            f"a bootstrap bound at {confidence:.8g} confidence takes {draws:,} resamples, at most {MOST_DRAWS:,} are "
+            "drawn; lower budget.confidence, or name the precision in place of a search, each look of which asks more"
+        )
+    return draws
 
 
 def sqnr_db(reference: Outputs, found: Outputs) -> float:

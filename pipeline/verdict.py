@@ -1,7 +1,7 @@
 """What verification concluded: the nouns of `verdict.json` and how it is written; its figures are in figures.py."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -120,6 +120,15 @@ class Search:
     looks: int
     """Candidates that were judged on the evaluation data."""
     seconds: float
+    left_out: tuple[str, ...] = ()
+    """Candidates that could not be built or do not run as asked, each with why."""
+
+    @property
+    def lost(self) -> str | None:
+        """Say why no int8 was weighed, where it was tried; None where one was."""
+        tried = [one for one in self.left_out if one.startswith("int8")]
+        weighed = any(one.precision == "int8" for one in self.weighed)
+        return None if weighed or not tried else f"int8 could not be had ({tried[0].partition(': ')[2]})"
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,12 @@ class Verdict(Built):
     accuracy: Accuracy
     latency: Latency
     execution: Execution
+
+
+def searched(verdict: Verdict, search: Search | None) -> Verdict:
+    """Give a verdict with the search that led to it; its headline says so where int8 was lost on the way."""
+    lost = f"; {search.lost}" if search and search.lost else ""
+    return replace(verdict, search=search, headline=verdict.headline + lost)
 
 
 def write(verdict: Built, path: Path) -> None:

@@ -17,6 +17,7 @@ from device import kept, pixels
 from device.arrays import Images, Outputs, Predict
 from device.errors import BitferryError, StageFailed, first_line
 from device.kept import Kept
+from device.timing import Series
 from pipeline import cache, export, progress, statistics, trace, unsupported
 from pipeline.artifacts import Baseline, Compiled, Program, Unmeasured, Verified
 from pipeline.data.split import Split
@@ -26,7 +27,7 @@ from pipeline.measure import accuracy, execution, golden, ladder, layers, segmen
 from pipeline.measure.latency import Effort
 from pipeline.onnx_in import looked
 from pipeline.recipe import Recipe
-from pipeline.verdict import SCHEMA, Built, Ladder, LayerError, Verdict
+from pipeline.verdict import SCHEMA, Built, Execution, Ladder, LayerError, Outcome, Verdict, searched
 
 LAYER_IMAGES = 32
 PACKAGES = (
@@ -172,25 +173,37 @@ def _percent(answers: Kept, evaluation: Split, recipe: Recipe) -> float:
 
 
 def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, command: str) -> Verdict:
-    compiled = way.compiled
-    outcome, headline, reasons = judge(
-        measured,
-        recipe.budget,
-        evaluation.labels,
-        f"{compiled.precision} on {compiled.target}",
-        way.program.baseline.record,
-    )
+    ran = execution.told(way.compiled, way.runtime_float)
+    outcome, headline, reasons = _judged(recipe, way, evaluation, measured, ran)
     return Verdict(
         outcome=outcome,
         headline=headline,
         reasons=reasons,
         accuracy=measured.accuracy,
         latency=measured.latency,
-        execution=execution.told(compiled, way.runtime_float),
+        execution=ran,
         ladder=measured.ladder,
         golden=measured.golden,
         **_made(recipe, way, evaluation, command),
     )
+
+
+def _judged(
+    recipe: Recipe, way: Way, evaluation: Split, measured: Measured, ran: Execution
+) -> tuple[Outcome, str, tuple[str, ...]]:
+    asked, target = way.compiled.precision, way.compiled.target
+    whole = replace(measured, asked=asked, layers=ran.layers, different=len(set(evaluation.digests)))
+    what = f"{execution.named(asked, ran.layers)} on {target}"
+    return judge(whole, recipe.budget, evaluation.labels, what, way.program.baseline.record)
+
+
+def judged_again(recipe: Recipe, way: Way, found: Verified, latency: Latency, series: tuple[Series, ...]) -> Verified:
+    """Give a verification with other times, its verdict drawn anew from them."""
+    verdict = found.verdict
+    measured = Measured(verdict.accuracy, latency, verdict.ladder, verdict.golden)
+    outcome, headline, reasons = _judged(recipe, way, found.evaluation, measured, verdict.execution)
+    verdict = replace(verdict, latency=latency, outcome=outcome, headline=headline, reasons=reasons)
+    return replace(found, verdict=searched(verdict, verdict.search), series=series)
 
 
 class _Made(TypedDict):

@@ -1,6 +1,7 @@
 """Compare the artifact's answers with the float model's on the same images: how many, which, and how surely."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -21,14 +22,33 @@ from pipeline.measure.answers import (
     reliability,
     worst,
 )
-from pipeline.measure.metrics import COUNTED
+from pipeline.measure.metrics import COUNTED, Task
 from pipeline.recipe import Recipe
 from pipeline.statistics import images_to_decide, paired_bootstrap, sqnr_db, tango_interval
 from pipeline.verdict import Outcome
 
 PLACES = {"top-1": 1, "top-5": 5}
+SURE, LEAST_SURE = 0.995, 0.75
+"""One-sided confidence of a gain that is doubted; and the least that a bound must have to be scaled to it."""
 POWER = 0.8
 MOST_IMAGES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a metric is computed with, and the confidence of each of its drop's bounds."""
+
+    task: Task
+    classes: int
+    options: Mapping[str, object]
+    """Of a torchmetrics class."""
+    confidence: float
+
+    @staticmethod
+    def of(recipe: Recipe) -> "Terms":
+        """Take them from a recipe."""
+        budget = recipe.budget
+        return Terms(recipe.task, len(recipe.classes), budget.metric_options, budget.confidence)
 
 
 def measure(baseline: Outputs, scores: Outputs, evaluation: Split, recipe: Recipe) -> Accuracy:
@@ -41,12 +61,13 @@ def measure(baseline: Outputs, scores: Outputs, evaluation: Split, recipe: Recip
     before, after = answers(baseline, labels, task), answers(scores, labels, task)
     several = task == "multilabel"
     noise = sqnr_db(baseline, scores)
-    judged = _change(recipe.metric, before, after, labels, recipe)
+    terms = Terms.of(recipe)
+    judged = change(recipe.metric, before, after, labels, terms)
     others = [name for name in COUNTED[task] if name != recipe.metric and (name != "top-5" or len(classes) > 5)]
     found = Accuracy(
         images=len(labels),
         judged=judged,
-        others=tuple(_change(name, before, after, labels, recipe) for name in others),
+        others=tuple(change(name, before, after, labels, terms) for name in others),
         flips=flips(before, after),
         classes=(label_changes if several else class_changes)(before, after, labels, classes),
         confusions=() if several else confusions(before, after, labels, classes),
@@ -63,7 +84,7 @@ def percent(scores: Outputs, evaluation: Split, recipe: Recipe) -> float:
     if name in PLACES:
         return 100 * float(_in_top(scores, labels, PLACES[name]).mean())
     one = answers(scores, labels, recipe.task)
-    return 100 * _paired(name, one, one, labels, recipe)[0](np.arange(len(labels)))[0]
+    return 100 * _paired(name, one, one, labels, Terms.of(recipe))[0](np.arange(len(labels)))[0]
 
 
 def judge_accuracy(accuracy: Accuracy, allowed_pp: float) -> tuple[Outcome, str, int | None]:
@@ -116,20 +137,26 @@ def refuse_strange(baseline: Outputs, scores: Outputs) -> None:
         )
 
 
-def _change(name: str, before: Answers, after: Answers, labels: Labels, recipe: Recipe) -> Change:
-    confidence = recipe.budget.confidence
+def gained_pp(change: Change) -> float:
+    """Say by how many points the artifact is better, at `SURE`: the bound's distance grows as the normal quantile."""
+    reach, z = change.drop_upper_pp - change.drop_pp, NormalDist().inv_cdf
+    return -(change.drop_pp + reach * z(SURE) / z(max(change.confidence, LEAST_SURE)))
+
+
+def change(name: str, before: Answers, after: Answers, labels: Labels, terms: Terms) -> Change:
+    """Compare a metric of the float model's answers and the artifact's."""
     if name in PLACES:
         first, second = (_in_top(one.scores, labels, PLACES[name]) for one in (before, after))
-        return paired_change(name, first, second, confidence)
-    paired, higher_is_better = _paired(name, before, after, labels, recipe)
-    return resampled(name, paired, len(labels), confidence, higher_is_better=higher_is_better)
+        return paired_change(name, first, second, terms.confidence)
+    paired, higher_is_better = _paired(name, before, after, labels, terms)
+    return resampled(name, paired, len(labels), terms.confidence, higher_is_better=higher_is_better)
 
 
-def _paired(name: str, before: Answers, after: Answers, labels: Labels, recipe: Recipe) -> tuple[metrics.Paired, bool]:
+def _paired(name: str, before: Answers, after: Answers, labels: Labels, terms: Terms) -> tuple[metrics.Paired, bool]:
     """Give a metric that is no count of images, and whether higher is better."""
     if name in COUNTED["multilabel"]:
         return metrics.ranked(name, metrics.rank(before.scores, labels), metrics.rank(after.scores, labels)), True
-    metric = metrics.build(name, recipe.budget.metric_options, recipe.task, len(recipe.classes))
+    metric = metrics.build(name, terms.options, terms.task, terms.classes)
     paired = metrics.torchmetric(metric, before.probabilities, after.probabilities, labels)
     return paired, bool(metric.higher_is_better)
 

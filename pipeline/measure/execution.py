@@ -44,6 +44,16 @@ def precision(layers: Sequence[Layer], requested: Precision) -> str:
     return name if 2 * count > len(layers) else "mixed"
 
 
+def named(requested: Precision, layers: Sequence[Layer]) -> str:
+    """Name an artifact by what ran: the precision asked for only where that is what most layers ran in."""
+    ran = sum(layer.precision == requested for layer in layers)
+    if not layers or 2 * ran > len(layers):
+        return requested
+    if ran:
+        return f"{requested} in {ran} of {len(layers)} layers"
+    return f"{precision(layers, requested)} ({requested} asked for)"
+
+
 def _kind(requested: Precision, kind: str, layers: Sequence[Layer]) -> str:
     right = sum(layer.precision == requested for layer in layers)
     plural = kind if len(layers) == 1 else f"{kind}s"

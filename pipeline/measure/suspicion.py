@@ -1,6 +1,6 @@
 """What may have disturbed a timing, as data with a remedy: other load, noise, drift, first calls, clock, threads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +20,8 @@ LEAST_CLOCK = 0.8
 FAR = 3.5
 """Modified z-score of an outlier (Iglewicz & Hoaglin 1993), the deviation floored at 1 % of the median."""
 MOST_OUTLIERS = 0.02
+KINDS = ("kernels", "other load", "threads", "clock", "drift", "noise", "first run")
+"""What weighs most first."""
 
 
 def suspicions(series: Mapping[str, Series], *, threads: int, conditions: Conditions) -> tuple[Suspicion, ...]:
@@ -64,6 +66,11 @@ def kernels(target: str, had: float, has: float, environment: Environment) -> Su
         f"{had:.1f} dB: {why}",
         "verify on the processor that it is for" if saturates else "keep layers in float, or try another target",
     )
+
+
+def by_weight(found: Sequence[Suspicion]) -> list[Suspicion]:
+    """Sort suspicions: those first that can turn a verdict, then those that an interval holds already."""
+    return sorted(found, key=lambda one: KINDS.index(one.kind) if one.kind in KINDS else len(KINDS))
 
 
 def _load(others: float | None) -> Iterator[Suspicion]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import targets
 from device.errors import BitferryError, InputError, TargetUnavailable
-from pipeline import progress
+from pipeline import interrupt, progress
 from pipeline.cache import locked
 from pipeline.measure.latency import Effort
 from pipeline.nightly import engine, inputs, live, mlflow_log, perform, regressions, reports
@@ -59,7 +59,7 @@ def matrix(asked: Asked) -> Night:
     asked.out.mkdir(parents=True, exist_ok=True)
     with locked(asked.out / ".lock", "matrix"), History(asked.out / HISTORY) as history:
         start = datetime.now(UTC)
-        with ExitStack() as stack, progress.until_stopped("matrix", AFTER_STOP) as stopped:
+        with ExitStack() as stack, interrupt.until_stopped(partial(progress.stage, "matrix"), AFTER_STOP) as stopped:
             cluster = stack.enter_context(engine.started(asked.ray)) if asked.ray else None
             planned, failed = plan(asked, history, cluster.kinds if cluster else [perform.probe().kind])
             night = _begin(history, start, anew=asked.anew)

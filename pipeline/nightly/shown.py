@@ -13,6 +13,8 @@ from pipeline.nightly.night import Finding, Night, Point
 from pipeline.report.terminal import STYLES
 
 SEVERITIES = {"regression": "red", "improvement": "green", "notice": "yellow"}
+PIPED_WIDTH = 120
+"""Characters of a line where there is no terminal."""
 MOST = 40
 """Findings on a terminal."""
 
@@ -23,6 +25,8 @@ def show(night: Night, *, as_json: bool) -> None:
         print(json.dumps(fields(night), indent=2, allow_nan=False))
         return
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, PIPED_WIDTH)
     console.print(_table(night))
     for line in _told(night.findings):
         console.print(line, soft_wrap=True)
@@ -62,10 +66,10 @@ def _told(findings: Sequence[Finding]) -> Iterator[str]:
 
 def _table(night: Night) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("cell")
-    table.add_column("verdict")
+    table.add_column("cell", overflow="fold")  # never cut: its end tells one precision from another
+    table.add_column("verdict", overflow="fold")
     for name in ("accuracy %", "drop pp", "ms", "of baseline", "MB"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for result in sorted(night.results, key=lambda one: one.cell):
         point = Point.of(night.id, result)
         style = STYLES.get(point.outcome, "red")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline import progress
 from pipeline.cache import file_hash
@@ -28,7 +27,9 @@ from pipeline.statistics import ratio_interval
 from pipeline.verdict import Built
 
 if TYPE_CHECKING:
+    from device.timing import Series
     from pipeline.artifacts import Unmeasured, Verified
+    from pipeline.figures import Latency
     from pipeline.run import Deployment, Run
 
 
@@ -112,7 +113,7 @@ def measure(order: Order) -> Made:
 
     run = _run(order)
     chosen = way(run, order.target) if order.precision == "auto" else _deployment(order)
-    found = _together([_undisturbed(chosen) for _ in range(1 if run.effort == "quick" else LOADS)])
+    found = _together(chosen, [_undisturbed(chosen) for _ in range(1 if run.effort == "quick" else LOADS)])
     folder = run.build.root / "reports" / f"{found.verdict.target}-{found.verdict.precision}"
     answers = record.read_answers(folder / record.ANSWERS)
     samples = {} if isinstance(found, Unmeasured) else _samples(found)
@@ -129,26 +130,44 @@ def _undisturbed(chosen: "Deployment") -> "Verified | Unmeasured":
     return replace(chosen).verified
 
 
-def _together(runs: "Sequence[Verified | Unmeasured]") -> "Verified | Unmeasured":
-    """Give the last measurement with the blocks of all: each loaded the model anew, into other memory."""
+def _together(chosen: "Deployment", runs: "Sequence[Verified | Unmeasured]") -> "Verified | Unmeasured":
+    """Give the last measurement with the times of all, judged by them: each loaded the model anew, into other memory.
+
+    The report is that of the whole.
+    """
     from pipeline.artifacts import Verified
+    from pipeline.report import record
+    from pipeline.verify import judged_again
 
     measured = [one for one in runs if isinstance(one, Verified)]
     if len(measured) < len(runs) or len(runs) == 1:
         return runs[-1]
-    last, medians = measured[-1], [np.concatenate(one) for one in zip(*map(_medians, measured), strict=True)]
-    ratios = [Ratio(*ratio_interval(one, medians[-1])) for one in medians[:-1]]
-    latency = replace(last.verdict.latency, speedup=ratios[0], runtime_speedup=ratios[1] if len(ratios) > 1 else None)
     calls = [min(one.seconds.shape[1] for one in same) for same in zip(*(run.series for run in measured), strict=True)]
     series = tuple(
         replace(one, seconds=np.concatenate([run.series[at].seconds[:, : calls[at]] for run in measured]))
-        for at, one in enumerate(last.series)
+        for at, one in enumerate(measured[-1].series)
     )
-    return replace(last, verdict=replace(last.verdict, latency=latency), series=series)
+    run = chosen.run
+    found = judged_again(run.recipe.at_look(chosen.look), chosen.way, measured[-1], _latency(measured, series), series)
+    record.write(found, run.build)
+    return found
 
 
-def _medians(found: "Verified") -> list[NDArray[np.float64]]:
-    return [one.block_medians for one in found.series]
+def _latency(measured: "Sequence[Verified]", series: "Sequence[Series]") -> "Latency":
+    """Summarize the times of several measurements; what disturbed any of them may have disturbed the whole."""
+    from pipeline.measure.latency import timing
+
+    last, medians = measured[-1].verdict.latency, [one.block_medians for one in series]
+    ratios = [Ratio(*ratio_interval(one, medians[-1])) for one in medians[:-1]]
+    told = {one.kind: one for run in measured for one in run.verdict.latency.suspicions}
+    return replace(
+        last,
+        seconds=sum(run.verdict.latency.seconds for run in measured),
+        candidates=tuple(replace(c, timing=timing(s)) for c, s in zip(last.candidates, series, strict=True)),
+        speedup=ratios[0],
+        runtime_speedup=ratios[1] if len(ratios) > 1 else None,
+        suspicions=tuple(told.values()),
+    )
 
 
 def _samples(found: "Verified") -> Samples:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from device.arrays import Images
 from device.errors import StageFailed, first_line
-from pipeline import progress
+from pipeline import interrupt, progress
 from pipeline.quantization.graph import Layer, activations, grids, layers, set_mode
 from pipeline.quantization.learned import LearnedRange, noise
 from pipeline.training.settings import Training
@@ -139,7 +139,7 @@ def _train(model: fx.GraphModule, course: Course, tensors: list[Tensor], scales:
                 if time.monotonic() - saved > SECONDS:
                     whole.save(course.checkpoint, step)
                     saved = time.monotonic()
-    except progress.Stopped:  # between two steps
+    except interrupt.Stopped:  # between two steps
         whole.save(course.checkpoint, step)
         raise
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from device.arrays import Images
 from pipeline.figures import ClassChange
+from pipeline.measure.suspicion import by_weight
 from pipeline.report import charts
 from pipeline.verdict import Built, LayerError, Verdict
 
@@ -49,6 +50,7 @@ def render(verdict: Verdict, images: Mapping[int, Images], *, others: Sequence[V
         .get_template("report.html.jinja")
         .render(
             v=verdict,
+            by_weight=by_weight,
             charts=charts,
             trade_off=partial(charts.trade_off, verdict, others),
             left_out=[candidate.name for candidate in measured if candidate.accuracy_percent is None],

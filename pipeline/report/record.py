@@ -43,6 +43,8 @@ class Recorded:
     float_answers: Labels
     answers: Labels | None = None
     """None where the artifact was built and not measured."""
+    float_scores: Outputs | None = None
+    """The float model's scores N×K; None where the judged metric is one of the answers alone, or they are too many."""
 
     @property
     def float_right(self) -> NDArray[np.bool_]:
@@ -101,6 +103,8 @@ def write_figures(verified: Verified | Unmeasured, folder: Path, *, private: boo
         counts = [segmentation.counts(one, labels, scores[0].shape[1]) for one in verified.maps]
         labels, given = segmentation.perfect(counts[0]), [segmentation.packed(one) for one in counts]
     arrays: dict[str, Any] = dict(zip(NAMES[1:], map(_small, (labels, *given)), strict=False))
+    if not verified.maps and found.budget_metric != "top-1" and scores[0].nbytes <= MOST_SCORES:
+        arrays[SCORES] = scores[0].astype(np.float32)
     digests = np.frombuffer(b"".join(evaluation.digests), np.uint8).reshape(len(evaluation), -1)
     np.savez_compressed(folder / ANSWERS, digests=digests, **arrays)
 
@@ -176,10 +180,14 @@ def recorded(arrays: Mapping[str, NDArray[Any]], place: str) -> Recorded:
         or len({array.shape for array in found[1:]}) != 1
     ):
         raise InputError(f"{place} is damaged: its arrays are not of the same images")
-    return Recorded(*found)
+    scores = arrays[SCORES].astype(np.float32) if SCORES in arrays else None
+    if scores is not None and (scores.ndim != 2 or len(scores) != len(found[0]) or not np.isfinite(scores).all()):
+        raise InputError(f"{place} is damaged: its scores are not those of the same images")
+    return replace(Recorded(*found), float_scores=scores)
 
 
-MOST_BYTES = 500_000_000
+MOST_BYTES, MOST_SCORES = 500_000_000, 64_000_000
+SCORES = "float_scores"
 NAMES = ("digests", "labels", "float_answers", "answers")
 
 

@@ -1,6 +1,7 @@
 """Verdicts for people: a table on stdout, or the same figures as JSON."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
@@ -10,7 +11,8 @@ from rich.table import Table
 
 from pipeline import verdict
 from pipeline.artifacts import Bundle, Unmeasured, Verified
-from pipeline.figures import Candidate, Ratio
+from pipeline.figures import Candidate, Ratio, Suspicion
+from pipeline.measure.suspicion import by_weight
 from pipeline.verdict import Built, Failed, Verdict, Weighed
 
 STYLES = {"pass": "green", "fail": "red", "undecided": "yellow", "unmeasured": "yellow"}
@@ -91,10 +93,22 @@ def _told(found: Built) -> Iterator[str]:
         yield f"     most is lost in {escape(found.ladder.lost_most)}" + (
             f": layers {escape(layers)}" if layers else ""
         )
-    for name in found.ladder.suspects:
-        yield f"     [yellow]suspicious:[/] the step {escape(name)} should change nothing, and does; see the report"
-    for suspicion in found.latency.suspicions if isinstance(found, Verdict) else ():
-        yield f"     [yellow]suspicious:[/] {escape(suspicion.finding)}; {escape(suspicion.remedy)}"
+    if found.ladder.suspects:
+        steps = " and ".join(found.ladder.suspects)
+        yield f"     [yellow]suspicious:[/] a step that should change nothing does: {escape(steps)}; see the report"
+    if isinstance(found, Verdict):
+        yield from suspicious(found.latency.suspicions)
+
+
+def suspicious(found: Sequence[Suspicion]) -> Iterator[str]:
+    """Say what may have disturbed a timing in two lines: what weighs most, and the kinds of the rest."""
+    ranked = by_weight(found)
+    for one in ranked[:1]:
+        yield f"     [yellow]suspicious:[/] {escape(one.finding)}; {escape(one.remedy)}"
+    if rest := ranked[1:]:
+        kinds = Counter(one.kind for one in rest)
+        told = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
+        yield f"     [yellow]and {len(rest)} more:[/] {escape(told)}; the report has them"
 
 
 def _table(verdicts: Sequence[Verdict]) -> Table:
@@ -118,7 +132,7 @@ def _cells(found: Verdict) -> dict[str, str]:
         f"{judged.metric}, float": f"{judged.float_percent:.2f} %",
         judged.metric: f"{judged.percent:.2f} %",
         "drop": f"{judged.drop_pp:.2f} pp",
-        f"drop at most ({100 * judged.confidence:g}% sure)": f"{judged.drop_upper_pp:.2f} pp",
+        "drop at most": f"{judged.drop_upper_pp:.2f} pp, {100 * judged.confidence:g}% sure",
         **{one.metric: f"{one.float_percent:.2f} → {one.percent:.2f} %" for one in accuracy.others},
         "lost / gained / flipped": f"{flips.lost} / {flips.gained} / {flips.flipped}",
         **({} if flips.pixels_percent is None else {"pixels flipped": f"{flips.pixels_percent:.2f} %"}),

@@ -17,6 +17,7 @@ from pipeline import cache
 from pipeline.shipping import roles
 from pipeline.shipping.repository import DAYS, Days, Repository, State
 from pipeline.shipping.roles import ROLES, Role
+from pipeline.shipping.sign import refuse_unproved
 
 FIELDS = ("name", "target", "version")
 """What a device chooses by."""
@@ -57,6 +58,7 @@ def run(repository: Path, keys: Path, archive: Path | None, role: str | None) ->
 
 def add(repository: Path, keys: Path, archive: Path, manifest: Mapping[str, Any], *, days: Days = DAYS) -> Published:
     """Add an archive to a repository, which is made with four keys where there is none."""
+    refuse_unproved(manifest, archive)
     fields = _fields(archive, manifest)
     with _opened(repository, keys) as place:
         root = place.root()

@@ -2,8 +2,9 @@
 
 import gzip
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from device import atomic, runner, signature, strict, whole
 from device.archive import MANIFEST
@@ -13,15 +14,33 @@ from pipeline.shipping import keys, provenance
 
 ENDING = ".tar.gz"
 APART = frozenset({signature.FILE, *whole.PARTS})
+SHIPPED = ("pass", "unmeasured")
+"""Outcomes that are signed and published."""
 LEVEL = 6
 MOST_BYTES = 8**11
 """Of a file, as POSIX ustar writes its size."""
+
+
+def refuse_unproved(manifest: Mapping[str, Any], place: Path) -> None:
+    """Raise InputError for what was measured and not found inside its budget; what was never measured may be shipped.
+
+    Such a bundle comes of one that was built unmeasured and completed by `bitferry verify`.
+    """
+    verdict = manifest.get("verdict")
+    outcome = verdict.get("outcome") if isinstance(verdict, Mapping) else None
+    if outcome not in SHIPPED:
+        told = verdict.get("headline", "") if isinstance(verdict, Mapping) else "it has no verdict"
+        raise InputError(
+            f"{place} is not proved inside its budget ({outcome or 'no outcome'}: {told}); deploy one that is, or "
+            "complete its verdict with `bitferry verify BUNDLE --data IMAGES` on a machine and images that show it"
+        )
 
 
 def sign(bundle: Path, key: Path, password: str | None = None) -> Path:
     """Write BUNDLE/model.sig, in the OpenSSF model-signing format, over every file that belongs to the bundle."""
     bundle = bundle.resolve()  # `.` has no name
     manifest = runner.read_manifest(bundle)
+    refuse_unproved(manifest, bundle)
     signing = keys.private(key, password)
     runner.check(bundle, manifest)
     payload = signature.statement(bundle.name, whole.digests(bundle, without=APART))

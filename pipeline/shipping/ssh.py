@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from device.errors import InputError, StageFailed, TargetUnavailable, first_line
-from pipeline import progress
+from pipeline import interrupt, progress
 
 CONNECT_SECONDS = 15
 OPTIONS = (
@@ -93,14 +93,15 @@ class Login:
         """Run a shell script there; raise TargetUnavailable where the machine cannot be reached or lets nobody in."""
         words = [*self.ssh, *OPTIONS, "--", self.host, f"exec sh -c {shlex.quote(script)}"]
         try:
-            done = subprocess.run(
-                words,
-                stdin=given or subprocess.DEVNULL,
-                stdout=into or subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                timeout=seconds,
-                check=False,
-            )
+            with interrupt.waiting(self.host):
+                done = subprocess.run(
+                    words,
+                    stdin=given or subprocess.DEVNULL,
+                    stdout=into or subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    timeout=seconds,
+                    check=False,
+                )
         except subprocess.TimeoutExpired:
             raise StageFailed(
                 f"{self.host} was not done within {seconds:.0f} s; it or the way to it is stuck"

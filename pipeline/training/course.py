@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from device.errors import StageFailed
-from pipeline import checkpoint, loader, progress
+from pipeline import checkpoint, interrupt, loader, progress
 from pipeline.data.split import Split
 from pipeline.load import Deployable, architecture
 from pipeline.measure import metrics
@@ -129,7 +129,7 @@ class Course:
                 if main and time.monotonic() - saved > self.job.every:
                     self.whole.save()
                     saved = time.monotonic()
-        except progress.Stopped:  # between two steps
+        except interrupt.Stopped:  # between two steps
             self.whole.save()
             raise
         finally:

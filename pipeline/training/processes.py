@@ -17,7 +17,7 @@ import numpy as np
 
 from device import errors
 from device.errors import BitferryError, StageFailed, first_line
-from pipeline import progress
+from pipeline import interrupt, progress
 from pipeline.training import machine
 from pipeline.training.course import Course, Job, Told
 from targets import usable_cpus
@@ -66,6 +66,7 @@ def _spread(job: Job, processes: int) -> None:
         running = [_start(room, number, processes) for number in range(processes)]
         try:
             while any(one.poll() is None for one in running):
+                interrupt.check()
                 if any(one.poll() for one in running):
                     break
                 time.sleep(POLL_SECONDS)
