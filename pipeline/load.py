@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from device.errors import BitferryError, InputError, TargetUnavailable, first_line
 from device.preprocess import Preprocessing
-from pipeline import cache, checkpoint, imports, progress, unwrapped
+from pipeline import cache, checkpoint, imports, progress, stored, unwrapped
 from pipeline.artifacts import FloatModel
 from pipeline.measure.metrics import Task
 from pipeline.recipe import Recipe
@@ -28,7 +28,7 @@ PACKAGES = {
     "onnx": ("onnx", "onnxruntime"),
 }
 """Whose versions decide what a source gives."""
-READERS = [Path(str(module.__file__)) for module in (checkpoint, unwrapped)]
+READERS = [Path(str(module.__file__)) for module in (checkpoint, stored, unwrapped)]
 """Whose code decides which tensors of a file are the weights."""
 OURS = ("pipeline", "targets", "device", "__main__")
 
