@@ -6,10 +6,15 @@ BitferryError
 └── StageFailed         a tool failed on a valid input; its own error is `__cause__`
 """
 
+import re
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+"""Codes by which tools colour what they print."""
+
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of a foreign error's text, or its kind where it has none."""
-    lines = str(error).strip().splitlines()
+    """Give the first line of a foreign error's text, uncoloured, or its kind where it has none."""
+    lines = COLOURS.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from device import mistaken
 from device.arrays import Images
 from device.errors import InputError
 
@@ -170,4 +171,5 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 def _seen(content: bytes) -> str:
     if not content:
         return "the file is empty"
-    return f"{len(content)} bytes that begin with {content[:12]!r}"
+    what = mistaken.told(content)
+    return f"it is {what}" if what else f"{len(content)} bytes that begin with {content[:12]!r}"

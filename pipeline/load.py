@@ -4,6 +4,7 @@ import importlib
 import logging
 import sys
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from device.errors import BitferryError, InputError, TargetUnavailable, first_line
 from device.preprocess import Preprocessing
-from pipeline import cache, checkpoint, imports, progress, unwrapped
+from pipeline import cache, checkpoint, imports, progress, stored, unwrapped
 from pipeline.artifacts import FloatModel
 from pipeline.measure.metrics import Task
 from pipeline.recipe import Recipe
+from pipeline.scores import check_scores
 from pipeline.training import record
 
 PACKAGES = {
@@ -26,7 +28,7 @@ PACKAGES = {
     "onnx": ("onnx", "onnxruntime"),
 }
 """Whose versions decide what a source gives."""
-READERS = [Path(str(module.__file__)) for module in (checkpoint, unwrapped)]
+READERS = [Path(str(module.__file__)) for module in (checkpoint, stored, unwrapped)]
 """Whose code decides which tensors of a file are the weights."""
 OURS = ("pipeline", "targets", "device", "__main__")
 
@@ -109,7 +111,7 @@ def architecture(recipe: Recipe, folder: Path = Path()) -> nn.Module:
             return _torchvision(name, {"num_classes": len(recipe.classes)} | options, recipe.task)
         if kind == "timm":
             return _timm(name, {"num_classes": len(recipe.classes)} | options)
-        return _factory(name, options, folder)
+        return _float32(_factory(name, options, folder), recipe.model.source)
     except BitferryError:
         raise
     except (Exception, SystemExit) as error:  # the constructor is somebody else's code and may raise anything
@@ -164,6 +166,16 @@ def _factory(name: str, options: dict[str, Any], folder: Path) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"module:{name} gave a {type(model).__name__}, expected a torch.nn.Module")
     return model
+
+
+def _float32(model: nn.Module, source: str) -> nn.Module:
+    """Give a model with all its floats 32 bits wide, and say so where they were not: it is the baseline then."""
+    floats = {tensor.dtype for tensor in chain(model.parameters(), model.buffers()) if tensor.is_floating_point()}
+    others = sorted(str(dtype).removeprefix("torch.") for dtype in floats - {torch.float32})
+    if not others:
+        return model
+    progress.stage("load", f"'{source}' has weights in {', '.join(others)}; made float32, it is the float model")
+    return model.float()
 
 
 def _refuse_namesake(name: str, loaded: Path, folder: Path) -> None:
@@ -224,55 +236,3 @@ def _exported(path: Path, trust: bool, recipe: Recipe) -> nn.Module:
     finally:
         logging.disable(before)
     return module
-
-
-def check_scores(model: nn.Module, recipe: Recipe) -> None:
-    """Raise InputError where a model does not give finite scores, one per class, for two black images."""
-    contract, source = recipe.preprocessing, recipe.model.source
-    size, classes = (contract.height, contract.width), len(recipe.classes)
-    several = f" times {contract.views}" if contract.views > 1 else ""
-    try:
-        with torch.no_grad():
-            scores: object = model(torch.zeros(2, *contract.shape, dtype=torch.uint8))
-    except (Exception, SystemExit) as error:  # the model is somebody else's code and may raise anything
-        hint = "; export it with a dynamic batch" if source.startswith("pt2:") else ""
-        raise InputError(
-            f"the model '{source}' cannot take 2{several} images of {size[0]}×{size[1]}: {_told(error)}{hint}"
-        ) from error
-    wanted = (2, classes, *(size if recipe.task == "segmentation" else ()))
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != wanted:
-        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise InputError(
-            f"the model '{source}' gives {found} for 2 images; the recipe has {classes} classes, "
-            f"so {wanted} was expected{_way_out(found, wanted)}"
-        )
-    if not bool(torch.isfinite(scores).all()):
-        raise InputError(f"the model '{source}' answers a black image with NaN or infinity")
-    _doubt_probabilities(scores, recipe)
-
-
-def _doubt_probabilities(scores: Tensor, recipe: Recipe) -> None:
-    """Say so where a model seems to end in a softmax or a sigmoid: bitferry takes what comes before those."""
-    if not bool(((scores >= 0) & (scores <= 1)).all()):
-        return
-    way_out = "give the model without it, or `predict` takes its probabilities for scores"
-    if recipe.task == "multilabel":
-        progress.stage("load", f"the scores are all from 0 to 1, as of a sigmoid; {way_out}")
-    elif recipe.task == "classification" and bool(torch.isclose(scores.sum(1), torch.ones(1), atol=1e-3).all()):
-        progress.stage("load", f"the scores add up to 1, as of a softmax; {way_out}")
-
-
-def _way_out(found: tuple[int, ...] | str, wanted: tuple[int, ...]) -> str:
-    """Say what to do where the scores are of another kind or size than the task's."""
-    if isinstance(found, str):
-        return (
-            "; wrap it in a factory of your own (source = 'module:FILE:FACTORY') that returns the one tensor of scores"
-        )
-    if found[2:] == (1, 1) and len(wanted) == 2:
-        return "; end the model with .flatten(1)"
-    if len(found) not in (2, 4):
-        return ""
-    if len(found) != len(wanted):
-        return f'; set task = "{"segmentation" if len(found) == 4 else "classification"}"'
-    same_classes = found[:2] == wanted[:2]
-    return "; resize the scores to the input's size inside the model (F.interpolate)" if same_classes else ""

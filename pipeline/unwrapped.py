@@ -34,6 +34,16 @@ def fitting(state: Mapping[str, Tensor], names: set[str]) -> Mapping[str, Tensor
     return next((form for form in forms(state) if _counted(set(form)) == wanted), state)
 
 
+def copies(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Give what fits a model, in names and shapes, of each group of names, as those under `student.` and `teacher.`."""
+    found = {}
+    for first in dict.fromkeys(name.partition(".")[0] for name in state):
+        form = fitting(_under(state, f"{first}."), set(own))
+        if _counted(set(form)) == _counted(set(own)) and all(form[n].shape == own[n].shape for n in form if n in own):
+            found[first] = dict(form)
+    return found
+
+
 def _under(form: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in form.items() if name.startswith(prefix)}
 

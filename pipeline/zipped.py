@@ -10,6 +10,7 @@ from device.errors import InputError
 HEAD = b"PK\x03\x04"
 EXPECTED = "expected the archive as torch.save writes it; get the file again from where it was made"
 PIECE = 1 << 20
+WEIGHTS = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")
 
 
 def refuse(stream: BinaryIO, path: Path) -> None:
@@ -34,7 +35,20 @@ def refuse(stream: BinaryIO, path: Path) -> None:
         raise InputError(f"{path} is a broken ZIP ({error}); {EXPECTED}") from error
 
 
+def _refuse_other(records: list[zipfile.ZipInfo], path: Path) -> None:
+    """Raise InputError for a ZIP of something else, naming what is in it."""
+    names = [record.filename for record in records if not record.is_dir()]
+    if any(name.endswith(("/data.pkl", "/constants.pkl")) for name in names):
+        return
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
+    inside = next((name for name in names if name.endswith(WEIGHTS)), None)
+    what = "arrays of NumPy (.npz)" if names and all(name.endswith(".npy") for name in names) else "another ZIP"
+    hint = f"; unpack it and give {inside}" if inside else ""
+    raise InputError(f"{path} is {what}, of {shown}, not what torch.save writes{hint}")
+
+
 def _refuse_odd(records: list[zipfile.ZipInfo], path: Path, size: int) -> None:
+    _refuse_other(records, path)
     names = Counter(record.filename for record in records)
     folders = {name.partition("/")[0] for name in names}
     declared = sum(record.file_size for record in records)

@@ -153,7 +153,7 @@ def test_files_that_are_no_state_dict_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the weights .* are no file"):
         checkpoint.read(tmp_path)
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(InputError, match=r"list.pt holds a list, expected a state dict"):
+    with pytest.raises(InputError, match=r"list.pt holds a list of 2, expected a state dict"):
         checkpoint.read(tmp_path / "list.pt")
 
 

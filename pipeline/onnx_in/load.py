@@ -15,11 +15,11 @@ from device.onnx_file import OPSETS
 from device.preprocess import Preprocessing
 from pipeline import cache, progress
 from pipeline.artifacts import FloatOnnx
-from pipeline.load import check_scores
 from pipeline.onnx_in import front, given
 from pipeline.onnx_in.asked import PREFIX, refuse_besides
 from pipeline.onnx_in.session import Session, opened, predict
 from pipeline.recipe import Recipe
+from pipeline.scores import check_scores
 from pipeline.statistics import sqnr_db
 
 TOLERANCE = 1e-4
