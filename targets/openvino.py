@@ -1,15 +1,23 @@
 """Intel OpenVINO on a CPU, GPU or NPU: ONNX → IR, every batch size compiled as a model of its own."""
 
+# What is imported first keeps OpenVINO's own import from doing what a device did not ask for.
+# ruff: noqa: E402
+
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
+
+# Its telemetry writes into the home folder, on import, and warns where it cannot; without it OpenVINO has a stub.
+cast(dict[str, Any], sys.modules).setdefault("openvino_telemetry", None)
+
 import openvino as ov
 from openvino import opset13 as opset
 
