@@ -71,6 +71,7 @@ def quantize(
         Calibration(used["images"], len(calibration), used["curve"]),
         key,
         equalized=equalized if equalized.exists() else None,
+        kept=settings.keep,
     )
 
 

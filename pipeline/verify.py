@@ -184,7 +184,7 @@ def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, co
         reasons=reasons,
         accuracy=measured.accuracy,
         latency=measured.latency,
-        execution=execution.told(compiled, way.runtime_float),
+        execution=execution.told(way.program, compiled, way.runtime_float),
         ladder=measured.ladder,
         golden=measured.golden,
         **_made(recipe, way, evaluation, command),
