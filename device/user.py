@@ -10,7 +10,11 @@ NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
 
 
 def settle() -> None:
-    """Set HOME and LOGNAME where nothing tells them: runtimes ask for both and raise, some already on import."""
+    """Set HOME and LOGNAME where nothing tells them: runtimes ask for both and raise, some already on import.
+
+    And keep ONNX Runtime's telemetry off, which writes into the home folder, and warns where it cannot.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if not hasattr(os, "getuid"):
         return
     entry = _entry(os.getuid())
