@@ -49,3 +49,19 @@ def test_the_program_given_stays_as_it_is() -> None:
     before = operators(program)
     without_in_place(program)
     assert operators(program) == before
+
+
+def test_a_clamp_s_bounds_are_of_one_kind() -> None:
+    """PyTorch's exporter to ONNX fails on a whole bound beside one that is not."""
+    model = nn.Sequential(nn.Hardtanh(0, 1), nn.Hardtanh(-0.5, 2), Cut())
+    program = torch.export.export(model, (torch.rand(2, 3),))
+    bounds = [node.args[1:] for node in without_in_place(program).graph.nodes if node.op == "call_function"]
+    assert bounds == [(0.0, 1.0), (-0.5, 2.0), (None, 1.0), (0.0, 0.5)]
+    assert all(isinstance(one, float | None) for pair in bounds for one in pair)
+
+
+class Cut(nn.Module):
+    """Bounds as people write them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(max=1).clamp(0, 0.5)

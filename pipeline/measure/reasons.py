@@ -121,7 +121,10 @@ def _forward(node: Any, made: dict[Any, Node], *, whole: bool = False) -> Node:
 
 
 def _operator(node: Any) -> str:
-    name = str(node.target).removeprefix("aten.").removeprefix("quantized_decomposed.").partition(".")[0].rstrip("_")
+    name = (
+        getattr(node.target, "__name__", str(node.target)).removeprefix("aten.").removeprefix("quantized_decomposed.")
+    )
+    name = name.partition(".")[0].rstrip("_")
     return next((verb for verb in (DEQUANTIZE, QUANTIZE) if name.startswith(f"{verb}_per")), name)
 
 
