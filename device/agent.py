@@ -22,13 +22,17 @@ def do_trust(options: argparse.Namespace) -> int:
 
 def do_install(options: argparse.Namespace) -> int:
     """Install an archive."""
-    found, new = install.install(options.archive, options.root, allow_downgrade=options.allow_downgrade)
+    return _install(options, allow_downgrade=options.allow_downgrade)
+
+
+def _install(options: argparse.Namespace, **allowed: bool) -> int:
+    found, new = install.install(options.archive, options.root, **allowed)
     print(f"{found.title} runs{'' if new else ' already'}: {found.folder}")
     return 0
 
 
 def do_update(options: argparse.Namespace) -> int:
-    """Fetch the newest archive of a publisher and install it, unless it runs already."""
+    """Fetch the newest archive of a publisher and install it, unless it runs already or was rejected here."""
     try:
         from device import update  # noqa: PLC0415 - python-tuf, which nothing else here needs
     except ImportError as error:
@@ -37,8 +41,7 @@ def do_update(options: argparse.Namespace) -> int:
     trust.read(options.root)  # what could not be installed is not fetched
     wanted = {"name": options.name, "target": options.target, "trusted_root": options.trusted_root}
     options.archive = update.fetch(options.repository, options.root, **wanted)
-    options.allow_downgrade = False
-    return do_install(options)
+    return _install(options, allow_rejected=False)
 
 
 def do_rollback(options: argparse.Namespace) -> int:
@@ -51,7 +54,7 @@ def do_rollback(options: argparse.Namespace) -> int:
 def do_selftest(options: argparse.Namespace) -> int:
     """Check and try what runs; it goes back by itself where that fails."""
     found, told = install.prove(options.root)
-    again = (found.folder / whole.REBUILT).exists()
+    again = told.get("rebuilt", (found.folder / whole.REBUILT).exists())
     own = "; the model runs as it was compiled here, which nobody signed" if again else ""
     line = f"{found.title} is as it was signed, and answers as it was verified{own}"
     print(json.dumps({**told, "rebuilt": again}) if options.json else line)

@@ -1,5 +1,6 @@
 """Files that are whole on the disk or not there, whenever the power goes."""
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable
@@ -46,6 +47,54 @@ def point(link: Path, to: str) -> None:
     os.symlink(to, part)  # noqa: PTH211
     os.replace(part, link)  # noqa: PTH105
     settle(link.parent)
+
+
+EXCHANGE, HERE = 2, -100
+"""Linux's RENAME_EXCHANGE (renameat2(2)) and AT_FDCWD."""
+
+
+def publish(made: Path, final: Path, old: Path) -> None:
+    """Give a finished folder its place; what was there goes to `old`, and is removed.
+
+    Linux exchanges the two at once, so that a whole folder is there whenever this ends. Where the system or the file
+    system cannot, a kill between two renames leaves what was there in `old`: `recover` brings it back.
+    """
+    recover(final, old)
+    _discard(old)
+    if not final.exists():
+        made.rename(final)
+    elif _exchange(made, final):
+        made.rename(old)
+    else:
+        final.rename(old)
+        try:
+            made.rename(final)
+        except OSError:
+            old.rename(final)
+            raise
+    _discard(old)
+
+
+def recover(final: Path, old: Path) -> None:
+    """Bring back what a `publish` that was killed between its two renames had put aside."""
+    if old.exists() and not final.exists():
+        old.rename(final)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths trade their folders at once; say whether the system could."""
+    try:
+        import ctypes  # noqa: PLC0415 - which some builds of Python lack
+
+        found = ctypes.CDLL(None).renameat2(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE)
+    except (ImportError, AttributeError, OSError, TypeError):  # not Linux, or a C library without it
+        return False
+    return int(found) == 0
+
+
+def _discard(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # what cannot be removed does no harm
+        remove(folder)
 
 
 def remove(folder: Path) -> None:

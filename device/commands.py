@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from device import fit, golden, measure, rebuilt, whole
-from device.errors import BitferryError, InputError, TargetUnavailable
+from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable
 from device.runner import Runner, Runtime, check, fields, options_of, read_manifest, text
 
 
@@ -37,7 +37,7 @@ def _check(bundle: Path, key: Path | None) -> int:
     check(bundle, manifest)
     if key:
         _check_signature(bundle, key)
-    fit.check(manifest["tied"], str(bundle))
+    fit.check(manifest, str(bundle))
     found = rebuilt.find(bundle, manifest)
     signed = "signed" if key else "as the manifest says"
     print(f"every file is {signed}{', and as rebuilt here' if found else ''}; it fits this machine")
@@ -57,16 +57,28 @@ def _check_signature(bundle: Path, key: Path) -> None:
 
 def _rebuild(bundle: Path, runtime: Runtime) -> int:
     manifest = read_manifest(bundle)
-    check(bundle, manifest)
+    if _runs_as_shipped(bundle, runtime):
+        print(f"{bundle / manifest['model']['file']} runs here as it was shipped; nothing was built")
+        return 0
     made = rebuilt.rebuild(bundle, manifest, runtime, options_of(runtime, manifest["model"]["options"]))
-    print(f"{made} was built here and is what runs from now on; try it with `python run.pyz selftest`")
+    print(f"{made} was built here and runs in place of what was shipped; try it with `python run.pyz selftest`")
     return 0
+
+
+def _runs_as_shipped(bundle: Path, runtime: Runtime) -> bool:
+    """Say whether the bundle's own file, which may be signed, loads and answers; raise InputError for a damaged one."""
+    check(bundle, read_manifest(bundle))
+    try:
+        Runner(bundle, runtime, as_shipped=True)
+    except (InputError, StageFailed):
+        return False
+    return True
 
 
 def _selftest(bundle: Path, runtime: Runtime, *, as_json: bool) -> int:
     runner = _loaded(bundle, runtime)
     limit, differences = golden.compare(bundle, runner.manifest, runner.preprocessing, runner.predict)
-    return golden.show(limit, differences, measure.quick(runner), as_json=as_json)
+    return golden.show(limit, differences, measure.quick(runner), rebuilt=runner.rebuilt, as_json=as_json)
 
 
 def _measure(bundle: Path, runtime: Runtime, options: argparse.Namespace) -> int:

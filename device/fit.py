@@ -12,17 +12,23 @@ from device.errors import InputError, TargetUnavailable
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def check(tied: Mapping[str, Any], where: str) -> None:
-    """Raise TargetUnavailable, naming everything that this machine lacks."""
+def check(manifest: Mapping[str, Any], where: str) -> None:
+    """Raise TargetUnavailable, naming everything that this machine lacks of what a bundle's manifest says it needs."""
     try:
-        lacking = list(_lacking(tied))
+        lacking = list(_lacking(manifest["tied"], _gpu(manifest)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where} does not say what it is tied to ({error!r:.120}); bundle it again") from error
     if lacking:
         raise TargetUnavailable(f"{where} does not fit this machine: {'; '.join(lacking)}")
 
 
-def _lacking(tied: Mapping[str, Any]) -> Iterator[str]:
+def _gpu(manifest: Mapping[str, Any]) -> int:
+    """Give the index of the GPU that the model's options name; the first where they name none."""
+    named = (manifest.get("model") or {}).get("options", {}).get("device", 0)
+    return named if type(named) is int else 0
+
+
+def _lacking(tied: Mapping[str, Any], gpu_index: int) -> Iterator[str]:
     here = {"os": platform.system(), "machine": platform.machine()}
     for name, found in here.items():
         if tied[name] is not None and tied[name] != found:
@@ -37,7 +43,7 @@ def _lacking(tied: Mapping[str, Any]) -> Iterator[str]:
     if tied["gpu"]:
         from device import gpu  # noqa: PLC0415 - it imports NumPy, which installing needs not
 
-        card = gpu.find(0)
+        card = gpu.find(gpu_index)
         if isinstance(card, str):
             yield card
         elif card.capability not in tied["gpu"]:

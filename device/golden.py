@@ -52,12 +52,12 @@ def finite(differences: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in differences.items()}
 
 
-def show(limit: float, differences: Mapping[str, float], milliseconds: float, *, as_json: bool) -> int:
+def show(limit: float, differences: Mapping[str, float], milliseconds: float, *, rebuilt: bool, as_json: bool) -> int:
     """Print how far each file's answer is from the expected one, and how long one takes; give the exit code."""
     passed = all(difference <= limit for difference in differences.values())
     if as_json:
         found = {"passed": passed, "score_limit": limit, "differences": finite(differences)}
-        print(json.dumps(found | {"milliseconds": round(milliseconds, 3)}))
+        print(json.dumps(found | {"milliseconds": round(milliseconds, 3), "rebuilt": rebuilt}))
         return 0 if passed else 1
     for name, difference in differences.items():
         print(f"{name}\t{difference:.2g} of the largest score, {limit:.2g} allowed")

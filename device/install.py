@@ -43,8 +43,12 @@ def locked(root: Path) -> Iterator[None]:
         yield
 
 
-def install(path: Path, root: Path, *, allow_downgrade: bool = False) -> tuple[Installed, bool]:
+def install(
+    path: Path, root: Path, *, allow_downgrade: bool = False, allow_rejected: bool = True
+) -> tuple[Installed, bool]:
     """Install an archive under a root; give what runs then, and whether that is new.
+
+    Without `allow_rejected` what failed its self-test here before, or was rolled back from, is refused.
 
     Signed by a trusted key, fitting this machine and newer than what runs: all that is asked before anything is
     unpacked. The bytes are compared with the signature as they are written, and the self-test runs on that very copy.
@@ -58,11 +62,13 @@ def install(path: Path, root: Path, *, allow_downgrade: bool = False) -> tuple[I
             with archive.opened(path) as (head, reader):
                 signed = signature.verify(head.signature, keys, f"{signature.FILE} of {path}")
                 listed = _listed(head, signed, path)
-                fit.check(head.manifest["tied"], str(path))
+                fit.check(head.manifest, str(path))
                 same = here is not None and here.digest == head.digest
                 if here and same and _whole(root, here):
                     tell(root, "installed already")
                     return here, False
+                if not allow_rejected:
+                    _refuse_rejected(root, head, path)
                 _admit(None if same else here, head, path, allow_downgrade=allow_downgrade)
                 made = _unpack(reader, head, listed, signed.digests, root)
                 key = next(key for key in keys if key.name == signed.key)
@@ -82,7 +88,9 @@ def rollback(root: Path) -> Installed:
         here = current(root)
         if here is None:
             raise InputError(f"nothing is installed in {root}")
-        return _back(root, here, "asked for")
+        before = _back(root, here, "asked for")
+        installed.reject(root, here.digest, "it was rolled back from")
+        return before
 
 
 def prove(root: Path) -> tuple[Installed, Mapping[str, Any]]:
@@ -91,8 +99,10 @@ def prove(root: Path) -> tuple[Installed, Mapping[str, Any]]:
         here = current(root)
         if here is None:
             raise InputError(f"nothing is installed in {root}")
+        intact = False
         try:
             signature.check(here.folder, installed.keys(root, here))
+            intact = True
             found = selftest(here.folder)
         except BitferryError as error:
             fault = error
@@ -104,6 +114,8 @@ def prove(root: Path) -> tuple[Installed, Mapping[str, Any]]:
         except InputError as error:
             tell(root, f"failed: {first_line(fault)}", {"passed": False})
             raise StageFailed(f"{here.title} failed, and {error}: {fault}") from fault
+        if intact:  # a damaged copy says nothing of the bundle, and the next update mends it
+            installed.reject(root, here.digest, first_line(fault))
     raise StageFailed(f"{here.title} failed, so {before.title} runs again: {fault}") from fault
 
 
@@ -191,6 +203,15 @@ def _admit(here: Installed | None, head: archive.Head, path: Path, *, allow_down
     )
 
 
+def _refuse_rejected(root: Path, head: archive.Head, path: Path) -> None:
+    why = installed.rejected(root).get(head.digest)
+    if why:
+        raise InputError(
+            f"{path} was rejected here before: {why}; what runs stays, and the next version is taken; to try this one "
+            f"again all the same, `install {path} --root {root}`"
+        )
+
+
 def _unpack(
     reader: archive.Reader, head: archive.Head, sizes: Mapping[str, int], digests: Mapping[str, str], root: Path
 ) -> Path:
@@ -251,8 +272,13 @@ def _switch(
     atomic.protect(final)
     atomic.write(final.with_name(final.name + NOTE), json.dumps(note).encode())
     atomic.settle(final.parent)
-    found = selftest(final)
+    try:
+        found = selftest(final)
+    except StageFailed as error:
+        installed.reject(root, note["digest"], first_line(error))
+        raise
     atomic.point(root / CURRENT, f"{VERSIONS}/{final.name}")
+    installed.readmit(root, note["digest"])
     with contextlib.suppress(OSError):
         _clear(root)
     return installed.read(final), found

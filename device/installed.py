@@ -2,6 +2,7 @@
 
 ROOT/current is a symbolic link to one of ROOT/versions, and the only thing that says what runs. Beside each version
 lies a note: which one ran before it, and which key signed it, for a key may be given up while its bundle still runs.
+ROOT/rejected.json lists what failed its self-test here or was rolled back from, which an update does not take again.
 ROOT/status.json is for people, and nothing depends on it.
 """
 
@@ -17,7 +18,9 @@ from device import archive, atomic, strict, trust
 from device.errors import BitferryError, InputError
 from device.signature import Key, public_key
 
-VERSIONS, CURRENT, NOTE = "versions", "current", ".json"
+VERSIONS, CURRENT, NOTE, REJECTED = "versions", "current", ".json", "rejected.json"
+MOST_REJECTED = 100
+"""Kept, the last ones."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,37 @@ def note(folder: Path) -> Mapping[str, Any]:
         return strict.read(folder.with_name(folder.name + NOTE).read_bytes(), NOTE)
     except (OSError, BitferryError):
         return {}
+
+
+def rejected(root: Path) -> dict[str, str]:
+    """List the bundles that were rejected, each by the sha256 of its manifest with the reason; none where that is lost.
+
+    Any manifest of the same bytes is meant, under whatever name its archive comes.
+    """
+    try:
+        found = strict.read((root / REJECTED).read_bytes(), REJECTED)
+    except (OSError, BitferryError):
+        return {}
+    return {digest: why for digest, why in found.items() if isinstance(why, str)}
+
+
+def reject(root: Path, digest: str | None, why: str) -> None:
+    """Note that a bundle is not to be taken by an update again; a disk that cannot be written keeps no note."""
+    if digest:
+        _write_rejected(root, {name: one for name, one in rejected(root).items() if name != digest} | {digest: why})
+
+
+def readmit(root: Path, digest: str) -> None:
+    """Forget that a bundle was rejected: it runs."""
+    known = rejected(root)
+    if known.pop(digest, None) is not None:
+        _write_rejected(root, known)
+
+
+def _write_rejected(root: Path, found: Mapping[str, str]) -> None:
+    with contextlib.suppress(OSError):
+        last = dict(list(found.items())[-MOST_REJECTED:])
+        atomic.write(root / REJECTED, json.dumps(last, indent=2).encode() + b"\n")
 
 
 def keys(root: Path, here: Installed) -> tuple[Key, ...]:

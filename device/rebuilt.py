@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-from device import onnx_file
+from device import atomic, onnx_file
 from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
 from device.whole import REBUILT, sha256
 
 SOURCE = "model.onnx"
+OLD = ".rebuilt.old"
 
 
 class Compiler(Protocol):
@@ -46,7 +47,7 @@ def rebuild(bundle: Path, manifest: dict[str, Any], compiler: Compiler, options:
             "files": {path.name: sha256(path) for path in sorted(part.iterdir())},
         }
         (part / "manifest.json").write_text(json.dumps(note, indent=2) + "\n")
-        _publish(part, bundle)
+        atomic.publish(part, bundle / REBUILT, bundle / OLD)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return bundle / REBUILT / str(model["file"])
@@ -87,17 +88,3 @@ def _compile(source: Path, out: Path, compiler: Compiler, precision: str, option
         raise TargetUnavailable(f"building needs the Python package '{error.name}', which is not installed") from error
     except Exception as error:  # the vendor's compiler may raise anything
         raise StageFailed(f"the compiler refused {source}: {first_line(error)}") from error
-
-
-def _publish(part: Path, bundle: Path) -> None:
-    final, old = bundle / REBUILT, bundle / ".rebuilt.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    try:
-        part.rename(final)
-    except OSError:
-        if old.exists():
-            old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,9 @@ Node = Any  # a torch.fx.Node, whose arguments may be of every type
 
 QUANTIZE, DEQUANTIZE = (f"quantized_decomposed.{verb}_per_tensor" for verb in ("quantize", "dequantize"))
 RELUS = {"aten.relu", "aten.relu6", "aten.hardtanh"}
-CARRIERS = {f"aten.{name}" for name in ("max_pool2d", "permute", "flatten", "view", "reshape", "squeeze", "unsqueeze")}
+MOVES = "alias clone contiguous detach flatten max_pool2d permute reshape squeeze transpose unsqueeze view"
+CARRIERS = {f"aten.{name}" for name in (*MOVES.split(), "clamp")}
+"""What rounding may go before as well as after: what moves values, and what only cuts them off."""
 
 
 def respelled(module: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from device import pixels, rebuilt, strict, whole
 from device.arrays import Outputs, Predict
-from device.errors import BitferryError, InputError, first_line
+from device.errors import BitferryError, InputError, StageFailed, first_line
 from device.pixels import IGNORED, Maps
 from device.preprocess import Preprocessing, decode
 
@@ -126,7 +126,8 @@ def task_of(manifest: dict[str, Any]) -> Task:
 class Runner:
     """A checked bundle with its model loaded."""
 
-    def __init__(self, bundle: Path, runtime: Runtime, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Path, runtime: Runtime, *, threads: int | None = None, as_shipped: bool = False) -> None:
+        """Load the model as it was shipped; what was compiled here only where that cannot be, unless `as_shipped`."""
         manifest = read_manifest(bundle)
         check(bundle, manifest)
         model = manifest["model"]
@@ -134,13 +135,23 @@ class Runner:
         self.classes: list[str] = manifest["classes"]
         self.task = task_of(manifest)
         self.preprocessing = Preprocessing.from_json(manifest["preprocessing"])
-        found = rebuilt.find(bundle, manifest)
-        path, self.rebuilt = found or bundle / model["file"], found is not None
         self.options = options_of(runtime, model["options"] | ({"threads": threads} if threads else {}))
+        self.rebuilt = False
+        try:
+            self._load(bundle / model["file"], runtime)
+        except (InputError, StageFailed):
+            built = None if as_shipped else rebuilt.find(bundle, manifest)
+            if built is None:
+                raise
+            self._load(built, runtime)
+            self.rebuilt = True
+
+    def _load(self, path: Path, runtime: Runtime) -> None:
+        """Load a file and have it answer once."""
         blank = np.zeros((1, *self.preprocessing.shape), np.uint8)
         try:
             start = time.perf_counter()
-            self.predict = runtime.load(path, precision=model["precision"], options=self.options)
+            self.predict = runtime.load(path, precision=self.manifest["model"]["precision"], options=self.options)
             loaded = time.perf_counter()
             scores = self.predict(blank)
             self.load_ms, self.first_ms = (loaded - start) * 1e3, (time.perf_counter() - loaded) * 1e3

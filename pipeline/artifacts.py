@@ -126,6 +126,8 @@ class Quantized:
     """float8 where a target makes that of the int8 program."""
     float_counterpart: Path | None = None
     """The program without its grids: the same layers, equalized where they were, their batch norms folded."""
+    kept: tuple[str, ...] = ()
+    """Layers that were to stay float."""
     quantized = True
 
     def module(self) -> "nn.Module":
@@ -147,6 +149,8 @@ class QuantizedOnnx:
     key: str
     precision: Precision = "int8"
     """float8 where a target makes that of the int8 file."""
+    kept: tuple[str, ...] = ()
+    """Layers that were to stay float."""
     quantized = True
 
     def module(self) -> "nn.Module":

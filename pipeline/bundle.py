@@ -61,6 +61,7 @@ def check_output(recipe: Recipe, names: list[str], out: Path) -> None:
     cache.own(out)
     for name in names:
         place = out / folder_name(recipe, name)
+        cache.recover(place)
         if place.is_symlink() or (place.exists() and not _is_bundle(place)):
             raise InputError(f"{place} exists and is no bundle of bitferry's; move it away or name another OUT")
 

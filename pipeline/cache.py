@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from device import atomic
 from device.errors import InputError
 from pipeline import failing, interrupt, progress
 
@@ -65,18 +66,20 @@ def own(folder: Path) -> None:
 
 def publish(temporary: Path, final: Path) -> None:
     """Rename a finished folder into place, its bytes on disk first, replacing an older one."""
-    old = final.with_name(f".{final.name}.old")
     for path in sorted(temporary.rglob("*")):
         if path.is_file():
             with path.open("rb+") as stream:
                 os.fsync(stream.fileno())
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        temporary.rename(final)
-    else:
-        temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    atomic.publish(temporary, final, _aside(final))
+
+
+def recover(final: Path) -> None:
+    """Bring back a folder that `publish` had put aside when it was killed, where the system cannot exchange two."""
+    atomic.recover(final, _aside(final))
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
 
 
 @contextmanager

@@ -46,6 +46,10 @@ Minutes = Annotated[float | None, typer.Option(min=0, help="Of precision auto: h
 Quick = Annotated[bool, typer.Option("--quick", help="Time each cell for a second and a half.")]
 Thorough = Annotated[bool, typer.Option("--thorough", help="Time each cell for a minute.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Load .pt2 programs, which can run code.")]
+KeepDays = Annotated[
+    float,
+    typer.Option(min=0, help="Days that answers and timed calls are kept, and unused files in the store; 0: all."),
+]
 Mlflow = Annotated[str | None, typer.Option(help="Log the night to this MLflow server, too.")]
 
 
@@ -66,6 +70,7 @@ def matrix(
     thorough: Thorough = False,
     trust: Trust = False,
     mlflow: Mlflow = None,
+    keep_days: KeepDays = 90,
     json_: Json = False,
 ) -> None:
     """Measure every recipe on every target in every precision, and say what changed since the accepted nights.
@@ -84,8 +89,9 @@ def matrix(
     effort: Effort = "quick" if quick else "thorough" if thorough else "default"
     names = _listed(precisions)
     age = 0 if remeasure else max_age
+    paths = tuple(recipes)
     night = run(
-        Asked(tuple(recipes), targets, names, out, build, ray, store, effort, search_minutes, age, new, trust, mlflow)
+        Asked(paths, targets, names, out, build, ray, store, effort, search_minutes, age, new, trust, mlflow, keep_days)
     )
     show(night, as_json=json_)
     raise typer.Exit(130 if not night.finished else int(night.regressed))

@@ -76,7 +76,7 @@ def _export(program: TorchProgram, calibration: Split, out: Path) -> None:
         whole = captured(program)
         try:
             exported = torch.onnx.export(
-                _clamps(whole),
+                with_clamps(whole),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=["images"],
@@ -90,14 +90,17 @@ def _export(program: TorchProgram, calibration: Split, out: Path) -> None:
     _compare(expected, _answer(out / "model.onnx", images, "the exported ONNX"), images, program, "the exported ONNX")
 
 
-def _clamps(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Copy a program with ReLU6 as the clamp that it is: the exporter finds that out symbolically, and slowly."""
+def with_clamps(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Copy a program with ReLU6 and hardtanh as clamps, which the exporter finds out symbolically, and slowly."""
     copied = copy.deepcopy(program)
     for node in copied.graph.nodes:
         if node.target is aten.relu6.default:
             node.target, node.args = aten.clamp.default, (node.args[0], 0.0, 6.0)
         if node.target is aten.hardtanh.default and len(node.args) == 3:
             node.target = aten.clamp.default
+        if node.target is aten.clamp.default and node.meta["val"].is_floating_point():
+            bounds = (float(bound) if isinstance(bound, int) else bound for bound in node.args[1:])
+            node.args = (node.args[0], *bounds)  # of a whole one the exporter makes a tensor, of the other it does not
     copied.graph_module.recompile()
     return copied
 

@@ -72,6 +72,7 @@ def quantize(
         Calibration(used["images"], len(calibration), used["curve"]),
         key,
         float_counterpart=done / FLOAT_COUNTERPART,
+        kept=settings.keep,
     )
 
 

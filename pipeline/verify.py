@@ -173,7 +173,7 @@ def _percent(answers: Kept, evaluation: Split, recipe: Recipe) -> float:
 
 
 def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, command: str) -> Verdict:
-    ran = execution.told(way.compiled, way.runtime_float)
+    ran = execution.told(way.program, way.compiled, way.runtime_float)
     outcome, headline, reasons = _judged(recipe, way, evaluation, measured, ran)
     return Verdict(
         outcome=outcome,

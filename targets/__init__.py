@@ -128,6 +128,8 @@ class Layer:
     """Of its inputs: int8, float32, bfloat16, float16."""
     microseconds: float | None = None
     """What it took in one call of the artifact, the median of a few; None where the runtime does not tell."""
+    reason: str | None = None
+    """Why it is not int8 where that was asked for; None where it is, was not, or the quantized program tells."""
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)

@@ -41,6 +41,8 @@ SUFFIX = ".pte"
 VERSION = version.__version__.partition("+")[0]
 NAMES = ".layers.json"
 """Of a file beside it: the PyTorch module of each layer, by the number that XNNPACK knows it by."""
+BESIDE = "beside XNNPACK"
+"""In that file, the modules of the layers that ExecuTorch runs itself, in their order."""
 INT8 = Scheme(activation="int8", outputs="int8", concatenations="shared")
 SCHEMES: Mapping[Precision, Scheme | None] = {"int8": INT8, "float32": None}
 LAYERS = "XNNConv2d XNNDepthwiseConv2d XNNConvTranspose2d XNNFullyConnected XNNBatchMatrixMultiply"
@@ -120,13 +122,19 @@ def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[
     program = deserialize_pte_binary(path.read_bytes()).program
     (plan,) = program.execution_plan
     layers: list[Layer] = []
+    beside = iter(names[BESIDE])
     for call in [instruction.instr_args for instruction in plan.chains[0].instructions]:
         if hasattr(call, "delegate_index"):
             index = plan.delegates[call.delegate_index].processed.index
             layers += _delegated(bytes(program.backend_delegate_data[index].data), names)
         elif hasattr(call, "op_index") and (operator := plan.operators[call.op_index].name) in KINDS:
-            layers.append(Layer(f"{operator}, not by XNNPACK", KINDS[operator], "float32"))
+            named = next(beside, "") or operator
+            layers.append(Layer(named, KINDS[operator], "float32", reason=_why_beside(operator)))
     return layers
+
+
+def _why_beside(operator: str) -> str:
+    return f"XNNPACK did not take it, and ExecuTorch's own {operator} computes in float32"
 
 
 def _hush() -> None:
@@ -134,7 +142,7 @@ def _hush() -> None:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
-def _delegated(payload: bytes, names: Mapping[str, str]) -> Iterator[Layer]:
+def _delegated(payload: bytes, names: Mapping[str, Any]) -> Iterator[Layer]:
     """Read the layers out of the graph that XNNPACK gets; its schema comes with the package."""
     from executorch.backends.xnnpack import serialization  # noqa: PLC0415
     from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader  # noqa: PLC0415
@@ -196,10 +204,13 @@ def _runtime() -> Any:
     return _C
 
 
-def _names(program: Any) -> dict[str, str]:
+def _names(program: Any) -> dict[str, Any]:
     parts = [child.original_module for child in program.graph_module.children() if hasattr(child, "original_module")]
     nodes = [node for part in parts for node in part.graph.nodes if "debug_handle" in node.meta and _module(node)]
-    return {str(node.meta["debug_handle"]): _module(node) for node in nodes}
+    beside = [node for node in program.graph.nodes if operator(node).replace(".", "::") in KINDS]
+    return {BESIDE: [_module(node) for node in beside]} | {
+        str(node.meta["debug_handle"]): _module(node) for node in nodes
+    }
 
 
 def _module(node: Node) -> str:

@@ -71,6 +71,8 @@ def compile(model: Path, out: Path, *, precision: Precision, options: Options) -
     _pool_means(_Graph(made.graph))
     if precision == "int8":
         _quantize_gates(_Graph(made.graph))
+        while _quantize_first(_Graph(made.graph)):
+            pass
         while _drop_idle_pair(_Graph(made.graph)):
             pass
     _Graph(made.graph).drop_unused()
@@ -195,11 +197,15 @@ class _Graph:
 
     def runs_on_int8(self, node: "NodeProto") -> bool:
         """Say whether ONNX Runtime has an int8 kernel for a node, quantized around it as it is."""
+        gives = {user.op_type for user in self.users(node.output[0])} == {"QuantizeLinear"}
+        return self.has_int8(node) and (node.op_type in FLOAT_GIVERS or gives)
+
+    def has_int8(self, node: "NodeProto") -> bool:
+        """Say whether a node has an int8 kernel and takes int8."""
         data = node.input[:2] if node.op_type in ("Conv", "Gemm") else node.input
         makers = [self.source(value, MOVES) for value in data]
         inputs = all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
-        gives = {user.op_type for user in self.users(node.output[0])} == {"QuantizeLinear"}
-        return inputs and (node.op_type in FLOAT_GIVERS or (gives and node.op_type in INT8_KERNELS))
+        return inputs and node.op_type in INT8_KERNELS | FLOAT_GIVERS
 
     def users(self, value: str) -> "list[NodeProto]":
         """Give what takes a value, be it after a ReLU or a move."""
@@ -275,6 +281,52 @@ def _quantize_gates(graph: _Graph) -> None:
             for taker in graph.takers[pair.output[0]]:
                 graph.replace(taker.output[0], gate)
         graph.replace(name, gate)
+
+
+def _quantize_first(graph: _Graph) -> bool:
+    """Quantize once before what moves or cuts off what an int8 kernel gives; say whether there was such a place.
+
+    Rounding and cutting off may change places: both keep the order of values. A kernel's output must be quantized at
+    once, and ONNX Runtime takes a ReLU or clip away between the two only where the range of the quantization ends
+    within the clip's: of −1 to 1, which 255 steps cannot halve, never.
+    """
+    for node in graph.nodes:
+        before = graph.maker.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if before is None or before.op_type not in CARRIERS or len(graph.takers[before.output[0]]) > 1:
+            continue
+        source = graph.source(node.input[0], CARRIERS)
+        if source is None or not graph.has_int8(source):
+            continue
+        if before.op_type in ("Relu", "Clip") and _cuts_nothing(graph, before, node):
+            graph.replace(before.output[0], before.input[0])
+            graph.graph.node.remove(before)
+            return True
+        if _quantized(graph, before.input[0], node):
+            continue
+        name, *grid = f"{before.output[0]}/first", *node.input[1:]
+        inside = graph.insert(before, "QuantizeLinear", [before.input[0], *grid], f"{name}/int8")
+        before.input[0] = graph.insert(before, "DequantizeLinear", [inside, *grid], name)
+        return True
+    return False
+
+
+def _cuts_nothing(graph: _Graph, cut: "NodeProto", quantize: "NodeProto") -> bool:
+    """Say whether a quantization alone cuts off all that a ReLU or clip before it does."""
+    named = [*cut.input[1:], "", ""][:2]
+    if {*named, *quantize.input[1:3]} - {""} - set(graph.constants) or len(quantize.input) < 3:
+        return False
+    scale, zero = (graph.array(value) for value in quantize.input[1:3])
+    low, high = (float(graph.array(bound)) if bound else None for bound in named)
+    low = 0.0 if cut.op_type == "Relu" else low
+    least, most = (limit - int(zero) for limit in (np.iinfo(zero.dtype).min, np.iinfo(zero.dtype).max))
+    fits = (low is None or np.rint(low / scale) <= least) and (high is None or np.rint(high / scale) >= most)
+    return scale.ndim == 0 and bool(fits)
+
+
+def _quantized(graph: _Graph, value: str, like: "NodeProto") -> bool:
+    """Say whether a value was quantized on the same grid just before."""
+    made = graph.maker.get(value)
+    return made is not None and made.op_type == "DequantizeLinear" and list(made.input[1:]) == list(like.input[1:])
 
 
 def _attribute(node: "NodeProto", name: str, default: float) -> float:

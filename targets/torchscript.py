@@ -119,7 +119,11 @@ def load(path: Path, *, precision: Precision, options: Options) -> Predict:
 def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[Layer]:
     names = json.loads(path.with_suffix(NAMES).read_text())
     nodes = _layers(_read(path).inlined_graph)
-    return [Layer(name, KINDS[node.kind()], _precision(node)) for name, node in zip(names, nodes, strict=True)]
+    reason = "TorchScript computes rounded values in float32" if precision == "int8" else None
+    return [
+        Layer(name, KINDS[node.kind()], _precision(node), reason=reason)
+        for name, node in zip(names, nodes, strict=True)
+    ]
 
 
 def _read(path: Path) -> Any:

@@ -297,3 +297,22 @@ def test_maps_are_known_behind_views_and_attention_scores_are_none() -> None:
     nodes = annotated(Shuffled(), Scheme(outputs="int8"))
     assert quantized_inputs(nodes, torch.ops.aten.add.Tensor) == [["reshape", "conv2d_1"], []]
     assert quantized_inputs(nodes, torch.ops.aten.mul.Tensor) == [["reshape_2", "sigmoid"]]
+
+
+class Carried(nn.Module):
+    """A value that two take, one of them after a move; and one that only moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 3, 3), nn.Conv2d(6, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        y = self.second(torch.cat([nn.functional.max_pool2d(y, 3, 1, 1), y], 1))
+        return self.third(nn.functional.max_pool2d(y, 2))
+
+
+def test_a_value_that_branches_is_quantized_once_before_it_does() -> None:
+    nodes = annotated(Carried(), Scheme(outputs="int8"))
+    given = {node.name for node in nodes if (found := node.meta.get(Q_ANNOTATION_KEY)) and found.output_qspec}
+    assert given == {"relu", "conv2d_2"}  # of the second layer the pooling's output is, which the third takes

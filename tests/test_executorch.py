@@ -104,6 +104,53 @@ def test_concatenations_run_on_int8(build: Cache) -> None:
     ]
 
 
+def shuffled(y: torch.Tensor, *, permute: bool = False) -> torch.Tensor:
+    """Mix the channels of two groups, as ShuffleNet does."""
+    n, c, h, w = y.shape
+    if permute:
+        return y.reshape(n, 2, c // 2, h, w).permute(0, 2, 1, 3, 4).reshape(n, c, h, w)
+    return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+BETWEEN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "shuffled": shuffled,
+    "permuted": lambda y: shuffled(y, permute=True),
+    "cut": lambda y: y.clamp(-0.5, 1),
+    "pooled_too": lambda y: torch.cat([nn.functional.max_pool2d(y, 3, 1, 1), y], 1)[:, :8],
+    "taken_twice": lambda y: nn.functional.max_pool2d(y, 3, 1, 1) + y,
+    "flat": lambda y: y.clone().flatten(1).view(y.shape),
+}
+
+
+class Moved(nn.Module):
+    """Two layers with a move between them, for each kind of move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleDict({name: nn.Conv2d(3, 8, 3, padding=1) for name in BETWEEN})
+        self.second = nn.ModuleDict({name: nn.Conv2d(8, 8, 3, padding=1) for name in BETWEEN})
+        self.head = nn.Linear(8 * len(BETWEEN), 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ends = [self.second[name](BETWEEN[name](self.first[name](x))).mean((2, 3)) for name in BETWEEN]
+        scores: torch.Tensor = self.head(torch.cat(ends, 1))
+        return scores
+
+
+def test_what_is_moved_or_cut_off_between_layers_leaves_both_on_int8(build: Cache) -> None:
+    torch.manual_seed(0)
+    scheme = executorch.SCHEMES["int8"]
+    assert scheme
+    settings = Quantization(observer="minmax", equalize=False, bias_correction="none")
+    made = quantize(float_model(Moved(), split().images), split(), scheme, settings, build)
+    path = compiled(made, build, Options(threads=1))
+    images, expected = answers(made, 4)
+    assert sqnr_db(expected, executorch.load(path, precision="int8", options=Options(threads=1))(images)) > 30
+    found = executorch.executed(path, precision="int8", options=Options())
+    assert {layer.name: layer.precision for layer in found if layer.precision != "int8"} == {}
+    assert len(found) == 2 * len(BETWEEN) + 1
+
+
 def test_respelling_changes_no_answer(int8: TorchProgram, build: Cache) -> None:
     images = torch.from_numpy(split().images[:4].copy())
     for made in (int8, program("float32", executorch, build)):

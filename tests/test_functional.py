@@ -10,6 +10,7 @@ from torch.nn import functional
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from pipeline.capture import export_program
+from pipeline.export import with_clamps
 from pipeline.quantization.annotate import SchemeQuantizer
 from pipeline.quantization.folding import fold_constants
 from pipeline.quantization.graph import set_mode
@@ -185,3 +186,17 @@ def test_what_nobody_else_sees_becomes_the_operator_that_returns_it() -> None:
         "aten.silu.default",
     ]
     torch.testing.assert_close(program.module()(IMAGES), net(IMAGES), rtol=0, atol=0)
+
+
+def test_a_clamp_s_bounds_are_of_one_kind() -> None:
+    """PyTorch's exporter to ONNX fails on a whole bound beside one that is not."""
+
+    class Cut(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clamp(max=1).clamp(0, 0.5)
+
+    model = nn.Sequential(nn.Hardtanh(0, 1), nn.Hardtanh(-0.5, 2), Cut())
+    program = torch.export.export(model, (torch.rand(2, 3),))
+    bounds = [node.args[1:] for node in with_clamps(program).graph.nodes if node.op == "call_function"]
+    assert bounds == [(0.0, 1.0), (-0.5, 2.0), (None, 1.0), (0.0, 0.5)]
+    assert all(isinstance(one, float | None) for pair in bounds for one in pair)

@@ -1,14 +1,17 @@
 """Tests that the history keeps every night whole for years: kills, copies, damage, old schemas, other programs."""
 
+import os
 import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import astuple, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,11 @@ import pytest
 
 from device.errors import InputError
 from pipeline import verdict
-from pipeline.nightly import database
+from pipeline.nightly import database, matrix
 from pipeline.nightly.history import Accepted, History
+from pipeline.nightly.matrix import Asked
 from pipeline.nightly.night import ARTIFACT, Cell, Finding, Point, Result
+from pipeline.nightly.store import Store
 from pipeline.report.record import Recorded
 from tests import nights
 from tests.conftest import ROOT
@@ -226,6 +231,31 @@ def test_forgetting_leaves_figures_references_and_what_later_nights_share(histor
     assert forgotten is not None
     assert forgotten.verdict == one.verdict
     assert history.forget(NIGHTS[2]) == 0
+
+
+def test_a_night_ends_by_forgetting_what_is_older_than_is_kept(history: History, tmp_path: Path) -> None:
+    first, second = nights.result(seed=5), nights.result(seed=6)
+    keep(history, NIGHTS[0], nights.result(seed=4))  # the reference
+    keep(history, NIGHTS[1], first)
+    keep(history, NIGHTS[3], second)
+    store = Store(str(tmp_path / "store"))
+    store.put_bytes("old-stage", b"old")
+    for path in [path for path in (tmp_path / "store").rglob("*") if path.is_file()]:
+        os.utime(path, (time.time() - 86400 * 40,) * 2)
+    store.put_bytes("new-stage", b"new")
+    asked = Asked((), "all", (), tmp_path, tmp_path, store=str(tmp_path / "store"), keep_days=30)
+    now = datetime.fromisoformat(NIGHTS[3])
+    matrix._forget(asked, history, now)
+    assert history.samples(NIGHTS[1], first.cell)
+    assert store.get_bytes("old-stage") is None
+    assert store.get_bytes("new-stage") == b"new"
+    matrix._forget(replace(asked, keep_days=0, store=None), history, now)
+    assert history.samples(NIGHTS[1], first.cell)
+    matrix._forget(replace(asked, keep_days=1, store=None), history, now)
+    assert not history.samples(NIGHTS[1], first.cell)
+    assert history.samples(NIGHTS[0], first.cell)
+    assert history.samples(NIGHTS[3], first.cell)
+    assert [point.night for point in history.points()] == [NIGHTS[0], NIGHTS[1], NIGHTS[3]]
 
 
 def test_a_verdict_of_another_schema_leaves_everything_else_readable(history: History) -> None:

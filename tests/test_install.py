@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from device import agent, archive, fit, install, installed, signature, trust, versions
+from device import agent, archive, fit, gpu, install, installed, signature, trust, versions
 from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable
 from pipeline.bundle import write_agent
 from pipeline.shipping import keys, sign
@@ -123,14 +123,16 @@ def test_the_self_test_of_what_runs_goes_back_where_it_fails(root: Path, old: Pa
     assert installed.status(root)["last"].startswith("rolled back from 1.10.0: ")
 
 
-def test_48_a_bundle_whose_self_test_fails_never_runs(root: Path, shop: Shop, old: Path) -> None:
-    def other_scores(bundle: Path) -> None:
-        path = bundle / "golden/expected.json"
-        fields = json.loads(path.read_text())
-        for file in fields["files"].values():
-            file["scores"] = [score + 5 for score in file["scores"]]
-        path.write_text(json.dumps(fields))
+def other_scores(bundle: Path) -> None:
+    """Expect scores that the model does not give."""
+    path = bundle / "golden/expected.json"
+    fields = json.loads(path.read_text())
+    for file in fields["files"].values():
+        file["scores"] = [score + 5 for score in file["scores"]]
+    path.write_text(json.dumps(fields))
 
+
+def test_48_a_bundle_whose_self_test_fails_never_runs(root: Path, shop: Shop, old: Path) -> None:
     install.install(old, root)
     message = refused(root, shop.archive("2.0.0", other_scores), StageFailed)
     assert "the self-test of small-openvino-2.0.0-" in message
@@ -191,7 +193,17 @@ def test_41_another_machine_is_refused_before_anything_is_unpacked(
 def test_41_what_does_not_say_what_it_is_tied_to_is_refused() -> None:
     for tied in ({}, TIED | {"packages": []}, TIED | {"python": "about 3"}):
         with pytest.raises(InputError, match="does not say what it is tied to"):
-            fit.check(tied, "it")
+            fit.check({"tied": tied}, "it")
+
+
+def test_41_the_gpu_that_the_options_name_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [gpu.Gpu("old", "7.5"), gpu.Gpu("new", "8.9")]
+    monkeypatch.setattr(gpu, "find", gpus.__getitem__)
+    tied = TIED | {"gpu": ["8.9"]}
+    fit.check({"tied": tied, "model": {"options": {"device": 1}}}, "it")
+    for options in ({}, {"device": 0}, {"device": "GPU.1"}):
+        with pytest.raises(TargetUnavailable, match=r"built for compute capability 8\.9; old has 7\.5"):
+            fit.check({"tied": tied, "model": {"options": options}}, "it")
 
 
 def test_versions_are_ordered_as_semver_orders_them() -> None:
@@ -638,6 +650,53 @@ def test_a_device_updates_itself_from_what_was_published(made: tuple[Shop, Path,
         assert "expires first" in done("publish", *publish)
 
 
+def test_an_update_does_not_take_again_what_was_rejected(
+    made: tuple[Shop, Path, Path], shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, publish = shop.device("edge"), ["--repository", "public", "--keys", "roles"]
+    with served(tmp_path / "public") as server:
+
+        def offer(archive: Path) -> None:
+            assert Project(tmp_path).bitferry("publish", str(archive), *publish).returncode == 0
+
+        def update() -> tuple[int, str]:
+            capsys.readouterr()
+            trusted = ["--trusted-root", str(tmp_path / "public/metadata/root.json")]
+            code = agent.main(["update", "--repository", server.url, "--root", str(root), *trusted])
+            return code, "".join(capsys.readouterr())
+
+        offer(made[1])
+        assert update()[0] == 0
+        offer(shop.archive("2.0.0", other_scores))
+        code, told = update()
+        assert (code, version(root)) == (2, "1.0.0")
+        assert "the self-test of small-openvino-2.0.0-" in told
+        code, told = update()
+        assert (code, version(root)) == (2, "1.0.0")
+        assert "was rejected here before: the self-test of small-openvino-2.0.0-" in told
+        offer(shop.archive("3.0.0"))
+        assert update()[0] == 0
+        assert agent.main(["rollback", "--root", str(root)]) == 0
+        code, told = update()
+        assert (code, version(root)) == (2, "1.0.0")
+        assert "was rejected here before: it was rolled back from" in told
+        by_hand = ["install", str(root / "download/small-openvino-3.0.0.tar.gz"), "--root", str(root)]
+        assert agent.main(by_hand) == 0
+        assert update()[0] == 0
+        assert version(root) == "3.0.0"
+
+
+def test_an_update_mends_a_damaged_copy_that_was_gone_back_from(root: Path, old: Path, new: Path) -> None:
+    install.install(old, root)
+    install.install(new, root)
+    (root / "current/golden/golden-1.jpg").unlink()
+    with pytest.raises(StageFailed):
+        install.prove(root)
+    assert version(root) == "1.0.0"
+    install.install(new, root, allow_rejected=False)
+    assert version(root) == "1.10.0"
+
+
 @pytest.mark.usefixtures("tried")
 @pytest.mark.parametrize("damage", ["{", "{}", '{"name": 5}', None])
 @pytest.mark.parametrize("name", ["manifest.json", "model.sig", "run.pyz"])
@@ -728,11 +787,13 @@ def test_48_whatever_a_runner_says_that_is_no_pass_is_refused(root: Path, shop: 
 
 
 def test_what_was_compiled_on_a_device_is_told_to_be_unsigned(
-    root: Path, shop: Shop, old: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install.install(old, root)
-    here = (root / "current").resolve()
-    run = [sys.executable, str(here / "run.pyz")]
+    foreign = shop.archive("1.0.0", lambda bundle: (bundle / "model.xml").write_text("<net/>"))  # loads nowhere
+    with monkeypatch.context() as patched:
+        patched.setattr(install, "selftest", lambda folder: {"passed": True})
+        install.install(foreign, root)
+    run = [sys.executable, str(root / "current/run.pyz")]
     check = [*run, "check", "--key", str(shop.public)]
     assert subprocess.run(check, capture_output=True, check=False).returncode == 0
     subprocess.run([*run, "rebuild"], capture_output=True, check=True)

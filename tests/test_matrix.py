@@ -89,6 +89,19 @@ def test_a_night_measures_every_cell_and_the_next_reuses_what_did_not_change(
 
 
 @pytest.mark.slow
+def test_a_night_forgets_what_is_no_longer_kept(three: tuple[Project, list[tuple[int, Any]]], tmp_path: Path) -> None:
+    project = Project(Path(shutil.copytree(three[0].folder, tmp_path / "project")))
+    asked = ("broken.toml", "small.toml", "--targets", "openvino", "--precisions", "float32,int8")
+    _, night = matrix(project, *asked, "--keep-days", "1e-5")
+    with History(project.folder / "nightly/history.sqlite", read_only=True) as history:
+        first, second, *_ = history.nights()
+        cell = Cell("small", "openvino", "int8")
+        assert history.samples(first, cell)  # the reference
+        assert not history.samples(second, cell)
+        assert history.samples(night["night"], cell)
+
+
+@pytest.mark.slow
 def test_a_finding_names_the_broken_preprocessing_and_a_failure_stays_alone(
     three: tuple[Project, list[tuple[int, Any]]],
 ) -> None:

@@ -378,3 +378,32 @@ def test_an_empty_cache_is_none(
     options = Options(cache="")
     openvino.load(compiled(models, tmp_path / "made", "int8", options), precision="int8", options=options)(images)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize(("bias", "groups"), [(True, 1), (True, 2), (True, 8), (False, 2)])
+def test_a_layer_goes_by_its_name_in_onnx(bias: bool, groups: int, tmp_path: Path) -> None:
+    """OpenVINO numbers a transposed convolution, and calls the last layer by the model's output."""
+    node, rng = onnx.helper.make_node, np.random.default_rng(0)
+    shapes = {"w1": (8, 3, 3, 3), "b1": (8,), "w2": (8, 8 // groups, 2, 2), "b2": (8,), "w3": (4, 8), "b3": (4,)}
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    nodes = [
+        node("Cast", ["images"], ["whole"], to=onnx.TensorProto.FLOAT),
+        node("Transpose", ["whole"], ["x"], perm=[0, 3, 1, 2]),
+        node("Conv", ["x", "w1", "b1"], ["first"], name="stem.Conv_0"),
+        node("Relu", ["first"], ["r"]),
+        node("ConvTranspose", ["r", "w2", *(["b2"] if bias else [])], ["up"], name="up", strides=[2, 2], group=groups),
+        node("Relu", ["up"], ["u"]),
+        node("GlobalAveragePool", ["u"], ["p"]),
+        node("Flatten", ["p"], ["f"]),
+        node("Gemm", ["f", "w3", "b3"], ["scores"], name="head", transB=1),
+    ]
+    used = {name for one in nodes for name in one.input}
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in weights.items() if name in used]
+    given = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["n", 8, 8, 3])
+    scores = onnx.helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, ["n", 4])
+    graph = onnx.helper.make_graph(nodes, "given", [given], [scores], tensors)
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "given.onnx")
+    openvino.compile(tmp_path / "given.onnx", tmp_path / "model.xml", precision="float32", options=Options())
+    found = openvino.executed(tmp_path / "model.xml", precision="float32", options=Options())
+    assert [layer.name for layer in found] == ["stem.Conv_0", "up", "head"]

@@ -3,13 +3,16 @@
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from device import runner
-from tests.conftest import BITFERRY, Project, begun, write_project
+from device import atomic, runner
+from pipeline import cache
+from tests.conftest import BITFERRY, ROOT, Project, begun, plain_environment, write_project
 
 STAGES = (
     "data", "train", "quantize", "export", "simplify", "compile", "baseline", "answers", "rung", "verify", "bundle"
@@ -54,3 +57,48 @@ def test_killed_at_every_stage_the_result_is_the_same(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert digests(killed) == digests(undisturbed)
     assert len(digests(killed)) > 10
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from device import atomic
+from pipeline import cache
+
+if sys.argv[1] == "two renames":
+    atomic._exchange = lambda one, other: False
+count, rename = 0, os.rename
+
+def counted(*places, **more):
+    global count
+    rename(*places, **more)
+    count += 1
+    if count == int(sys.argv[2]):
+        os._exit(9)
+
+os.rename = counted
+cache.publish(Path(".new"), Path("bundle"))
+"""
+
+
+@pytest.mark.parametrize("system", ["exchange", "two renames"])
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_publication_that_is_killed_leaves_the_old_or_the_new(tmp_path: Path, system: str, renames: int) -> None:
+    for folder, text in (("bundle", "old"), (".new", "new")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "manifest.json").write_text(text)
+    if system == "exchange" and not _exchanges(tmp_path / "trial"):
+        pytest.skip("this system or file system cannot exchange two folders")
+    command = [sys.executable, "-c", KILLED, system, str(renames)]
+    done = subprocess.run(command, cwd=tmp_path, env=plain_environment(PYTHONPATH=str(ROOT)), check=False)
+    assert done.returncode == (9 if renames == 1 or system == "two renames" else 0)
+    if system == "two renames":
+        cache.recover(tmp_path / "bundle")
+    assert (tmp_path / "bundle/manifest.json").read_text() in ("old", "new")
+
+
+def _exchanges(place: Path) -> bool:
+    """Say whether two folders can trade places here."""
+    (place / "one").mkdir(parents=True)
+    (place / "other").mkdir()
+    return atomic._exchange(place / "one", place / "other")

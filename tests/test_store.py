@@ -12,7 +12,10 @@ import pytest
 
 from device.errors import InputError, TargetUnavailable
 from pipeline.cache import Cache
+from pipeline.nightly import parcel
 from pipeline.nightly.store import Store
+from pipeline.recipe import read
+from tests.conftest import Project
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -180,3 +183,22 @@ def test_two_outputs_of_one_stage_are_made_at_once_and_one_output_once(tmp_path:
     assert one[0] < other[1]
     assert other[0] < one[1]
     assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_parcel_holds_what_a_training_starts_from(project: Project, tmp_path: Path) -> None:
+    def start(name: str) -> None:
+        project.edit(("[training]\n", f'[training]\nstart = "{name}"\n'))
+
+    place = str(tmp_path / "store")
+    start("weights/start.safetensors")
+    with pytest.raises(InputError, match=r"training\.start: the file .*start\.safetensors does not exist"):
+        parcel.pack(read(project.recipe), project.recipe, Store(place))
+    (project.folder / "weights").mkdir()
+    (project.folder / "weights/start.safetensors").write_bytes(b"learned")
+    name, recipe = parcel.pack(read(project.recipe), project.recipe, Store(place))
+    there = read(parcel.unpack(name, recipe, place, tmp_path / "node"))
+    assert there.training.start != read(project.recipe).training.start
+    assert Path(str(there.training.start)).read_bytes() == b"learned"
+    project.edit(("weights/start.safetensors", str(project.folder / "weights/start.safetensors")))
+    with pytest.raises(InputError, match=r"names an absolute path, training\.start"):
+        parcel.pack(read(project.recipe), project.recipe, Store(place))

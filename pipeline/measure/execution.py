@@ -9,7 +9,8 @@ import onnx
 
 import targets
 from pipeline import export
-from pipeline.artifacts import Compiled
+from pipeline.artifacts import Compiled, Program
+from pipeline.measure import reasons
 from pipeline.verdict import Execution
 from targets import Layer, Precision
 
@@ -57,11 +58,13 @@ def named(requested: Precision, layers: Sequence[Layer]) -> str:
 def _kind(requested: Precision, kind: str, layers: Sequence[Layer]) -> str:
     right = sum(layer.precision == requested for layer in layers)
     plural = kind if len(layers) == 1 else f"{kind}s"
-    others: dict[str, list[str]] = {}
+    others: dict[tuple[str, str | None], list[str]] = {}
     for layer in layers:
         if layer.precision != requested:
-            others.setdefault(layer.precision, []).append(layer.name)
-    told = "".join(f", {len(names)} {name} ({_some(names)})" for name, names in others.items())
+            others.setdefault((layer.precision, layer.reason), []).append(layer.name)
+    told = "".join(
+        f", {len(names)} {name} ({_some(names)}{f': {why}' if why else ''})" for (name, why), names in others.items()
+    )
     return f"{right} of {len(layers)} {plural} {requested}{told}"
 
 
@@ -70,9 +73,9 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + more
 
 
-def told(compiled: Compiled, runtime_float: Compiled | None) -> Execution:
-    """Say what precision each layer ran in, of the artifact and of the same runtime's float."""
-    ran = executed(compiled)
+def told(program: Program, compiled: Compiled, runtime_float: Compiled | None) -> Execution:
+    """Say what precision each layer ran in and why not int8, of the artifact and of the same runtime's float."""
+    ran = reasons.explained(program, executed(compiled), compiled.precision, compiled.environment.runtime)
     floats = executed(runtime_float) if runtime_float else None
     count = _matrix_products_and_convolutions(compiled.source.path)
     return Execution(

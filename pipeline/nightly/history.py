@@ -269,7 +269,8 @@ class History:
                 self._file.run(f"UPDATE results SET {nothing} WHERE night = ? AND {OF_CELL}", row)
             used = " UNION ".join(f"SELECT {name} FROM results WHERE {name} IS NOT NULL" for name in packed.CONTENTS)
             self._file.run(f"DELETE FROM blobs WHERE id NOT IN ({used})")
-        self._file.run("VACUUM")
+        if dropped:  # it writes the whole file anew
+            self._file.run("VACUUM")
         return len(dropped)
 
 

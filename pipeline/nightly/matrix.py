@@ -48,6 +48,8 @@ class Asked:
     """Begin a night even where one is unfinished."""
     trust: bool = False
     mlflow: str | None = None
+    keep_days: float = 90.0
+    """How long answers and timed calls stay in the history, and what nothing uses in the store; 0 keeps all."""
 
 
 def matrix(asked: Asked) -> Night:
@@ -73,9 +75,21 @@ def matrix(asked: Asked) -> Night:
         history.finish(night, judge(history, night), (datetime.now(UTC) - start).total_seconds())
         done = history.night(night)
         reports.publish(history, done, asked.out)
+        _forget(asked, history, start)
     if asked.mlflow:
         _log(asked.mlflow, done)
     return done
+
+
+def _forget(asked: Asked, history: History, now: datetime) -> None:
+    """Drop what is older than is to be kept; what the history is asked about later, figures and verdicts, stays."""
+    if not asked.keep_days:
+        return
+    before = (now - timedelta(days=asked.keep_days)).strftime(STAMP)
+    if count := history.forget(before):
+        progress.stage("matrix", f"the answers and timed calls of {count} results before {before} are forgotten")
+    if asked.store and (freed := Store(asked.store).prune(asked.keep_days)):
+        progress.stage("matrix", f"{freed / 1e6:,.0f} MB that nothing used for {asked.keep_days:g} days left the store")
 
 
 def _checked(asked: Asked) -> Asked:

@@ -14,6 +14,7 @@ from pipeline import cache, dataset
 from pipeline.imports import beside
 from pipeline.nightly.store import Store
 from pipeline.recipe import Recipe
+from pipeline.training.settings import LIBRARY
 
 PATHS = ("path", "images", "labels", "root")
 """Keys of a table of [data] that name a file or a folder."""
@@ -65,6 +66,8 @@ def _files(recipe: Recipe, path: Path) -> Iterator[Path]:
         yield from beside(folder)
     if recipe.model.weights:
         yield recipe.model.weights
+    if recipe.training.start and not LIBRARY.fullmatch(recipe.training.start):
+        yield _existing(Path(recipe.training.start))
     for split, source in recipe.data.splits().items():
         for file in dataset.files(source):
             yield file
@@ -75,6 +78,12 @@ def _files(recipe: Recipe, path: Path) -> Iterator[Path]:
     named = _named(path).get("classes")
     if named:
         yield folder / named
+
+
+def _existing(start: Path) -> Path:
+    if not start.is_file():
+        raise InputError(f"training.start: the file {start} does not exist; put it there, or name another")
+    return start
 
 
 def _refuse_absolute(path: Path) -> None:
@@ -99,6 +108,7 @@ def _named(path: Path) -> dict[str, str]:
     kind, _, program = given["model"]["source"].partition(":")
     named = {"classes": given["classes"], "weights": given["model"].get("weights"), **_flat(given["data"])}
     named |= {"source": program} if kind in ("pt2", "onnx") else {}
+    named["training.start"] = given.get("training", {}).get("start")
     return {key: name for key, name in named.items() if isinstance(name, str)}
 
 

@@ -72,7 +72,7 @@ def quantize(
     done = build.folder("quantize", key, make)
     found = json.loads((done / "calibration.json").read_text())
     calibrated = Calibration(found["images"], len(calibration), found["curve"])
-    return QuantizedOnnx(done / "model.onnx", model, simplified.path, scheme, calibrated, key)
+    return QuantizedOnnx(done / "model.onnx", model, simplified.path, scheme, calibrated, key, kept=settings.keep)
 
 
 def _quantize(path: Path, images: Images, scheme: Scheme, settings: Quantization, out: Path, *, equalize: bool) -> None:

@@ -162,12 +162,17 @@ def _fused(node: fx.Node) -> fx.Node:
     return node
 
 
-def _taken_as_int8(node: fx.Node) -> bool:
-    """Say whether everything that takes this value, through what only moves it, quantizes it."""
+def _taken_as_int8(node: fx.Node, *, moved: bool = False) -> bool:
+    """Say whether everything that takes this value, through what only moves it, quantizes it on one grid.
+
+    Where a value branches and a branch moves it, each branch would have a grid of its own.
+    """
+    if len(node.users) > 1 and (moved or any(user.target in CARRIERS for user in node.users)):
+        return False
     for user in node.users:
         found = _annotation(user)
         quantized = found is not None and node in found.input_qspec_map
-        if not quantized and not (user.target in CARRIERS and _taken_as_int8(user)):
+        if not quantized and not (user.target in CARRIERS and _taken_as_int8(user, moved=True)):
             return False
     return bool(node.users)
 
