@@ -18,9 +18,11 @@ import torch
 
 import targets
 from device import pixels
+from device.arrays import Images
 from device.errors import first_line
 from pipeline import progress
 from pipeline.artifacts import FloatOnnx
+from pipeline.division import LEAST, divide
 from pipeline.measure import latency, sensitivity
 from pipeline.measure.accuracy import judge_accuracy
 from pipeline.run import Deployment, Run
@@ -31,8 +33,8 @@ from pipeline.verify import artifact_answers, compared, eager, float_answers, lo
 from targets import Precision
 
 SHORT: Sequence[Precision] = ("float8", "float16", "bfloat16")
-IMAGES = 32
-"""Of the calibration images, for what needs no proof: noise, and the layers to blame."""
+BLAMED = 32
+"""Images that show which layers are to blame: each layer is left in float once on all of them."""
 MOST_LOOKS = 6
 SECONDS = 6.0
 """Of timing for each comparison."""
@@ -65,6 +67,14 @@ def choose(run: Run, name: str) -> Deployment:
     return replace(search.chosen.way, search=told)
 
 
+def _images(run: Run) -> Images:
+    """Give the calibration images that int8 is validated on, not those it is fitted on; all where they are too few."""
+    given = run.calibration.images
+    division = divide(given, run.recipe.quantization.first_images)
+    places = division.validation if len(division.validation) else division.fitting
+    return given[places[:LEAST]]
+
+
 class _Searching:
     """A search on its way: what was tried, in the order it was tried."""
 
@@ -72,8 +82,7 @@ class _Searching:
         self.run, self.stopped, self.minutes, self.deadline = run, stopped, minutes, np.inf
         self.trials: list[Trial] = []
         self.looks, self.timings, self.start = 0, 0, time.monotonic()
-        given = run.calibration.images  # spread, for a folder is sorted by class
-        self.images = given[np.linspace(0, len(given) - 1, min(IMAGES, len(given))).round().astype(int)].copy()
+        self.images = _images(run)
         self.reference = pixels.thin(eager(run.model.module())(self.images))
 
     @property
@@ -153,7 +162,7 @@ class _Searching:
             return
         try:
             with progress.stopping(self._over):
-                blames = sensitivity.blames(int8.way.program, self.images)
+                blames = sensitivity.blames(int8.way.program, self.images[:BLAMED])
         except progress.Stopped:
             return
         names = by_worth(blames, cost_of_float(int8, best))
@@ -245,4 +254,4 @@ class _Searching:
             self.trials = self._timed(self.trials)
         chosen = self.chosen
         front = tuple(weighed(one, chosen, self.trials) for one in sorted(self.trials, key=lambda one: one.ms))
-        return Search(reason(self.trials, chosen), front, self.looks, time.monotonic() - self.start)
+        return Search(reason(self.trials, chosen), front, self.looks, time.monotonic() - self.start, len(self.images))
