@@ -1,14 +1,16 @@
 """Program → torch.export program (`.pt2`), for the targets that compile from it; reading one, and its plain form."""
 
+import contextlib
 import logging
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from device.errors import StageFailed, first_line
-from pipeline import cache, unsupported
+from pipeline import cache, progress, unsupported
 from pipeline.artifacts import Captured, Quantized, TorchProgram
 from pipeline.data.split import Split
 from pipeline.functional import functional
@@ -16,7 +18,7 @@ from pipeline.rewrites import rewrite
 
 
 def capture(program: TorchProgram, calibration: Split, build: cache.Cache) -> Captured:
-    """Capture with torch.export, batch dynamic; a quantized program is one already.
+    """Capture with torch.export, batch dynamic where the model's code lets it; a quantized program is one already.
 
     Raises StageFailed when the model cannot be captured.
     """
@@ -54,9 +56,32 @@ def read(path: Path) -> torch.export.ExportedProgram:
 
 
 def read_program(path: Path) -> nn.Module:
-    """Load a program that a stage wrote, as a module."""
-    module: nn.Module = read(path).module()
-    return module
+    """Load a program that a stage wrote, as a module that takes any number of images."""
+    module = read_graph(path)
+    return module if fixed_batch(module) is None else OneByOne(module)
+
+
+def read_graph(path: Path) -> fx.GraphModule:
+    """Load a program that a stage wrote, as a graph; it takes as many images at once as it was captured for."""
+    return cast(fx.GraphModule, read(path).module())
+
+
+def fixed_batch(model: fx.GraphModule) -> int | None:
+    """Return how many images a captured graph takes at once; None for any number."""
+    images = next(node for node in model.graph.nodes if node.op == "placeholder")
+    size = images.meta["val"].shape[0]
+    return size if isinstance(size, int) else None
+
+
+class OneByOne(nn.Module):
+    """A model whose batch is fixed at 1, given its images one after the other."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.module(image) for image in torch.split(images, 1)])
 
 
 def register_quantized_operators() -> None:
@@ -72,24 +97,35 @@ def quiet_imports() -> None:
 
 @lru_cache(maxsize=2)
 def _captured(model: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    images = torch.zeros(2, *shape, dtype=torch.uint8)
     with torch.no_grad():
-        return rewrite(export_program(model, torch.zeros(2, *shape, dtype=torch.uint8)))
+        try:
+            return rewrite(export_program(model, images))
+        except StageFailed as error:
+            with contextlib.suppress(StageFailed):  # the error of the two images says more
+                fixed = rewrite(export_program(model, images[:1], dynamic=False))
+                why = "this model's code fixes the number of images, so it is captured for one at a time"
+                progress.stage("capture", f"{why} ({unsupported.in_code(error) or first_line(error)})")
+                return fixed
+            raise
 
 
-def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """Capture `model` with torch.export, batch dynamic and without in-place operators.
+def export_program(model: nn.Module, images: Tensor, *, dynamic: bool = True) -> torch.export.ExportedProgram:
+    """Capture `model` with torch.export, without in-place operators, for any batch or for that of `images` alone.
 
     Raises StageFailed when it cannot be captured.
     """
+    batch = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
 
     def export(module: nn.Module) -> torch.export.ExportedProgram:
-        return torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        return torch.export.export(module, (images,), dynamic_shapes=batch)
 
     try:
         return functional(export(model), export)
     except Exception as error:  # torch.export raises many kinds, some only once their own code gives up
-        place = unsupported.in_code(error) or "run with --debug for the line in the model"
-        raise StageFailed(f"torch.export cannot capture the model: {first_line(error)} ({place})") from error
+        place = unsupported.in_code(error)
+        where = f" ({place})" if place else ""
+        raise StageFailed(f"torch.export cannot capture the model: {first_line(error)}{where}") from error
 
 
 def _capture(program: TorchProgram, out: Path) -> None:

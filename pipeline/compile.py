@@ -4,11 +4,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import onnx
+
 import targets
 from device import errors
-from device.errors import BitferryError, StageFailed, first_line
+from device.errors import BitferryError, InputError, StageFailed, first_line
 from pipeline import cache, fault, first_run, unsupported
-from pipeline.artifacts import Compiled, Program, Source
+from pipeline.artifacts import Captured, Compiled, Program, Simplified, Source
+from pipeline.capture import fixed_batch, read_graph
 from pipeline.data.split import Split
 
 CHECKS = [Path(str(module.__file__)) for module in (first_run, fault)]
@@ -44,6 +47,7 @@ def compile(
 
 def _compile(made: Compiled, program: Program, calibration: Split, out: Path) -> None:
     name, source = made.target, made.source
+    _refuse_batch(made)
     compiled = replace(made, path=out / made.path)
     try:
         targets.get(name).compile(source.path, compiled.path, precision=made.precision, options=made.options)
@@ -54,3 +58,23 @@ def _compile(made: Compiled, program: Program, calibration: Split, out: Path) ->
         raise StageFailed(f"{name}'s compiler refused {source.path}: {first_line(error)}; {place}") from error
     if not compiled.environment.unmeasured:
         first_run.check(compiled, program, calibration)
+
+
+def _refuse_batch(made: Compiled) -> None:
+    """Raise InputError where the target is to have another batch than the one that the model's code fixes."""
+    fixed = _fixed_batch(made.source)
+    if fixed is not None and made.options.batch != fixed:
+        raise InputError(
+            f"this model's code fixes the number of images at {fixed}, and [targets.{made.target}] asks for batch = "
+            f"{made.options.batch!r}; set batch = {fixed} there, or take the number of images from x.shape[0] in the model"
+        )
+
+
+def _fixed_batch(source: Source) -> int | None:
+    if isinstance(source, Captured):
+        return fixed_batch(read_graph(source.path))
+    if isinstance(source, Simplified):
+        (images,) = onnx.load(source.path, load_external_data=False).graph.input
+        size = images.type.tensor_type.shape.dim[0]
+        return size.dim_value if size.HasField("dim_value") else None
+    return source.batch

@@ -46,11 +46,15 @@ class Deployable(nn.Module):
         super().__init__()
         self.model = model
         self.views = contract.views
+        self.one_by_one = False
+        """Whether the model takes one image at a time."""
         mean, std = torch.tensor(contract.mean), torch.tensor(contract.std)
         self.register_buffer("multiplier", (contract.scale / std).view(1, 3, 1, 1))
         self.register_buffer("offset", (-mean / std).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.one_by_one and len(images) > 1:
+            return torch.cat([self(image) for image in torch.split(images, 1)])
         if self.views == 1:
             views = [images.permute(0, 3, 1, 2).to(torch.float32)]
         else:  # a cast first: TensorRT does nothing else with uint8
@@ -80,7 +84,7 @@ def load(recipe: Recipe, weights: Path | None, *, folder: Path = Path(), trust: 
     deployable = Deployable(model, recipe.preprocessing)
     if kind != "pt2":  # an exported program refuses: it stays what it was exported as
         deployable.eval()
-    check_scores(deployable, recipe)
+    deployable.one_by_one = check_scores(deployable, recipe) == 1
     given = recipe.model.weights
     return FloatModel(
         eager=deployable,

@@ -11,7 +11,7 @@ from device.arrays import Images
 from device.errors import InputError
 from pipeline import cache
 from pipeline.artifacts import Calibration, FloatModel, Quantized
-from pipeline.capture import captured, export_program, quiet_imports
+from pipeline.capture import captured, export_program, fixed_batch, quiet_imports
 from pipeline.data.split import Split
 from pipeline.division import drawn
 from pipeline.recipe import Quantization
@@ -106,12 +106,14 @@ def _quantize(
         course = Course(given, model.module(), settings.epochs, settings.learning_rate, lessons.training, checkpoint)
     with torch.no_grad():
         graph = captured(model).module()
+        dynamic = fixed_batch(graph) is None
+        example = example if dynamic else example[:1]
         fold_constants(graph)
         prepared = prepare_pt2e(graph, SchemeQuantizer(scheme, settings.keep))
         found = calibrate(prepared, images, settings, course)
-        torch.export.save(export_program(found.float_counterpart, example), out / FLOAT_COUNTERPART)
+        torch.export.save(export_program(found.float_counterpart, example, dynamic=dynamic), out / FLOAT_COUNTERPART)
         round_before_pools(prepared)
         converted = convert_pt2e(prepared)
-        torch.export.save(export_program(converted, example), out / "program.pt2")
+        torch.export.save(export_program(converted, example, dynamic=dynamic), out / "program.pt2")
     used = {"images": found.images, "validation": found.validation, "curve": found.curve}
     (out / "calibration.json").write_text(json.dumps(used))

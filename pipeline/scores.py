@@ -26,11 +26,11 @@ CASTS = {"Half", "BFloat16", "Double", "double"}
 """What PyTorch's errors call floats of other widths."""
 
 
-def check_scores(model: nn.Module, recipe: Recipe) -> None:
+def check_scores(model: nn.Module, recipe: Recipe) -> int | None:
     """Raise InputError where a model does not give finite scores, one per class, of each image alone.
 
     A black image and noise are tried, the former with another image beside it as well. A model that takes one image
-    at a time is tried with one.
+    at a time is tried with one; then 1 is returned, else None.
     """
     contract, source = recipe.preprocessing, recipe.model.source
     noise = torch.Generator().manual_seed(0)
@@ -41,9 +41,10 @@ def check_scores(model: nn.Module, recipe: Recipe) -> None:
     _refuse_values(scores, source)
     if len(given) == 1:
         dependence.refuse_random(model, given, source)
-    else:
-        dependence.refuse(model, given, images[2], source)
-        _doubt_probabilities(scores, recipe)
+        return 1
+    dependence.refuse(model, given, images[2], source)
+    _doubt_probabilities(scores, recipe)
+    return None
 
 
 def _answered(model: nn.Module, images: Tensor, recipe: Recipe) -> tuple[object, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from device.errors import StageFailed, first_line
 from pipeline import cache, progress
 from pipeline.artifacts import TorchProgram, Traced
-from pipeline.capture import register_quantized_operators
+from pipeline.capture import OneByOne, register_quantized_operators
 from pipeline.data.split import Split
 from pipeline.division import drawn
 
@@ -39,17 +39,6 @@ def torchscript(traced: Traced) -> nn.Module:
         warnings.simplefilter("ignore")  # TorchScript is deprecated upstream; users still ask for it
         module: nn.Module = torch.jit.load(str(traced.path))  # type: ignore[no-untyped-call]
     return module if traced.batch is None else OneByOne(module)
-
-
-class OneByOne(nn.Module):
-    """Give a model whose batch is fixed at 1 its images one after the other."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([self.module(image) for image in torch.split(images, 1)])
 
 
 def _trace(program: TorchProgram, calibration: Split, out: Path) -> None:

@@ -1,15 +1,15 @@
 """What quantization does to each layer's output: the float and the int8 program side by side, one pass each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from device.arrays import Images
 from pipeline.artifacts import Program, QuantizedOnnx, TorchProgram
-from pipeline.capture import float_counterpart, layer_name
+from pipeline.capture import captured, fixed_batch, float_counterpart, layer_name
 from pipeline.onnx_in import looked
 from pipeline.statistics import decibels
 from pipeline.verdict import LayerError
@@ -95,31 +95,43 @@ def compare(program: Program, images: Images) -> tuple[LayerError, ...]:
     if isinstance(program, QuantizedOnnx):
         return looked.compare(program, images.copy())
     program = cast(TorchProgram, program)
-    quantized, exported = program.module(), cast(fx.GraphModule, float_counterpart(program).module())
-    batches = torch.split(torch.from_numpy(images.copy()), max(1, PIXELS // (images[0].size // 3)))
+    quantized, exported = graphs(program)
+    batches = batches_of(quantized, images)
     with torch.no_grad():
         pairs = counterparts(exported, quantized)
         totals: dict[str, Power] = {}
         for batch in batches:
-            captured = Capture(exported, frozenset(pairs.values()))
-            captured.run(batch)
-            compared = Compare(_graph(quantized), pairs, captured.found)
+            floats = Capture(exported, frozenset(pairs.values()))
+            floats.run(batch)
+            compared = Compare(quantized, pairs, floats.found)
             compared.run(batch)
             _add(totals, compared.powers)
-    names = {node.name: layer_name(node) for node in _graph(quantized).graph.nodes}
+    names = {node.name: layer_name(node) for node in quantized.graph.nodes}
     return tuple(
         LayerError(names[node], decibels(power.signal, power.noise), decibels(power.signal, power.own_noise))
         for node, power in totals.items()
     )
 
 
-def counterparts(exported: fx.GraphModule, quantized: nn.Module) -> dict[str, str]:
+def graphs(program: TorchProgram) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Return the graphs of a program and of its float counterpart."""
+    found = (captured(program).module(), float_counterpart(program).module())
+    return cast(tuple[fx.GraphModule, fx.GraphModule], found)
+
+
+def batches_of(graph: fx.GraphModule, images: Images) -> Sequence[Tensor]:
+    """Split images into as many at once as memory, or the graph, allows."""
+    most = fixed_batch(graph) or max(1, PIXELS // (images[0].size // 3))
+    return torch.split(torch.from_numpy(images.copy()), most)
+
+
+def counterparts(exported: fx.GraphModule, quantized: fx.GraphModule) -> dict[str, str]:
     """Pair each layer of the int8 program, and what its input was made from, with the float node of its name.
 
     `exported` is its float counterpart, which differs from it in the quantize and dequantize steps alone.
     """
     floats = {node.name for node in exported.graph.nodes if node.op == "call_function"}
-    return {name: name for name in _sources(_graph(quantized)) if name in floats}
+    return {name: name for name in _sources(quantized) if name in floats}
 
 
 def _sources(program: fx.GraphModule) -> Iterator[str]:
@@ -144,12 +156,6 @@ def _add(totals: dict[str, Power], more: dict[str, Power]) -> None:
         total.signal += power.signal
         total.noise += power.noise
         total.own_noise += power.own_noise
-
-
-def _graph(program: nn.Module) -> fx.GraphModule:
-    if not isinstance(program, fx.GraphModule):
-        raise TypeError(f"expected an exported program, found {type(program).__name__}")
-    return program
 
 
 def _square(values: Tensor) -> float:

@@ -11,8 +11,8 @@ from device import pixels
 from device.arrays import Images, Outputs
 from pipeline import progress
 from pipeline.artifacts import Program, QuantizedOnnx, TorchProgram
-from pipeline.capture import float_counterpart, layer_name
-from pipeline.measure.layers import LAYERS, PIXELS, counterparts, rounds
+from pipeline.capture import captured, layer_name
+from pipeline.measure.layers import LAYERS, batches_of, counterparts, graphs, rounds
 from pipeline.onnx_in import looked
 from pipeline.statistics import noise_share
 from pipeline.verdict import Blame
@@ -51,11 +51,9 @@ def blames(program: Program, images: Images) -> tuple[Blame, ...]:
     if isinstance(program, QuantizedOnnx):
         return looked.blames(program, images)
     program = cast(TorchProgram, program)
-    quantized = cast(fx.GraphModule, program.module())
-    given = torch.from_numpy(images.copy())
     with torch.no_grad():
-        exported = cast(fx.GraphModule, float_counterpart(program).module())
-        batches = torch.split(given, max(1, PIXELS // (given[0].numel() // 3)))
+        quantized, exported = graphs(program)
+        batches = batches_of(quantized, images)
         reference = _answers(exported, batches)
         before = noise_share(reference, _answers(quantized, batches))
         pairs = counterparts(exported, quantized)
@@ -79,7 +77,7 @@ def layer_names(program: Program) -> set[str]:
     """Name the layers of an int8 program as `quantization.keep` knows them."""
     if isinstance(program, QuantizedOnnx):
         return looked.names(program)
-    graph = cast(fx.GraphModule, program.module()).graph
+    graph = captured(cast(TorchProgram, program)).graph
     return {layer_name(node) for node in graph.nodes if node.target in LAYERS and rounds(cast(fx.Node, node.args[1]))}
 
 

@@ -40,7 +40,7 @@ def full(model: fx.GraphModule, images: Tensor) -> int:
     times as large as all others, which no range that is good for those others holds, and their mean would be theirs.
     """
     wanted = {layer.node: layer for layer in layers(model) if layer.bias is not None}
-    pair = Lockstep(model, list(batches(images)))
+    pair = Lockstep(model, list(batches(model, images)))
     for node in progress.track(pair.steps(), "bias correction", total=len(model.graph.nodes)):
         if node in wanted:
             layer = wanted[node]

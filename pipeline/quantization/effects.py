@@ -91,7 +91,7 @@ def weigh(model: fx.GraphModule, images: Tensor) -> dict[Grid, Effect]:
     for grid, effect in effects.items():
         grid.stand_in = effect
     random, first = torch.Generator().manual_seed(0), 0
-    split = list(batches(images))
+    split = list(batches(model, images))
     try:
         with torch.enable_grad():
             for batch in progress.track(split, "weigh ranges", total=len(split)):

@@ -57,7 +57,7 @@ def equalize(model: fx.GraphModule, images: Tensor) -> int:
     found = groups(model)
     ranges = Ranges(model, {node for group in found for node in group.nodes})
     with torch.no_grad():
-        for batch in batches(images) if found else ():
+        for batch in batches(model, images) if found else ():
             ranges.run(batch)
         per_channel = {node: torch.cat(parts) for node, parts in ranges.found.items()}
         for group in found:

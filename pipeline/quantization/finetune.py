@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from device.arrays import Images
 from device.errors import StageFailed, first_line
 from pipeline import interrupt, progress
-from pipeline.quantization.graph import Layer, activations, grids, layers, set_mode
+from pipeline.quantization.graph import Layer, activations, forward, grids, layers, set_mode
 from pipeline.quantization.learned import LearnedRange, noise
 from pipeline.training.settings import Training
 
@@ -131,7 +131,7 @@ def _train(model: fx.GraphModule, course: Course, tensors: list[Tensor], scales:
             for step, batch in enumerate(rest, done + 1):
                 with torch.no_grad():
                     wanted = course.teacher(batch)
-                loss = noise(model(batch), wanted)
+                loss = noise(forward(model, batch), wanted)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

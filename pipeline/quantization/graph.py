@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from pipeline.capture import fixed_batch
 from pipeline.quantization.annotate import MOST_BIAS, WEIGHTED
 from pipeline.quantization.grid import Grid, Mode
 from pipeline.statistics import decibels
@@ -193,15 +194,23 @@ def _origin(node: Any) -> fx.Node:
     return cast(fx.Node, found.args[0]) if "activation_post_process" in str(found.target) else found
 
 
-def batches(images: Tensor) -> Iterator[Tensor]:
-    """Split images, N×H×W×3, never more than a few at once."""
-    yield from torch.split(images, max(1, min(BATCH, PIXELS // max(1, images[0, ..., 0].numel()))))
+def batches(model: fx.GraphModule, images: Tensor) -> Iterator[Tensor]:
+    """Split images, N×H×W×3, never more than a few at once, nor than the graph takes."""
+    most = fixed_batch(model) or max(1, min(BATCH, PIXELS // max(1, images[0, ..., 0].numel())))
+    yield from torch.split(images, most)
+
+
+def forward(model: fx.GraphModule, images: Tensor) -> Tensor:
+    """Run the graph on all images at once, or as many at once as its code fixes; gradients flow."""
+    most = fixed_batch(model)
+    found: Tensor = model(images) if most is None else torch.cat([model(part) for part in torch.split(images, most)])
+    return found
 
 
 def answers(model: fx.GraphModule, images: Tensor) -> Tensor:
     """Run the graph as its grids are set."""
     with torch.no_grad():
-        return torch.cat([model(batch) for batch in batches(images)])
+        return torch.cat([model(batch) for batch in batches(model, images)])
 
 
 def rounded_answers(model: fx.GraphModule, images: Tensor, *, weights: bool = True) -> Tensor:

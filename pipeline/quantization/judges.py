@@ -47,4 +47,4 @@ class Judges:
 def scores(model: fx.GraphModule, images: Tensor) -> Tensor:
     """Run the graph as its grids are set; of maps keep a few pixels' scores, as all of a hundred fill a memory."""
     with torch.no_grad():
-        return torch.cat([torch.from_numpy(pixels.thin(model(batch).numpy())) for batch in batches(images)])
+        return torch.cat([torch.from_numpy(pixels.thin(model(batch).numpy())) for batch in batches(model, images)])

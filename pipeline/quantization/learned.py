@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pipeline import progress
-from pipeline.quantization.graph import BATCH, activations, layers, set_mode
+from pipeline.quantization.graph import BATCH, activations, forward, layers, set_mode
 from pipeline.quantization.grid import Grid
 from pipeline.recipe import Quantization
 
@@ -112,7 +112,7 @@ def _train(
             if len(order) < BATCH:
                 order += torch.randperm(len(images), generator=random).tolist()
             drawn, order = order[:BATCH], order[BATCH:]
-            loss = noise(model(images[drawn]), teacher[drawn])
+            loss = noise(forward(model, images[drawn]), teacher[drawn])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

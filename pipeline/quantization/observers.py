@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from device.errors import InputError
 from pipeline import progress
+from pipeline.capture import fixed_batch
 from pipeline.quantization import correct, effects
 from pipeline.quantization.graph import activations, layers, mark_batches, set_mode
 from pipeline.quantization.grid import Grid
@@ -57,7 +58,7 @@ def observe(
             grid.forget()
     set_mode(model, "observe")
     answers, count = list[Tensor](), 0
-    split = torch.split(images, settings.batch_size)
+    split = torch.split(images, fixed_batch(model) or settings.batch_size)
     for batch in progress.track(split, "calibrate", total=len(split)):
         for grid in activations(model):
             grid.batch, grid.seen.calls = len(batch), 0

@@ -33,7 +33,7 @@ rounded to nearest, as VGG's first classifier, whose H would take gigabytes and 
 def round_layers(model: fx.GraphModule, images: Tensor) -> int:
     """Replace each layer's weight by its rounded one, from the first to the last; give how many there were."""
     wanted = {layer.node: layer for layer in layers(model) if _can(layer)}
-    pair = Lockstep(model, list(batches(images)))
+    pair = Lockstep(model, list(batches(model, images)))
     for node in progress.track(pair.steps(), "round weights", total=len(model.graph.nodes)):
         if node in wanted:
             _round(wanted[node], pair.rounded[cast(fx.Node, node.args[0])])
