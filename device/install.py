@@ -68,7 +68,7 @@ def install(
                     tell(root, "installed already")
                     return here, False
                 if not allow_rejected:
-                    _refuse_rejected(root, head, path)
+                    installed.refuse_rejected(root, head.digest, path)
                 _admit(None if same else here, head, path, allow_downgrade=allow_downgrade)
                 made = _unpack(reader, head, listed, signed.digests, root)
                 key = next(key for key in keys if key.name == signed.key)
@@ -201,15 +201,6 @@ def _admit(here: Installed | None, head: archive.Head, path: Path, *, allow_down
         f"{path} is version {new['version']}, which is not newer than {here.version}, which runs; pass "
         "--allow-downgrade to take it"
     )
-
-
-def _refuse_rejected(root: Path, head: archive.Head, path: Path) -> None:
-    why = installed.rejected(root).get(head.digest)
-    if why:
-        raise InputError(
-            f"{path} was rejected here before: {why}; what runs stays, and the next version is taken; to try this one "
-            f"again all the same, `install {path} --root {root}`"
-        )
 
 
 def _unpack(

@@ -103,6 +103,16 @@ def readmit(root: Path, digest: str) -> None:
         _write_rejected(root, known)
 
 
+def refuse_rejected(root: Path, digest: str, path: Path) -> None:
+    """Raise InputError for an archive whose bundle was rejected."""
+    why = rejected(root).get(digest)
+    if why:
+        raise InputError(
+            f"{path} was rejected here before: {why}; what runs stays, and the next version is taken; to try this one "
+            f"again all the same, `install {path} --root {root}`"
+        )
+
+
 def _write_rejected(root: Path, found: Mapping[str, str]) -> None:
     with contextlib.suppress(OSError):
         last = dict(list(found.items())[-MOST_REJECTED:])

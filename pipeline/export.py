@@ -96,8 +96,8 @@ def with_clamps(program: torch.export.ExportedProgram) -> torch.export.ExportedP
     for node in copied.graph.nodes:
         if node.target is aten.relu6.default:
             node.target, node.args = aten.clamp.default, (node.args[0], 0.0, 6.0)
-        if node.target is aten.hardtanh.default and len(node.args) == 3:
-            node.target = aten.clamp.default
+        if node.target is aten.hardtanh.default:
+            node.target, node.args = aten.clamp.default, (*node.args, *(-1.0, 1.0)[len(node.args) - 1 :])
         if node.target is aten.clamp.default and node.meta["val"].is_floating_point():
             bounds = (float(bound) if isinstance(bound, int) else bound for bound in node.args[1:])
             node.args = (node.args[0], *bounds)  # of a whole one the exporter makes a tensor, of the other it does not

@@ -22,7 +22,7 @@ import openvino as ov
 from openvino import opset13 as opset
 
 import targets
-from device import ir_file
+from device import ir_file, ir_names
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
 from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
@@ -42,12 +42,6 @@ KINDS: Mapping[str, Kind] = {
     "MatMul": "matrix product",
     "Gemm": "matrix product",
 }
-BACKWARD = ("ConvolutionBackpropData", "GroupConvolutionBackpropData")
-WITH_BIASES = ("Convolution", "GroupConvolution", "MatMul", *BACKWARD)
-AUTOMATIC = re.compile(r"(?!Conv_|ConvTranspose_|Gemm_)[A-Z]\w*_\d+")
-"""A name that OpenVINO made from an operation's type and a count; it has none that ONNX calls a layer."""
-APART = "/WithoutBiases"
-"""After a layer's name, where OpenVINO makes two operations of it."""
 PLAIN = r"(?:CPU|GPU(?:\.\d+)?|NPU)"
 DEVICE = re.compile(rf"{PLAIN}|AUTO|(?:AUTO|HETERO):{PLAIN}(?:,{PLAIN})*")
 MOST_AT_ONCE = 64
@@ -117,8 +111,7 @@ def compile(model: Path, out: Path, *, precision: Precision, options: Options) -
     if options.batch != "dynamic":
         _fix_batch(graph, options.batch)
     _part_zero_points(graph)
-    _name_layers(graph)
-    _name_by_position(graph)
+    ir_names.settle(graph)
     ov.save_model(graph, out, compress_to_fp16=options.half_weights or precision == "float16")
 
 
@@ -141,7 +134,7 @@ def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[
         info = {name: str(value.value) for name, value in layer.get_rt_info().items()}
         if info.get("layerType") in KINDS:
             name = layer.get_friendly_name()
-            plain = name.partition(APART)[0]
+            plain = name.partition(ir_names.APART)[0]
             layers.append(Layer(plain, KINDS[info["layerType"]], _precision(info), took.get(name)))
     return layers
 
@@ -245,35 +238,6 @@ def _part_zero_points(graph: ov.Model) -> None:
             for taker in list(operation.output(0).get_target_inputs())[1:]:
                 own = opset.convert(operation.input_value(0), operation.get_output_element_type(0).get_type_name())
                 taker.replace_source_output(own.output(0))
-
-
-def _name_layers(graph: ov.Model) -> None:
-    """Let the two operations of a layer with a bias have its name: of one of them OpenVINO knows none, or another.
-
-    A transposed convolution gets a number, and the last layer's bias the name of the model's output.
-    """
-    for operation in graph.get_ops():
-        if operation.get_type_name() in WITH_BIASES and (bias := _bias(operation)):
-            name, whole = operation.get_friendly_name(), bias.get_friendly_name()
-            if AUTOMATIC.fullmatch(name) and not AUTOMATIC.fullmatch(whole):
-                operation.set_friendly_name(whole + APART)
-            elif name.endswith(APART):
-                bias.set_friendly_name(name.removesuffix(APART))
-
-
-def _bias(operation: ov.Node) -> ov.Node | None:
-    """Give the addition that a layer's output goes to, before it perhaps a multiplication; None where it has others."""
-    takers = list(operation.output(0).get_target_inputs())
-    taker = takers[0].get_node() if len(takers) == 1 else None
-    kind = taker.get_type_name() if taker else ""
-    return _bias(taker) if kind == "Multiply" else taker if kind == "Add" else None
-
-
-def _name_by_position(graph: ov.Model) -> None:
-    """Replace the names that OpenVINO made by counting what this process has built; the same model, the same file."""
-    for position, operation in enumerate(graph.get_ordered_ops()):
-        if AUTOMATIC.fullmatch(operation.get_friendly_name()):
-            operation.set_friendly_name(f"{operation.get_type_name()}_{position}")
 
 
 def _found() -> list[str]:

@@ -97,7 +97,7 @@ def test_nobody_s_rebuilt_model_runs_in_place_of_one_that_loads(
 def test_a_rebuilt_model_that_answers_otherwise_fails(foreign: Path) -> None:
     assert run(foreign, "rebuild") == 0
     spoil(foreign / "rebuilt")
-    assert run(foreign, "selftest", "--json") == 1
+    assert run(foreign, "selftest", "--json") != 0
 
 
 def spoil(folder: Path) -> None:
