@@ -22,7 +22,9 @@ def loaded(ms: float, outcome: str) -> Verified:
     series = tuple(
         Series(rng.normal(one, one / 100, (40, 5)) / 1e3, one / 1e3, 3, settled=True) for one in (10.0, 10.0, 10.0, ms)
     )
-    found = dataclasses.replace(verdict(), outcome=outcome, headline=f"{ms} ms", reasons=(f"{ms} ms",))  # type: ignore[arg-type]
+    given = verdict()
+    golden = dataclasses.replace(given.golden, files=())
+    found = dataclasses.replace(given, golden=golden, outcome=outcome, headline=f"{ms} ms", reasons=(f"{ms} ms",))  # type: ignore[arg-type]
     none = np.zeros((0, 10), np.float32)
     return Verified(found, none, none, none, Path(), a_split(np.arange(5000) % 10), series=series)
 
