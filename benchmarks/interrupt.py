@@ -25,7 +25,7 @@ BITFERRY = Path(sys.executable).with_name("bitferry")
 FINISHED, STOPPED = (0, 1), 130
 STARTED = 1.0
 """Seconds until Python has imported what handles the signal."""
-LONGEST = 300.0
+LONGEST = 900.0
 """Seconds that a run may still take after its last SIGINT."""
 
 

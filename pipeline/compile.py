@@ -66,7 +66,7 @@ def _refuse_batch(made: Compiled) -> None:
     if fixed is not None and made.options.batch != fixed:
         raise InputError(
             f"this model's code fixes the number of images at {fixed}, and [targets.{made.target}] asks for batch = "
-            f"{made.options.batch!r}; set batch = {fixed} there, or take the number of images from x.shape[0] in the model"
+            f"{made.options.batch!r}; set batch = {fixed} there, or work with x.shape[0] in the model"
         )
 
 

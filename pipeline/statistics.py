@@ -151,7 +151,7 @@ def paired_bootstrap(
 
 def bootstrap_draws(confidence: float) -> int:
     """Say how many draws a bound at this one-sided confidence takes; raise InputError where too many."""
-    draws = max(LEAST_DRAWS, math.ceil(BEYOND / (1 - confidence)))
+    draws = max(LEAST_DRAWS, math.ceil(BEYOND / (1 - confidence) - 1e-6))
     if draws > MOST_DRAWS:
         raise InputError(
             f"a bootstrap bound at {confidence:.8g} confidence takes {draws:,} resamples, at most {MOST_DRAWS:,} are "

@@ -192,7 +192,7 @@ def _judged(
     recipe: Recipe, way: Way, evaluation: Split, measured: Measured, ran: Execution
 ) -> tuple[Outcome, str, tuple[str, ...]]:
     asked, target = way.compiled.precision, way.compiled.target
-    whole = replace(measured, asked=asked, layers=ran.layers, different=len(set(evaluation.digests)))
+    whole = replace(measured, asked=asked, layers=ran.layers, different=len(set(evaluation.digests)) or None)
     what = f"{execution.named(asked, ran.layers)} on {target}"
     return judge(whole, recipe.budget, evaluation.labels, what, way.program.baseline.record)
 

@@ -32,7 +32,7 @@ from pipeline.figures import (
     Timing,
     WorstImage,
 )
-from pipeline.report import charts, page
+from pipeline.report import charts, page, terminal
 from pipeline.verdict import Execution, Golden, GoldenFile, Ladder, LayerError, Rung, Verdict
 from targets import Environment, Layer
 from tests.conftest import EMBEDDED, ROOT
@@ -466,3 +466,32 @@ def test_it_prints(pages: dict[str, Path], browser: Path) -> None:
     out.unlink(missing_ok=True)
     chromium(browser, DARK, "--no-pdf-header-footer", f"--print-to-pdf={out}", pages["usual"].as_uri())
     assert out.read_bytes()[:4] == b"%PDF"
+
+
+def test_suspicions_are_grouped_what_weighs_most_first() -> None:
+    kinds = ("first run", "noise", "other load", "first run", "drift")
+    suspicions = tuple(Suspicion(kind, f"finding {at}", f"remedy {at}") for at, kind in enumerate(kinds))
+    found = dataclasses.replace(verdict(), latency=dataclasses.replace(latency(), suspicions=suspicions))
+    text = page.render(found, images())
+    assert text.count("<b>Suspicious: ") == 5
+    assert text.index("finding 2") < text.index("and 4 more: drift, noise, first run") < text.index("finding 4")
+    lines = list(terminal.suspicious(suspicions))
+    assert lines == [
+        "     [yellow]suspicious:[/] finding 2; remedy 2",
+        "     [yellow]and 4 more:[/] drift, noise, first run (2); the report has them",
+    ]
+    assert list(terminal.suspicious(())) == []
+
+
+def test_a_curve_is_a_line_and_a_table_that_goes_on_is_shaded() -> None:
+    look = (Path(page.__file__).parent / "look.html.jinja").read_text()
+    assert "figure svg text.artifact { fill" in look  # of the text alone: a curve of that class is not filled
+    assert "var(--shade)" in look
+
+
+def test_targets_that_were_looked_at_another_number_of_times_share_a_row() -> None:
+    judged = dataclasses.replace(verdict().accuracy.judged, confidence=0.975)
+    other = dataclasses.replace(other_verdict(), accuracy=dataclasses.replace(verdict().accuracy, judged=judged))
+    table = terminal._table([verdict(), other])
+    rows = [row for row in table.columns[0]._cells if str(row).startswith("drop at most")]
+    assert rows == ["drop at most"]

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from device.errors import InputError
-from pipeline.nightly import told
+from pipeline.nightly import shown, told
 from pipeline.nightly.history import History
+from pipeline.nightly.night import Night
 from tests import nights
 
 NIGHTS = nights.nights(5)
@@ -125,3 +127,14 @@ def test_a_sparkline_spans_its_values() -> None:
     assert told.sparkline([1, 2, None, 8]) == "▁▂ █"
     assert told.sparkline([3, 3]) == "▄▄"
     assert told.sparkline([]) == ""
+
+
+@pytest.mark.parametrize("width", [70, 80, 120])
+def test_a_night_s_table_tells_precisions_apart_in_any_terminal(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [nights.cell("fashion-resnet18-of-a-long-name", "onnxruntime", one) for one in ("int8", "float32")]
+    table = shown._table(Night("n", tuple(nights.result(one) for one in cells), (), 1.0, finished=True))
+    Console(width=width).print(table)
+    told = capsys.readouterr().out
+    first = "".join(line[: line.index(" ")] for line in told.splitlines()[1:])
+    assert "…" not in told
+    assert [one.name in first for one in cells] == [True, True]

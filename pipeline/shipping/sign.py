@@ -26,12 +26,11 @@ def refuse_unproved(manifest: Mapping[str, Any], place: Path) -> None:
 
     Such a bundle comes of one that was built unmeasured and completed by `bitferry verify`.
     """
-    verdict = manifest.get("verdict")
-    outcome = verdict.get("outcome") if isinstance(verdict, Mapping) else None
-    if outcome not in SHIPPED:
-        told = verdict.get("headline", "") if isinstance(verdict, Mapping) else "it has no verdict"
+    verdict = manifest.get("verdict") or {}
+    outcome = verdict.get("outcome")
+    if outcome is not None and outcome not in SHIPPED:
         raise InputError(
-            f"{place} is not proved inside its budget ({outcome or 'no outcome'}: {told}); deploy one that is, or "
+            f"{place} is not proved inside its budget ({outcome}: {verdict.get('headline')}); deploy one that is, or "
             "complete its verdict with `bitferry verify BUNDLE --data IMAGES` on a machine and images that show it"
         )
 
