@@ -26,6 +26,7 @@ from device.arrays import Predict
 from device.timing import Call, Series
 from pipeline import recipe
 from pipeline.cache import Cache
+from pipeline.division import drawn
 from pipeline.measure import latency
 from pipeline.run import Deployment, Run
 from pipeline.statistics import ratio_interval, sqnr_db
@@ -42,7 +43,7 @@ def candidates(run: Run, folder: Path, threads: int) -> dict[str, Predict]:
     target = targets.get(NAME)
     options = target.Options(threads=threads)
     ours, plain = (Deployment(run, NAME, precision) for precision in ("int8", "float32"))
-    images = run.calibration.images[: run.recipe.quantization.first_images].copy()
+    images = drawn(run.calibration.images, run.recipe.quantization.first_images)
     paths = {OURS: ours.compiled.path, FLOAT: plain.compiled.path}
     (folder / "ours").mkdir()
     given = batch_of_one(plain.simplified.path, folder / "float.onnx")

@@ -20,6 +20,7 @@ from device.errors import BitferryError, first_line
 from pipeline.artifacts import Calibration, FloatModel, Quantized
 from pipeline.cache import Cache
 from pipeline.capture import export_program
+from pipeline.division import drawn
 from pipeline.export import export, simplify
 from pipeline.run import Deployment, Run
 from pipeline.search import choose
@@ -125,7 +126,7 @@ def _float_onnx(run: Run) -> Path:
 
 
 def _calibration(run: Run) -> Images:
-    return run.calibration.images[: run.recipe.quantization.first_images].copy()
+    return drawn(run.calibration.images, run.recipe.quantization.first_images)
 
 
 def _plain_pt2e(run: Run, folder: Path) -> Iterator[Way]:

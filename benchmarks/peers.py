@@ -44,6 +44,7 @@ from device.errors import InputError, first_line
 from device.timing import Call
 from pipeline import recipe
 from pipeline.cache import Cache
+from pipeline.division import drawn
 from pipeline.measure import accuracy, latency
 from pipeline.recipe import Recipe
 from pipeline.run import Run
@@ -72,7 +73,7 @@ def compare(path: Path, peers: Peers, options: argparse.Namespace) -> dict[str, 
         "name": run.recipe.name,
         "metric": run.recipe.metric,
         "float_percent": accuracy.percent(baseline, run.evaluation, run.recipe),
-        "calibration_images": len(run.calibration.images[: run.recipe.quantization.first_images]),
+        "calibration_images": len(drawn(run.calibration.images, run.recipe.quantization.first_images)),
         "images": len(run.evaluation),
         "versions": versions,
         "ways": rows,

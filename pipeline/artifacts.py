@@ -107,10 +107,12 @@ class Calibration:
     """The images that a quantized program was calibrated on."""
 
     images: int
-    """That went through, each of them."""
+    """That went through, to fit on or to validate."""
     given: int
     sqnr_db_by_count: Mapping[str, float]
-    """SQNR on images held out, where the count was searched; else empty."""
+    """SQNR on the validation images by the count fitted on, where that was searched; else empty."""
+    validation: int = 0
+    """Of `images`, those that only judged; 0 where there were too few to divide."""
 
 
 @dataclass(frozen=True)

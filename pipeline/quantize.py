@@ -13,6 +13,7 @@ from pipeline import cache
 from pipeline.artifacts import Calibration, FloatModel, Quantized
 from pipeline.capture import captured, export_program, quiet_imports
 from pipeline.data.split import Split
+from pipeline.division import drawn
 from pipeline.recipe import Quantization
 from pipeline.training.settings import Training
 from targets import Scheme, usable_cpus
@@ -20,9 +21,7 @@ from targets import Scheme, usable_cpus
 FLOAT_COUNTERPART = "float.pt2"
 STEPS = [
     *sorted(Path(__file__).with_name("quantization").glob("*.py")),
-    Path(__file__).with_name("capture.py"),
-    Path(__file__).with_name("rewrites.py"),
-    Path(__file__).with_name("statistics.py"),
+    *(Path(__file__).with_name(f"{name}.py") for name in ("capture", "rewrites", "statistics", "division")),
 ]
 
 
@@ -46,7 +45,6 @@ def quantize(
 
     With `lessons` it is fine-tuned, and a run that was killed goes on where it was.
     """
-    count = min(len(calibration), settings.first_images or len(calibration))
     key = cache.key(
         "quantize",
         code=__file__,
@@ -54,13 +52,12 @@ def quantize(
         packages=("torch", "torchao"),
         model=model.key,
         data=calibration.key,
-        images=count,
         scheme=scheme,
         settings=settings.model_dump(),
         lessons=(lessons.data.key, lessons.training.model_dump()) if lessons else None,
     )
     checkpoint = build.root / f".fine-tune-{key}.pt"
-    whole = partial(_quantize, model, calibration.images[:count], scheme, settings, lessons, checkpoint)
+    whole = partial(_quantize, model, calibration.images, scheme, settings, lessons, checkpoint)
     done = build.folder("quantize", key, whole)
     for path in (checkpoint, checkpoint.with_suffix(".new")):
         path.unlink(missing_ok=True)
@@ -69,7 +66,7 @@ def quantize(
         done / "program.pt2",
         model,
         scheme,
-        Calibration(used["images"], len(calibration), used["curve"]),
+        Calibration(used["images"], len(calibration), used["curve"], used["validation"]),
         key,
         float_counterpart=done / FLOAT_COUNTERPART,
         kept=settings.keep,
@@ -99,7 +96,8 @@ def _quantize(
     images, course = torch.from_numpy(calibration.copy()), None
     if len(images) > 1 and bool((images == images[:1]).all()):
         raise InputError(f"all {len(images)} calibration images are the same picture; the ranges would mean nothing")
-    example = images[:2] if len(images) > 1 else images.repeat_interleave(2, 0)
+    example = torch.from_numpy(drawn(calibration, 2))  # it is kept in the program's file
+    example = example if len(example) > 1 else example.repeat_interleave(2, 0)
     if lessons:
         given = lessons.data.images
         course = Course(given, model.module(), settings.epochs, settings.learning_rate, lessons.training, checkpoint)
@@ -112,5 +110,5 @@ def _quantize(
         round_before_pools(prepared)
         converted = convert_pt2e(prepared)
         torch.export.save(export_program(converted, example), out / "program.pt2")
-    used = {"images": found.images, "curve": found.curve}
+    used = {"images": found.images, "validation": found.validation, "curve": found.curve}
     (out / "calibration.json").write_text(json.dumps(used))

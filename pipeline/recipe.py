@@ -87,13 +87,13 @@ class Quantization(Section):
     """Of the order in which learning sees the images."""
     batch_size: Annotated[int, Field(gt=0)] = 8
     images: Annotated[int, Field(gt=0)] | Literal["enough"] | None = None
-    """How many calibration images to use, from the front; None for all; "enough" until more bring nothing."""
+    """How many calibration images to use, drawn evenly; None for all; "enough" until more bring nothing."""
     keep: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Layers that stay float, by their path in the model, as `features.0.0`."""
 
     @property
     def first_images(self) -> int | None:
-        """Give how many calibration images are read, from the front; None for all."""
+        """Give how many calibration images are used, drawn evenly; None for all."""
         return self.images if isinstance(self.images, int) else None
 
     def thorough(self) -> "Quantization":

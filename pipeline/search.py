@@ -18,9 +18,11 @@ import torch
 
 import targets
 from device import pixels
+from device.arrays import Images
 from device.errors import InputError, first_line
 from pipeline import interrupt, progress
 from pipeline.artifacts import FloatOnnx
+from pipeline.division import LEAST, divide
 from pipeline.judge import judge_answers
 from pipeline.measure import execution, latency, sensitivity
 from pipeline.run import Deployment, Run
@@ -31,8 +33,8 @@ from pipeline.verify import artifact_answers, compared, eager, float_answers, lo
 from targets import Precision
 
 SHORT: Sequence[Precision] = ("float8", "float16", "bfloat16")
-IMAGES = 32
-"""Of the calibration images, for what needs no proof: noise, and the layers to blame."""
+BLAMED = 32
+"""Images that show which layers are to blame: each layer is left in float once on all of them."""
 MOST_LOOKS = 6
 SECONDS = 6.0
 """Of timing for each comparison."""
@@ -65,6 +67,14 @@ def choose(run: Run, name: str) -> Deployment:
     return replace(search.chosen.way, search=told)
 
 
+def _images(run: Run) -> Images:
+    """Give the calibration images that int8 is validated on, not those it is fitted on; all where they are too few."""
+    given = run.calibration.images
+    division = divide(given, run.recipe.quantization.first_images)
+    places = division.validation if len(division.validation) else division.fitting
+    return given[places[:LEAST]]
+
+
 class _Searching:
     """A search on its way: what was tried, in the order it was tried."""
 
@@ -73,8 +83,7 @@ class _Searching:
         self.trials: list[Trial] = []
         self.left_out: dict[str, str] = {}
         self.looks, self.timings, self.start = 0, 0, time.monotonic()
-        given = run.calibration.images  # spread, for a folder is sorted by class
-        self.images = given[np.linspace(0, len(given) - 1, min(IMAGES, len(given))).round().astype(int)].copy()
+        self.images = _images(run)
         self.reference = pixels.thin(eager(run.model.module())(self.images))
 
     @property
@@ -154,7 +163,7 @@ class _Searching:
             return
         try:
             with interrupt.stopping(self._over):
-                blames = sensitivity.blames(int8.way.program, self.images)
+                blames = sensitivity.blames(int8.way.program, self.images[:BLAMED])
         except interrupt.Ended:
             raise
         except interrupt.Stopped:
@@ -265,4 +274,4 @@ class _Searching:
         front = tuple(weighed(one, chosen, self.trials) for one in sorted(self.trials, key=lambda one: one.ms))
         left_out = tuple(f"{title}: {why}" for title, why in self.left_out.items())
         seconds = time.monotonic() - self.start
-        return Search(reason(self.trials, chosen), front, self.looks, seconds, left_out)
+        return Search(reason(self.trials, chosen), front, self.looks, seconds, left_out, len(self.images))

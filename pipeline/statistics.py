@@ -173,6 +173,27 @@ def noise_share(reference: Outputs, found: Outputs) -> float:
     return noise / max(float(np.sum(reference.astype(np.float64) ** 2)), 1e-30)
 
 
+def is_less(noise: NDArray[np.float64], than: NDArray[np.float64], *, errors: float = 2.0) -> bool:
+    """Say whether paired noise powers, one of each image, are less than others beyond chance.
+
+    They are where the sum is less by more than `errors` standard errors of the logarithm of the sums' ratio (by the
+    jackknife: Efron & Tibshirani 1993, chapter 11); or where it is less at all and the mean of the images' log ratios
+    is, by as many of its own. In the second every image has the same weight, so that one with a hundred times the
+    noise of the others neither decides for a choice nor, by its uncertainty alone, against it.
+    """
+    count = len(noise)
+    total, other = float(noise.sum()), float(than.sum())
+    if count < 2 or total >= other:
+        return False
+    least = 1e-12 * other
+    without = np.log((total - noise + least) / (other - than + least))
+    spread = math.sqrt((count - 1) / count * float(np.sum((without - without.mean()) ** 2)))
+    if math.log((total + least) / (other + least)) + errors * spread < 0:
+        return True
+    ratios = np.log((noise + least / count) / (than + least / count))
+    return float(ratios.mean()) + errors * float(ratios.std(ddof=1)) / math.sqrt(count) < 0
+
+
 def decibels(signal: float, noise: float) -> float | None:
     """Give a power ratio in decibels, None when there is no noise, and -999 where there is no signal or no number."""
     if noise == 0:

@@ -13,6 +13,7 @@ from pipeline import cache, progress
 from pipeline.artifacts import TorchProgram, Traced
 from pipeline.capture import register_quantized_operators
 from pipeline.data.split import Split
+from pipeline.division import drawn
 
 TOLERANCE = 1e-5
 CHECKED_IMAGES = 16
@@ -52,7 +53,7 @@ class OneByOne(nn.Module):
 
 
 def _trace(program: TorchProgram, calibration: Split, out: Path) -> None:
-    images = torch.from_numpy(calibration.images[:CHECKED_IMAGES].copy())
+    images = torch.from_numpy(drawn(calibration.images, CHECKED_IMAGES))
     module = program.module()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns of every Python number it meets; the comparison decides

@@ -23,7 +23,7 @@ class Trial:
 
     way: Deployment
     noise: float
-    """Of the scores of some calibration images, as a share of their power."""
+    """Of the scores of the search's calibration images, as a share of their power."""
     series: Series | None = None
     outcome: Outcome | None = None
     """None where it was not judged."""

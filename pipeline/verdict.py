@@ -67,6 +67,8 @@ class Ladder:
     """In the order they run; empty where nothing was quantized."""
     pixels: int | None = None
     """How many pixels' classes are compared, spread evenly over the images; segmentation only."""
+    layer_images: int | None = None
+    """Of these images, spread evenly, how many `layers` is of; None where nothing was quantized."""
 
     @property
     def worst_layers(self) -> tuple[LayerError, ...]:
@@ -99,7 +101,7 @@ class Weighed:
     over_chosen: Ratio | None
     """Its time over that of the chosen one."""
     sqnr_db: float | None
-    """Of the scores of some calibration images; None where they equal the float model's."""
+    """Of the scores of `Search.images` calibration images; None where they equal the float model's."""
     file_bytes: int
     outcome: Outcome | None
     """Of its accuracy on the evaluation data; None where it was not judged, a faster one being inside the budget."""
@@ -122,6 +124,8 @@ class Search:
     seconds: float
     left_out: tuple[str, ...] = ()
     """Candidates that could not be built or do not run as asked, each with why."""
+    images: int | None = None
+    """Calibration images that each candidate's `sqnr_db` is of: those that validated int8, where there are any."""
 
     @property
     def lost(self) -> str | None:

@@ -258,7 +258,7 @@ def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) 
         scores: Outputs = np.load(made / "scores.npy")
         return scores
 
-    errors: tuple[LayerError, ...] = ()
+    errors, spread = tuple[LayerError, ...](), None
     if way.program.quantized:
         key = _key("layers", way, evaluation, of=way.program.key)
         spread = np.unique(np.linspace(0, len(sample.images) - 1, LAYER_IMAGES).astype(int))
@@ -266,7 +266,14 @@ def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) 
         errors = LAYERS.validate_json((build.folder("layers", key, make) / "layers.json").read_bytes())
     rounds = next((name for name, step in way.steps.items() if step.rounds), way.compiled.target)
     lossy = None if way.program.precision == "float32" else rounds
-    return ladder.climb(sample, way.steps, lossy=lossy, layers=errors, answering=answering)
+    return ladder.climb(
+        sample,
+        way.steps,
+        lossy=lossy,
+        layers=errors,
+        layer_images=None if spread is None else len(spread),
+        answering=answering,
+    )
 
 
 def _key(stage: str, way: Way, evaluation: Split, **inputs: object) -> str:

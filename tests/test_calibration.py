@@ -12,6 +12,7 @@ from PIL import Image
 from pipeline import pick, recipe
 from pipeline.cache import Cache
 from pipeline.data.senseless import likeness
+from pipeline.division import LEAST
 from pipeline.run import Run
 from tests.conftest import Project, subset
 
@@ -26,12 +27,13 @@ def test_images_are_doubled_until_more_bring_nothing(own: Project) -> None:
     own.edit(("[budget]", '[quantization]\nimages = "enough"\n[budget]'))
     done = own.bitferry("deploy", "small.toml", "-t", "openvino", "--quick", "-o", "out")
     assert done.returncode == 0, done.stderr
-    assert "calibration images: 16 " in done.stderr
+    assert "calibration images to fit on: 16 " in done.stderr
     used = json.loads((own.folder / "out/small-openvino-1.0.0/manifest.json").read_text())["calibration"]
     counts = [int(count) for count in used["sqnr_db_by_count"]]
     assert counts[:-1] == [16 * 2**i for i in range(len(counts) - 1)]
-    assert counts[-1] == min(2 * counts[-2], 300 - 32)
-    assert used["images"] == counts[-1] + 32 <= used["given"] == 300
+    assert used["validation"] == LEAST
+    assert counts[-1] == min(2 * counts[-2], 300 - LEAST)
+    assert used["images"] == counts[-1] + LEAST <= used["given"] == 300
     worth = list(used["sqnr_db_by_count"].values())
     assert worth[-1] - worth[-3] < 0.1
     assert all(late - early >= 0.1 for early, late in zip(worth[:-3], worth[2:-1], strict=True))
@@ -41,7 +43,7 @@ def test_the_manifest_counts_the_images_that_were_used(deployed: Project) -> Non
     done = deployed.bitferry("deploy", "small.toml", "-t", "openvino", "--quick", "-o", "counted")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((deployed.folder / "counted/small-openvino-1.0.0/manifest.json").read_text())
-    assert manifest["calibration"] == {"images": 64, "given": 64, "sqnr_db_by_count": {}}
+    assert manifest["calibration"] == {"images": 64, "given": 64, "sqnr_db_by_count": {}, "validation": 32}
 
 
 def test_calibration_needs_no_labels(own: Project) -> None:

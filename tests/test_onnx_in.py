@@ -107,7 +107,7 @@ def test_the_bundle_says_where_it_comes_from_and_runs_alone(deployed_onnx: Proje
         assert origin["recipe"]["model"]["source"] == "onnx:model.onnx"
         assert origin["model"]["trained"] is False
         assert origin["model"]["weights_sha256"] == file_hash(deployed_onnx.folder / "model.onnx")
-        assert manifest["calibration"]["images"] == 48  # a quarter is held out
+        assert (manifest["calibration"]["images"], manifest["calibration"]["validation"]) == (64, 32)
         card = json.loads((bundle / "bom.cdx.json").read_text())["components"][0]["modelCard"]
         assert card["modelParameters"]["modelArchitecture"] == "onnx:model.onnx"
         assert "approach" not in card["modelParameters"]
@@ -340,7 +340,8 @@ def test_enough_images_and_a_named_observer(model: Fitted, tmp_path: Path) -> No
         ("[budget]", '[quantization]\nimages = "enough"\nobserver = "percentile"\nbias_correction = "none"\n[budget]'),
     )
     found = int8(made).calibration
-    assert 16 <= found.images <= 48
+    assert found.validation == 32
+    assert 16 <= found.images - found.validation <= 32
     assert next(iter(found.sqnr_db_by_count)) == "16"
 
 

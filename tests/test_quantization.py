@@ -28,10 +28,10 @@ from pipeline.quantization.graph import (
     round_before_pools,
     rounded_answers,
     set_mode,
-    some,
 )
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.observers import JUDGES, observe, set_ranges
+from pipeline.quantization.judges import Judges, scores
+from pipeline.quantization.observers import observe, set_ranges
 from pipeline.recipe import Quantization
 from targets import Scheme
 from tests.conftest import subset
@@ -97,21 +97,21 @@ def ready(images: Tensor, settings: Quantization = PLAIN, **more: Any) -> tuple[
     """Prepare, observe and fit; with the float answers."""
     model = prepared(images, **more)
     with torch.no_grad():
-        judged, count = observe(model, images, settings)
+        _, count = observe(model, images, settings)
         assert count == len(images)
-        set_ranges(model, images, judged, settings)
+        set_ranges(model, images, Judges(images, scores(model, images)), settings)
         steps.fit(model)
         return model, answers(model, images)
 
 
-def test_only_the_answers_that_judge_are_held_but_where_all_teach(images: Tensor) -> None:
+def test_answers_are_held_only_where_they_teach(images: Tensor) -> None:
     model = prepared(images)
     with torch.no_grad():
         whole = answers(model, images)
-        judged, count = observe(model, images, PLAIN)
+        held, count = observe(model, images, PLAIN)
         every, _ = observe(model, images, PLAIN.model_copy(update={"ranges": "learned"}))
     assert count == len(images)
-    torch.testing.assert_close(judged, some(whole, JUDGES))
+    assert len(held) == 0
     torch.testing.assert_close(every, whole)
 
 
@@ -221,7 +221,7 @@ def test_equalization_keeps_the_float_answers_and_levels_the_channels(images: Te
 def test_layers_of_an_equalized_model_are_compared_with_the_equalized_float_one(
     images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "NOISE", 3.0)  # this model's answers gain nothing by it
+    monkeypatch.setattr(steps, "is_less", lambda *noises: True)  # this model's answers gain nothing by it
     model = prepared(images)
     with torch.no_grad():
         counterpart = steps.calibrate(model, images, Quantization()).float_counterpart

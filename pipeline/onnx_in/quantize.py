@@ -11,35 +11,42 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import ModelProto
 
+from device import pixels
 from device.arrays import Images, Outputs
 from device.errors import InputError, StageFailed, first_line
 from pipeline import cache, progress
 from pipeline.artifacts import Calibration, FloatOnnx, QuantizedOnnx, Simplified
 from pipeline.data.split import Split
+from pipeline.division import FEWEST, divide, on
 from pipeline.onnx_in.asked import OBSERVERS, usable
 from pipeline.onnx_in.looked import corrected
 from pipeline.onnx_in.plan import Plan, exact_elsewhere, plan
 from pipeline.onnx_in.session import predict
 from pipeline.recipe import Quantization
-from pipeline.statistics import sqnr_db
+from pipeline.statistics import decibels, is_less
 from targets import Scheme
 
 if TYPE_CHECKING:
     from onnxruntime.quantization.calibrate import TensorsData
 
-JUDGES = 32
-"""Calibration images that are held out, at most a quarter of them: they judge what the others made."""
+Noise = NDArray[np.float64]
+"""Of the scores of each image, its power."""
+BATCH = 8
+"""Judging images that go through at once."""
 CHUNK = 8
 """Batches whose activations are held in memory at once, for histograms."""
 PERCENTILE = 99.98
 """All but 0.01 % at either end."""
-NOISE = 0.05
-"""dB: a step that costs less than this on so few images is not known to cost anything."""
 FIRST, FLAT = 16, 0.1
 """Images that are tried first for `images = "enough"`, and the dB that two doublings must bring to go on."""
-SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("plan", "looked", "session")]
+SOURCES = [
+    *(Path(__file__).with_name(f"{name}.py") for name in ("plan", "looked", "session")),
+    *(Path(__file__).parents[1] / f"{name}.py" for name in ("division", "statistics")),
+]
+TOO_FEW = f"fewer than {2 * FEWEST} different calibration images are too few to judge it"
 LEFT_OUT = "equalization is left out: it is a step of PyTorch's way"
 
 
@@ -56,7 +63,6 @@ def quantize(
     Raises InputError for steps that need PyTorch, StageFailed where ONNX Runtime's quantizer fails.
     """
     used = usable(settings)
-    count = min(len(calibration), settings.first_images or len(calibration))
     key = cache.key(
         "quantize",
         code=__file__,
@@ -64,14 +70,13 @@ def quantize(
         packages=("onnx", "onnxruntime"),
         model=simplified.key,
         data=calibration.key,
-        images=count,
         scheme=scheme,
         settings=used.model_dump(),
     )
-    make = partial(_quantize, simplified.path, calibration.images[:count], scheme, used, equalize=settings.equalize)
+    make = partial(_quantize, simplified.path, calibration.images, scheme, used, equalize=settings.equalize)
     done = build.folder("quantize", key, make)
     found = json.loads((done / "calibration.json").read_text())
-    calibrated = Calibration(found["images"], len(calibration), found["curve"])
+    calibrated = Calibration(found["images"], len(calibration), found["curve"], found["validation"])
     return QuantizedOnnx(done / "model.onnx", model, simplified.path, scheme, calibrated, key, kept=settings.keep)
 
 
@@ -81,55 +86,52 @@ def _quantize(path: Path, images: Images, scheme: Scheme, settings: Quantization
     if equalize:
         progress.stage("quantize", LEFT_OUT)
     try:
-        seen, judges = _parted(images)
+        division = divide(images, settings.first_images)
+        progress.stage("quantize", str(division))
+        seen, judges = images[division.fitting], images[division.validation]
         work = _Work(path, scheme, settings, judges)
-        seen, curve = work.enough(seen) if settings.images == "enough" else (seen, {})
+        seen, curve = work.enough(seen) if settings.images == "enough" and len(judges) else (seen, {})
         made = work.made(seen)
     except InputError:
         raise
     except Exception as error:  # ONNX Runtime's quantizer raises anything
         raise StageFailed(f"ONNX Runtime's quantizer failed on {path}: {first_line(error)}") from error
     onnx.save(made, out / "model.onnx")
-    (out / "calibration.json").write_text(json.dumps({"images": len(seen), "curve": curve}))
-
-
-def _parted(images: Images) -> tuple[Images, Images]:
-    """Hold some images out, spread, for a folder is sorted by class; where there are few, the same judge."""
-    count = min(JUDGES, len(images) // 4)
-    if not count:
-        return images.copy(), images.copy()
-    held = np.zeros(len(images), bool)
-    held[np.linspace(0, len(images) - 1, count).round().astype(int)] = True
-    return images[~held].copy(), images[held].copy()
+    used = {"images": len(seen) + len(judges), "validation": len(judges), "curve": curve}
+    (out / "calibration.json").write_text(json.dumps(used))
 
 
 class _Work:
-    """One float file on its way to int8, and the images that judge what is made of it."""
+    """One float file on its way to int8, and the images that judge what is made of it, none where there are too few."""
 
     def __init__(self, path: Path, scheme: Scheme, settings: Quantization, judges: Images) -> None:
         self.path, self.scheme, self.settings, self.judges = path, scheme, settings, judges
         self.model = onnx.shape_inference.infer_shapes(onnx.load(path))
         self.plan: Plan = plan(self.model, scheme, settings.keep)
-        self.wanted: Outputs = predict(path)(judges)
+        self.wanted: Outputs = self.scores(path) if len(judges) else np.zeros((0, 1), np.float32)
 
     def made(self, seen: Images) -> ModelProto:
-        """Quantize with every observer asked for, keep the best, and correct its biases where that helps."""
+        """Quantize with every observer asked for, keep the best, and correct its biases where that helps.
+
+        Another observer than the first is taken only where it answers better beyond chance.
+        """
         if not self.plan.nodes:
             return self.model
         names = OBSERVERS if self.settings.observer == "best" else (self.settings.observer,)
-        tried: dict[str, tuple[float, ModelProto, TensorsData]] = {}
+        names, best = names if len(self.judges) else names[:1], names[0]
+        tried: dict[str, tuple[Noise, ModelProto, TensorsData]] = {}
         for name in progress.track(names, "observe", total=len(names)):
             ranges = self.ranges(seen, name)
             int8 = self.quantized(self.model, ranges)
-            tried[name] = self.quality(int8), int8, ranges
-        best = max(tried, key=lambda name: tried[name][0])
-        told = ", ".join(f"{name} {tried[name][0]:.1f} dB" for name in tried)
-        progress.stage("quantize", f"observer {best}: {told}" if len(tried) > 1 else f"observer {told}")
-        worth, int8, ranges = tried[best]
-        return self.better(worth, int8, ranges, seen)
+            tried[name] = self.noise(int8), int8, ranges
+            best = name if is_less(tried[name][0], tried[best][0]) else best
+        if len(self.judges):
+            told = ", ".join(f"{name} {self.db(noise):.1f} dB" for name, (noise, *_) in tried.items())
+            progress.stage("quantize", f"observer {best}: {told}, {on(self.judges)}")
+        return self.better(*tried[best], seen)
 
-    def better(self, worth: float, int8: ModelProto, ranges: "TensorsData", seen: Images) -> ModelProto:
-        """Correct the biases by what rounding shifts the mean of each layer, and keep that where it is no worse."""
+    def better(self, before: Noise, int8: ModelProto, ranges: "TensorsData", seen: Images) -> ModelProto:
+        """Correct the biases by what rounding shifts the mean of each layer, and keep that where it is better."""
         if self.settings.bias_correction == "none":
             return int8
         better = corrected(self.model, int8, seen)
@@ -137,33 +139,51 @@ class _Work:
             progress.stage("quantize", "bias correction: no layer has anything to correct")
             return int8
         again = self.quantized(better, ranges)
-        after = self.quality(again)
-        if after < worth - NOISE:
-            told = f"bias correction dropped: {worth:.1f} dB without it, {after:.1f} with it"
-            progress.stage("quantize", told)
+        if not len(self.judges):
+            progress.stage("quantize", f"bias correction is taken as it is: {TOO_FEW}")
+            return again
+        after = self.noise(again)
+        without, having = self.db(before), self.db(after)
+        if not is_less(after, before):
+            chance = ", no more than chance" if having > without else ""
+            told = f"bias correction dropped: {without:.1f} dB without it, {having:.1f} with it{chance}"
+            progress.stage("quantize", f"{told}, {on(self.judges)}")
             return int8
-        progress.stage("quantize", f"bias correction: {worth:.1f} → {after:.1f} dB")
+        progress.stage("quantize", f"bias correction: {without:.1f} → {having:.1f} dB {on(self.judges)}")
         return again
 
     def enough(self, seen: Images) -> tuple[Images, Mapping[int, float]]:
-        """Double the number of images until two doublings bring nothing on those held out."""
-        mixed = seen[np.random.default_rng(0).permutation(len(seen))]  # a folder is sorted by class
-        name = "minmax" if self.settings.observer == "best" else self.settings.observer
-        count, found = min(FIRST, len(mixed)), dict[int, float]()
+        """Double the number of images until two doublings bring nothing on those that judge."""
+        name = OBSERVERS[0] if self.settings.observer == "best" else self.settings.observer
+        count, found = min(FIRST, len(seen)), dict[int, float]()
         while self.plan.nodes:
-            found[count] = self.quality(self.quantized(self.model, self.ranges(mixed[:count], name)))
+            found[count] = self.db(self.noise(self.quantized(self.model, self.ranges(seen[:count], name))))
             last = list(found.values())
-            if (len(last) > 2 and last[-1] - last[-3] < FLAT) or count == len(mixed):
+            if (len(last) > 2 and last[-1] - last[-3] < FLAT) or count == len(seen):
                 break
-            count = min(2 * count, len(mixed))
+            count = min(2 * count, len(seen))
         told = ", ".join(f"{tried} {worth:.1f} dB" for tried, worth in found.items()) or f"{count}"
-        end = "more bring nothing" if count < len(mixed) else "more may be better"
-        progress.stage("quantize", f"calibration images: {told}; {end}")
-        return mixed[:count], found
+        end = "more bring nothing" if count < len(seen) else "more may be better"
+        progress.stage("quantize", f"calibration images to fit on: {told}, {on(self.judges)}; {end}")
+        return seen[:count], found
 
-    def quality(self, int8: ModelProto) -> float:
-        """Give the SQNR of the scores in dB."""
-        return sqnr_db(self.wanted, predict(int8.SerializeToString())(self.judges))
+    def scores(self, model: Path | bytes) -> Outputs:
+        """Answer the images that judge; of maps, the scores of a few pixels, as all of a hundred fill a memory."""
+        answer = predict(model)
+        split = (self.judges[start : start + BATCH] for start in range(0, len(self.judges), BATCH))
+        return np.concatenate([pixels.thin(answer(batch)) for batch in split])
+
+    def noise(self, int8: ModelProto) -> Noise:
+        """Give the power of each image's difference from the float scores; none without images that judge."""
+        if not len(self.judges):
+            return np.zeros(0)
+        found = self.scores(int8.SerializeToString()).astype(np.float64) - self.wanted
+        return np.asarray(np.square(found).reshape(len(found), -1).sum(1), np.float64)
+
+    def db(self, noise: Noise) -> float:
+        """Give the SQNR of the scores of all images together, in dB."""
+        found = decibels(float(np.square(self.wanted, dtype=np.float64).sum()), float(noise.sum()))
+        return float("inf") if found is None else found
 
     def ranges(self, images: Images, observer: str) -> "TensorsData":
         """Observe every activation, one image at a time where the graph's batch is open."""

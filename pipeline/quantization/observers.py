@@ -3,6 +3,7 @@
 Every statistic is of one image, whatever the batch: per-image extremes, and where asked for some of its values.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -11,84 +12,140 @@ from torch import Tensor, fx
 
 from device.errors import InputError
 from pipeline import progress
-from pipeline.quantization import effects
-from pipeline.quantization.graph import activations, mark_batches, places, quality, set_mode, some
+from pipeline.quantization import correct, effects
+from pipeline.quantization.graph import activations, layers, mark_batches, set_mode
 from pipeline.quantization.grid import Grid
+from pipeline.quantization.judges import Judges, Noise
 from pipeline.recipe import Quantization
+from pipeline.statistics import is_less
 
 VALUES = 2**19
 """Of a tensor that are kept in all, for the observers that look at more than the extremes."""
-WEIGHED, JUDGES = 32, 32
-"""Calibration images that `scores` looks at, and that judge observers and steps."""
+WEIGHED, EXTREME = 32, 96
+"""Images that `scores` looks at, and at most how many more for holding the extreme value of an activation."""
 TAIL = 1e-4
 """Left out at either end by `percentile`."""
 SHRINKS, ROUNDS = 24, 2
 """Steps of the search of `mse`: how many ranges, each 4 % of the whole smaller, and how often from both ends."""
-Ranges = list[tuple[Tensor, Tensor]]
-"""Scale and zero point of each activation."""
 
 
 def candidates(settings: Quantization) -> Sequence[str]:
-    """List the observers whose ranges are to be compared."""
+    """List the observers whose ranges are to be compared, the one to prefer where none is better first."""
     return BEST if settings.observer == "best" else (settings.observer,)
 
 
-def observe(model: fx.GraphModule, images: Tensor, settings: Quantization) -> tuple[Tensor, int]:
-    """Run every calibration image once and keep what the observers need; give float answers, and how many went through.
+def observe(
+    model: fx.GraphModule,
+    images: Tensor,
+    settings: Quantization,
+    numbers: Sequence[int] | None = None,
+    *,
+    further: bool = False,
+) -> tuple[Tensor, int]:
+    """Run every image once and keep what the observers need; give float answers, and how many images went through.
 
-    The answers are of the images that judge, `some(images, JUDGES)`; of all where ranges are learned from them. Those
-    of a segmentation model are as large as its images.
+    The answers are kept where ranges are learned from them, else none: those of a segmentation model are as large as
+    its images. `numbers` are the images' positions in the user's list, for a message. `further` adds to what was seen,
+    of the values alone and not of the mean inputs.
     """
     look = not {"percentile", "mse", "histogram"}.isdisjoint(candidates(settings))
     mark_batches(model)
     for grid in activations(model):
-        grid.forget()
-        grid.samples = max(16, min(4096, VALUES // len(images))) if look else 0
-        grid.sums = settings.bias_correction == "fast" or settings.rounding == "layers"
+        grid.samples = grid.samples if further else max(16, min(4096, VALUES // len(images))) if look else 0
+        grid.sums = not further and (settings.bias_correction != "none" or settings.rounding == "layers")
+        if not further:
+            grid.forget()
     set_mode(model, "observe")
-    wanted = torch.full((len(images),), settings.ranges == "learned")
-    wanted[places(len(images), JUDGES)] = True
     answers, count = list[Tensor](), 0
     split = torch.split(images, settings.batch_size)
     for batch in progress.track(split, "calibrate", total=len(split)):
         for grid in activations(model):
             grid.batch, grid.seen.calls = len(batch), 0
         found = model(batch)
-        if not bool(torch.isfinite(found).all()):
-            bad = count + next(i for i, scores in enumerate(found) if not bool(torch.isfinite(scores).all()))
-            raise InputError(f"the float model's scores of calibration image {bad + 1} are not finite; take it out")
-        answers.append(found[wanted[count : count + len(found)]])
+        refuse_infinite(found, (numbers or range(len(images)))[count:])
+        answers.append(found if settings.ranges == "learned" else found[:0])
         count += len(found)
     set_mode(model, "off")
     return torch.cat(answers), count
 
 
-def set_ranges(model: fx.GraphModule, images: Tensor, teacher: Tensor, settings: Quantization) -> None:
+def refuse_infinite(found: Tensor, numbers: Sequence[int]) -> None:
+    """Raise InputError for the first image whose scores are not finite; `numbers` are positions in the user's list."""
+    if not bool(torch.isfinite(found).all()):
+        bad = next(number for scores, number in zip(found, numbers, strict=False) if not torch.isfinite(scores).all())
+        raise InputError(f"the float model's scores of calibration image {bad + 1} are not finite; take it out")
+
+
+def set_ranges(model: fx.GraphModule, images: Tensor, judges: Judges | None, settings: Quantization) -> None:
     """Set each activation's range by the observer asked for, or by that one whose ranges answer best.
 
-    The weights stay float meanwhile: what rounding shifts in their means would hide the difference, and is corrected
-    later.
+    Another than the first is chosen only where it answers better beyond chance on images that no range was made of;
+    without such images the first is taken. Weights are rounded meanwhile and the means they shift corrected, as in what
+    is shipped: ranges that are better with float weights can be worse with int8 ones. In the end the ranges are those
+    of all images, of the judges too: a value that no image reached is cut off, and with few images that costs more than
+    all choices.
     """
-    names = candidates(settings)
-    ranged = [grid for grid in activations(model) if grid.seen.low]  # what no image reaches is no loss
-    found = effects.weigh(model, some(images, WEIGHED)) if "scores" in names else {}
-    judges = some(images, JUDGES), some(teacher, JUDGES)
-    tried: dict[str, tuple[float, Ranges]] = {}
-    for name in names:
-        for grid in ranged:
-            if name == "scores":
-                grid.set_range(*found[grid].bounds())
-            else:
-                RANGES[name](grid, torch.stack(grid.seen.low), torch.stack(grid.seen.high))
-        worth = quality(model, *judges, weights=False) if len(names) > 1 else 0.0
-        tried[name] = worth, [(grid.scale, grid.zero_point) for grid in ranged]
-    best = max(tried, key=lambda name: tried[name][0])
-    for grid, (scale, zero_point) in zip(ranged, tried[best][1], strict=True):
-        grid.scale, grid.zero_point = scale, zero_point
+    names = candidates(settings) if judges else candidates(settings)[:1]
+    best = _choose(model, images, names, judges) if judges and len(names) > 1 else names[0]
+    if judges:
+        observe(model, judges.images, settings.model_copy(update={"ranges": "observed"}), further=True)
+        images = torch.cat([images, judges.images])
+    ranged = _ranged(model)
+    _set(model, ranged, images, best)
+    for grid in ranged:
         grid.seen.values.clear()
-    if len(names) > 1:
-        told = ", ".join(f"{name} {worth:.1f}" for name, (worth, _) in tried.items())
-        progress.stage("quantize", f"ranges by {best} (dB with float weights: {told})")
+
+
+def _ranged(model: fx.GraphModule) -> list[Grid]:
+    """List the activations that images reached; what none reaches is no loss."""
+    return [grid for grid in activations(model) if grid.seen.low]
+
+
+def _choose(model: fx.GraphModule, images: Tensor, names: Sequence[str], judges: Judges) -> str:
+    ranged = _ranged(model)
+    tried, best = dict[str, Noise](), names[0]
+    for name in names:
+        _set(model, ranged, images, name)
+        tried[name] = corrected_noise(model, judges)
+        best = name if is_less(tried[name], tried[best]) else best
+    told = ", ".join(f"{name} {judges.db(noise):.1f} dB" for name, noise in tried.items())
+    progress.stage("quantize", f"ranges by {best}: {told} {judges}; these are then observed, too")
+    return best
+
+
+def corrected_noise(model: fx.GraphModule, judges: Judges) -> Noise:
+    """Give each image's noise with the ranges as they are, weights rounded and means corrected; biases stay."""
+    biases = [layer.bias for layer in layers(model) if layer.bias is not None]
+    kept = [bias.detach().clone() for bias in biases]
+    for layer in layers(model):
+        layer.fit()
+    correct.fast(model)
+    found = judges.noise(model)
+    for bias, before in zip(biases, kept, strict=True):
+        bias.data.copy_(before)
+    return found
+
+
+def _set(model: fx.GraphModule, ranged: list[Grid], images: Tensor, name: str) -> None:
+    found = effects.weigh(model, images[_weighed(ranged)]) if name == "scores" else {}
+    for grid in ranged:
+        if name == "scores":
+            grid.set_range(*found[grid].bounds())
+        else:
+            RANGES[name](grid, torch.stack(grid.seen.low), torch.stack(grid.seen.high))
+
+
+def _weighed(ranged: Sequence[Grid]) -> list[int]:
+    """Choose images whose effects are weighed: the first, and those that reach furthest.
+
+    What lies beyond the values of the images weighed costs nothing in their sums, so a range chosen by the first alone
+    would cut off what others reach.
+    """
+    count = len(ranged[0].seen.low) if ranged else 0
+    lows = [int(torch.stack(grid.seen.low).argmin()) for grid in ranged]
+    highs = [int(torch.stack(grid.seen.high).argmax()) for grid in ranged]
+    extreme = [place for place, _ in Counter([*lows, *highs]).most_common() if WEIGHED <= place < count]
+    return [*range(min(WEIGHED, count)), *sorted(extreme[:EXTREME])]
 
 
 def _whole(grid: Grid, low: Tensor, high: Tensor) -> None:
@@ -140,8 +197,8 @@ def _values(grid: Grid, low: Tensor, high: Tensor) -> Tensor:
     return torch.cat([*grid.seen.values, low, high])
 
 
-BEST = ("scores", "histogram", "mean-minmax")
-"""That `best` compares."""
+BEST = ("histogram", "scores", "mean-minmax")
+"""That `best` compares; the first where no other is better."""
 RANGES: Mapping[str, Callable[[Grid, Tensor, Tensor], None]] = {
     "minmax": _whole,
     "mean-minmax": _mean,

@@ -13,7 +13,7 @@ from pipeline import verdict
 from pipeline.artifacts import Bundle, Unmeasured, Verified
 from pipeline.figures import Candidate, Ratio, Suspicion
 from pipeline.measure.suspicion import by_weight
-from pipeline.verdict import Built, Failed, Verdict, Weighed
+from pipeline.verdict import Built, Failed, Search, Verdict, Weighed
 
 STYLES = {"pass": "green", "fail": "red", "undecided": "yellow", "unmeasured": "yellow"}
 Result = Bundle | Verified | Unmeasured
@@ -85,7 +85,7 @@ def _told(found: Built) -> Iterator[str]:
     if isinstance(found, Verdict):
         yield f"     {escape(found.execution.summary)}"
     if found.search:
-        yield f"     {escape(found.search.reason)}"
+        yield f"     {escape(found.search.reason)}; SQNR on {_images_of(found.search)}"
         for one in found.search.weighed:
             yield f"       {escape(_weighed(one))}"
     if found.ladder.lost_most and not found.passed:
@@ -136,7 +136,9 @@ def _cells(found: Verdict) -> dict[str, str]:
         **{one.metric: f"{one.float_percent:.2f} → {one.percent:.2f} %" for one in accuracy.others},
         "lost / gained / flipped": f"{flips.lost} / {flips.gained} / {flips.flipped}",
         **({} if flips.pixels_percent is None else {"pixels flipped": f"{flips.pixels_percent:.2f} %"}),
-        "SQNR of the scores": "equal" if accuracy.sqnr_db is None else f"{accuracy.sqnr_db:.1f} dB",
+        f"SQNR of the scores, {accuracy.images} images": "equal"
+        if accuracy.sqnr_db is None
+        else f"{accuracy.sqnr_db:.1f} dB",
         f"p50 / p90 / p99, {latency.baseline}": _percentiles(latency.eager),
         "p50 / p90 / p99": _percentiles(artifact),
         f"speed-up over {latency.baseline}": _ratio(latency.speedup),
@@ -153,6 +155,10 @@ def _footprint(artifact: Candidate) -> dict[str, str]:
         "size / peak memory": f"{used.file_bytes / 1e6:.1f} / {used.peak_memory_bytes / 1e6:.0f} MB",
         "load / first answer": f"{used.load_ms:.0f} / {used.first_answer_ms:.1f} ms",
     }
+
+
+def _images_of(search: Search) -> str:
+    return "some calibration images" if search.images is None else f"{search.images} calibration images"
 
 
 def _weighed(one: Weighed) -> str:
@@ -174,6 +180,7 @@ def _ratio(ratio: Ratio | None) -> str:
 
 def _caption(found: Verdict) -> str:
     return (
-        f"{found.accuracy.images} images, the same for both. Batch {found.latency.batch}, {found.latency.threads} "
-        "threads, interleaved blocks; intervals are 95 %. A percentile that too few calls support is left out (—)."
+        f"{found.accuracy.images} evaluation images, the same for both. Batch {found.latency.batch}, "
+        f"{found.latency.threads} threads, interleaved blocks; intervals are 95 %. A percentile that too few calls support "
+        "is left out (—)."
     )
