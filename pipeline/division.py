@@ -45,7 +45,7 @@ def order(images: Images) -> NDArray[np.int64]:
     """Sort the positions of N images of any shape by a hash of their bytes; of equal images only one is kept."""
     places: dict[bytes, int] = {}
     for place, image in enumerate(images):
-        places.setdefault(hashlib.sha256(np.ascontiguousarray(image)).digest(), place)
+        places.setdefault(hashlib.sha256(image.tobytes()).digest(), place)
     return np.array([places[digest] for digest in sorted(places)], np.int64)
 
 

@@ -30,7 +30,6 @@ from pipeline.quantization.graph import (
     set_mode,
 )
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.judges import Judges, scores
 from pipeline.quantization.observers import observe, set_ranges
 from pipeline.recipe import Quantization
 from targets import Scheme
@@ -99,7 +98,7 @@ def ready(images: Tensor, settings: Quantization = PLAIN, **more: Any) -> tuple[
     with torch.no_grad():
         _, count = observe(model, images, settings)
         assert count == len(images)
-        set_ranges(model, images, Judges(images, scores(model, images)), settings)
+        set_ranges(model, images, None, settings)
         steps.fit(model)
         return model, answers(model, images)
 

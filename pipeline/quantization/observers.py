@@ -82,17 +82,22 @@ def set_ranges(model: fx.GraphModule, images: Tensor, judges: Judges | None, set
     Another than the first is chosen only where it answers better beyond chance on images that no range was made of;
     without such images the first is taken. Weights are rounded meanwhile and the means they shift corrected, as in what
     is shipped: ranges that are better with float weights can be worse with int8 ones. In the end the ranges are those
-    of all images, of the judges too: a value that no image reached is cut off, and with few images that costs more than
-    all choices.
+    of all images, of the judges too, where the judges find them no worse: a value that no image reached is cut off, and
+    with few images that costs more than all choices.
     """
     names = candidates(settings) if judges else candidates(settings)[:1]
-    best = _choose(model, images, names, judges) if judges and len(names) > 1 else names[0]
-    if judges:
+    if judges is None:
+        _set(model, images, names[0])
+    else:
+        best, before = _choose(model, images, names, judges)
+        kept = [(grid, grid.scale, grid.zero_point) for grid in _ranged(model)]
         observe(model, judges.images, settings.model_copy(update={"ranges": "observed"}), further=True)
-        images = torch.cat([images, judges.images])
-    ranged = _ranged(model)
-    _set(model, ranged, images, best)
-    for grid in ranged:
+        _set(model, torch.cat([images, judges.images]), best)
+        if corrected_noise(model, judges).sum() > before.sum():
+            for grid, scale, zero_point in kept:
+                grid.scale, grid.zero_point = scale, zero_point
+            progress.stage("quantize", "ranges of all images answer worse; those of the images fitted on stay")
+    for grid in _ranged(model):
         grid.seen.values.clear()
 
 
@@ -101,16 +106,18 @@ def _ranged(model: fx.GraphModule) -> list[Grid]:
     return [grid for grid in activations(model) if grid.seen.low]
 
 
-def _choose(model: fx.GraphModule, images: Tensor, names: Sequence[str], judges: Judges) -> str:
-    ranged = _ranged(model)
+def _choose(model: fx.GraphModule, images: Tensor, names: Sequence[str], judges: Judges) -> tuple[str, Noise]:
+    """Set the ranges of the best observer; give its name and each judge's noise."""
     tried, best = dict[str, Noise](), names[0]
     for name in names:
-        _set(model, ranged, images, name)
+        _set(model, images, name)
         tried[name] = corrected_noise(model, judges)
         best = name if is_less(tried[name], tried[best]) else best
+    if best != names[-1]:
+        _set(model, images, best)
     told = ", ".join(f"{name} {judges.db(noise):.1f} dB" for name, noise in tried.items())
     progress.stage("quantize", f"ranges by {best}: {told} {judges}; these are then observed, too")
-    return best
+    return best, tried[best]
 
 
 def corrected_noise(model: fx.GraphModule, judges: Judges) -> Noise:
@@ -126,7 +133,8 @@ def corrected_noise(model: fx.GraphModule, judges: Judges) -> Noise:
     return found
 
 
-def _set(model: fx.GraphModule, ranged: list[Grid], images: Tensor, name: str) -> None:
+def _set(model: fx.GraphModule, images: Tensor, name: str) -> None:
+    ranged = _ranged(model)
     found = effects.weigh(model, images[_weighed(ranged)]) if name == "scores" else {}
     for grid in ranged:
         if name == "scores":

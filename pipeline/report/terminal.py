@@ -181,6 +181,6 @@ def _ratio(ratio: Ratio | None) -> str:
 def _caption(found: Verdict) -> str:
     return (
         f"{found.accuracy.images} evaluation images, the same for both. Batch {found.latency.batch}, "
-        f"{found.latency.threads} threads, interleaved blocks; intervals are 95 %. A percentile that too few calls support "
-        "is left out (—)."
+        f"{found.latency.threads} threads, interleaved blocks; intervals are 95 %. A percentile that too few calls "
+        "support is left out (—)."
     )
