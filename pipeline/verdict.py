@@ -124,6 +124,8 @@ class Search:
     seconds: float
     left_out: tuple[str, ...] = ()
     """Candidates that could not be built or do not run as asked, each with why."""
+    images: int | None = None
+    """Calibration images that each candidate's `sqnr_db` is of: those that validated int8, where there are any."""
 
     images: int | None = None
     """Calibration images that each candidate's `sqnr_db` is of: those that validated int8, where there are any."""

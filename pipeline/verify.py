@@ -266,14 +266,8 @@ def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) 
         errors = LAYERS.validate_json((build.folder("layers", key, make) / "layers.json").read_bytes())
     rounds = next((name for name, step in way.steps.items() if step.rounds), way.compiled.target)
     lossy = None if way.program.precision == "float32" else rounds
-    return ladder.climb(
-        sample,
-        way.steps,
-        lossy=lossy,
-        layers=errors,
-        layer_images=None if spread is None else len(spread),
-        answering=answering,
-    )
+    climbed = ladder.climb(sample, way.steps, lossy=lossy, layers=errors, answering=answering)
+    return replace(climbed, layer_images=None if spread is None else len(spread))
 
 
 def _key(stage: str, way: Way, evaluation: Split, **inputs: object) -> str:

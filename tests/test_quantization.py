@@ -369,17 +369,19 @@ def test_every_step_together_in_every_scheme(scheme: Scheme, images: Tensor) -> 
 def test_a_step_that_makes_it_worse_is_dropped_and_said(
     images: Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def spoil(model: fx.GraphModule) -> int:
+    def spoil(model: fx.GraphModule, images: Tensor) -> int:
         for layer in layers(model):
             layer.weight.add_(0.3)
         return 1
 
     progress.console.quiet = False
     plain, spoiled = prepared(images), prepared(images)
+    settings = PLAIN.model_copy(update={"bias_correction": "full"})
     with torch.no_grad():
-        steps.calibrate(plain, images, PLAIN)
-        monkeypatch.setattr(correct, "fast", spoil)
-        steps.calibrate(spoiled, images, PLAIN.model_copy(update={"bias_correction": "fast"}))
+        monkeypatch.setattr(correct, "full", lambda model, images: 0)
+        steps.calibrate(plain, images, settings)
+        monkeypatch.setattr(correct, "full", spoil)
+        steps.calibrate(spoiled, images, settings)
     assert "bias correction dropped" in capsys.readouterr().err
     assert torch.equal(rounded_answers(plain, images), rounded_answers(spoiled, images))
 

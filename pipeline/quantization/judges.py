@@ -1,4 +1,4 @@
-"""The calibration images that nothing is fitted on: they judge what was."""
+"""The calibration images that judge what the others made."""
 
 from dataclasses import dataclass
 
