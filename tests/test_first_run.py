@@ -14,6 +14,9 @@ from pipeline.cache import Cache
 from pipeline.capture import capture
 from pipeline.compile import compile
 from pipeline.export import export, simplify
+from pipeline.quantize import quantize
+from pipeline.recipe import Quantization
+from targets import Scheme
 from tests.test_torchscript import float_model, split
 
 BROKEN = '''
@@ -72,11 +75,16 @@ def test_the_operator_that_goes_wrong_is_named_with_its_layer(
 def test_what_fails_only_when_it_runs_is_told_when_it_is_compiled(tmp_path: Path) -> None:
     torch.manual_seed(0)
     build, model = Cache(tmp_path / "build"), float_model(Bent(nn.Mish()), split().images)
-    source, options = capture(model, split(), build), targets.get("executorch").Options(threads=1)
+    target, settings = (
+        targets.get("executorch"),
+        Quantization(observer="minmax", equalize=False, bias_correction="none"),
+    )
+    int8 = quantize(model, split(), target.SCHEMES["int8"] or Scheme(), settings, build)
+    source, options = capture(int8, split(), build), target.Options(threads=1)
     with pytest.raises(StageFailed) as raised:
-        compile(source, "executorch", model, split(), build, options=options)
+        compile(source, "executorch", int8, split(), build, options=options)
     told = str(raised.value)
-    assert "executorch float32 was compiled, and fails when it runs: " in told
+    assert "executorch int8 was compiled, and fails when it runs: " in told
     assert "what goes wrong first is the operator aten.mish in the layer 'bend' (test_first_run.py:" in told
     assert "self.second(self.bend(self.first(x)))" in told
     assert "or try another target (coreml, onnxruntime, openvino" in told
