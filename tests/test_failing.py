@@ -50,9 +50,11 @@ def test_the_stage_the_layer_and_the_line_are_named() -> None:
 
 
 def test_the_layer_of_a_captured_graph_is_named() -> None:
-    program = torch.export.export(nn.Sequential(nn.Identity(), Odd()), (torch.zeros(3, 4),))
-    told = failure(program.module(check_guards=False), torch.zeros(2, 4))
-    assert re.search(r"in the layer '1' \(test_failing.py:\d+: return torch.relu", told)
+    graph = torch.export.export(nn.Sequential(nn.Identity(), Odd()), (torch.zeros(3, 4),)).module()
+    graph.get_submodule("1.layer").weight = nn.Parameter(torch.zeros(4, 9))
+    assert re.search(
+        r"in the layer '1.layer' \(test_failing.py:\d+: return torch.relu", failure(graph, torch.zeros(3, 4))
+    )
 
 
 def test_what_is_told_already_stays_as_it_is() -> None:

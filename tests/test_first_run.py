@@ -14,6 +14,9 @@ from pipeline.cache import Cache
 from pipeline.capture import capture
 from pipeline.compile import compile
 from pipeline.export import export, simplify
+from pipeline.quantize import quantize
+from pipeline.recipe import Quantization
+from targets import Scheme
 from tests.test_torchscript import float_model, split
 
 BROKEN = '''
@@ -35,11 +38,11 @@ FAILS = "node.domain = 'nowhere'"
 
 
 class Bent(nn.Module):
-    """A convolution, a hyperbolic tangent that a test's target computes wrongly, and what follows."""
+    """A convolution, an activation that a target computes wrongly or cannot run, and what follows."""
 
-    def __init__(self) -> None:
+    def __init__(self, bend: nn.Module) -> None:
         super().__init__()
-        self.first, self.bend, self.second = nn.Conv2d(3, 8, 3, 2), nn.Tanh(), nn.Conv2d(8, 8, 3)
+        self.first, self.bend, self.second = nn.Conv2d(3, 8, (3, 5), 2), bend, nn.Conv2d(8, 8, 3)
         self.head = nn.Linear(8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ class Bent(nn.Module):
 @pytest.fixture(scope="module")
 def model() -> FloatModel:
     torch.manual_seed(0)
-    return float_model(Bent(), split().images)
+    return float_model(Bent(nn.Tanh()), split().images)
 
 
 @pytest.mark.parametrize(("change", "told"), [(WRONG, "answers 8 calibration images otherwise"), (FAILS, "fails when")])
@@ -69,25 +72,19 @@ def test_the_operator_that_goes_wrong_is_named_with_its_layer(
     assert not list(build.root.glob("compile-*"))
 
 
-class Mish(nn.Module):
-    """What ExecuTorch compiles and cannot run: Mish of what a convolution gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.bend, self.head = nn.Conv2d(3, 8, 3, 2), nn.Mish(), nn.Linear(8, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.head(self.bend(self.first(x)).mean((2, 3)))
-        return scores
-
-
 def test_what_fails_only_when_it_runs_is_told_when_it_is_compiled(tmp_path: Path) -> None:
-    build, model = Cache(tmp_path / "build"), float_model(Mish(), split().images)
-    source, options = capture(model, split(), build), targets.get("executorch").Options(threads=1)
+    torch.manual_seed(0)
+    build, model = Cache(tmp_path / "build"), float_model(Bent(nn.Mish()), split().images)
+    target, settings = (
+        targets.get("executorch"),
+        Quantization(observer="minmax", equalize=False, bias_correction="none"),
+    )
+    int8 = quantize(model, split(), target.SCHEMES["int8"] or Scheme(), settings, build)
+    source, options = capture(int8, split(), build), target.Options(threads=1)
     with pytest.raises(StageFailed) as raised:
-        compile(source, "executorch", model, split(), build, options=options)
+        compile(source, "executorch", int8, split(), build, options=options)
     told = str(raised.value)
-    assert "executorch float32 was compiled, and fails when it runs: " in told
+    assert "executorch int8 was compiled, and fails when it runs: " in told
     assert "what goes wrong first is the operator aten.mish in the layer 'bend' (test_first_run.py:" in told
-    assert "scores: Tensor = self.head(self.bend(" in told
+    assert "self.second(self.bend(self.first(x)))" in told
     assert "or try another target (coreml, onnxruntime, openvino" in told
