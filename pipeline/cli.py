@@ -4,6 +4,7 @@
 # ruff: noqa: PLC0415
 
 import json
+import re
 import sys
 import traceback
 from dataclasses import replace
@@ -54,11 +55,22 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"bitferry {version('bitferry')}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Let libraries fetch data and weights named.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     from pipeline import progress
 
@@ -275,11 +287,11 @@ def _fail(error: Exception, cause: Exception | None = None) -> None:
 
 
 def main() -> None:
-    """Run the command line; --quiet, --debug and --download may stand anywhere."""
+    """Run the command line; --quiet, --debug and --download may stand anywhere, and --targets is --target."""
     interrupt.end_on_interrupt()
     completion.prepare()
     anywhere = [a for a in sys.argv[1:] if a in ("--quiet", "-q", "--debug", "--download")]
-    others = [a for a in sys.argv[1:] if a not in anywhere]
+    others = [re.sub(r"^--targets(?==|$)", "--target", a) for a in sys.argv[1:] if a not in anywhere]
     try:
         app([*anywhere, *others])
     except (BitferryError, OSError) as error:  # OSError: a full disk, a folder that may not be read
