@@ -3,7 +3,6 @@
 # Each command imports what it runs when it runs: torch takes seconds, `--help` must not.
 # ruff: noqa: PLC0415
 
-import json
 import re
 import sys
 import traceback
@@ -34,6 +33,8 @@ from pipeline.cli_words import (
     TargetNames,
     Thorough,
     Trust,
+    Version,
+    print_paths,
 )
 
 if TYPE_CHECKING:
@@ -55,22 +56,12 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"bitferry {version('bitferry')}")
-        raise typer.Exit
-
-
 @app.callback()
 def options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Let libraries fetch data and weights named.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
-    ] = False,
+    version: Version = False,
 ) -> None:
     from pipeline import progress
 
@@ -109,7 +100,7 @@ def _each(
     firsts = {name: next(iter(targets.get(name).SCHEMES)) for name in chosen}
     ways = {n: Deployment(run, n, firsts[n] if read.precision == "auto" else read.precision) for n in chosen}
     found = each(run, chosen, lambda name: made(ways[name]))
-    _print_paths({name: path for name, path in zip(chosen, found, strict=True) if isinstance(path, Path)}, as_json)
+    print_paths({name: path for name, path in zip(chosen, found, strict=True) if isinstance(path, Path)}, as_json)
     for one in (one for one in found if isinstance(one, Failed)):
         typer.echo(f"error: {one.target}: {one.error}", err=True)
     if any(isinstance(one, Failed) for one in found):
@@ -120,14 +111,6 @@ def _effort(quick: bool, thorough: bool) -> "Effort":
     if quick and thorough:
         raise InputError("--quick and --thorough exclude each other")
     return "quick" if quick else "thorough" if thorough else "default"
-
-
-def _print_paths(paths: dict[str, Path], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({name: str(path) for name, path in paths.items()}))
-    else:
-        for name, path in paths.items():
-            typer.echo(f"{name}\t{path}")
 
 
 @app.command()
