@@ -49,7 +49,7 @@ bench: $(STAMP) $(PEERS_STAMP) ## compare RECIPE in int8 with other tools; ARGS,
 bench-loader: $(STAMP) ## time the loader beside torchvision's on FOLDER's photographs; ARGS, as "--docs"
 	@$(BIN)/python benchmarks/loader.py $(FOLDER) $(ARGS)
 
-nightly: $(STAMP) ## the nightly matrix of RECIPES; ARGS, as "--targets openvino --quick", to bitferry matrix
+nightly: $(STAMP) ## the nightly matrix of RECIPES; ARGS, as "--target openvino --quick", to bitferry matrix
 	@$(BIN)/bitferry matrix $(RECIPES) $(ARGS)
 
 clean: ## remove the environments, the builds and the bundles

@@ -16,6 +16,8 @@ MOST_BYTES = 2**31
 """Of a file: protocol buffers have no more."""
 MOST_ELEMENTS = 2**31
 """Of any one tensor."""
+OPEN = -1
+"""How some exporters write a size that is open."""
 MOST_DEPTH = 8
 """Of graphs inside graphs."""
 OPSETS = range(13, 24)
@@ -225,7 +227,7 @@ def _value(message: memoryview) -> str:
             name = _text(value)
         elif number == 2:
             shape = _shape(_bytes(value))
-    if any(size < 0 for size in shape) or math.prod(shape) > MOST_ELEMENTS:
+    if any(size < OPEN for size in shape) or math.prod(map(abs, shape)) > MOST_ELEMENTS:
         raise ValueError(f"the value {name!r} of shape {shape} is of a size that cannot be")
     return name
 

@@ -24,6 +24,8 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own check, with a message that names the file
+LEAST_OF_16_BITS = 4096
+"""What the largest pixel of a 16-bit image must reach, unless it is black: 12-bit values do not."""
 MOST_VIEWS = 16
 File = TypeVar("File")
 
@@ -140,7 +142,8 @@ def decode(content: bytes, name: str) -> Image.Image:
     """Decode an image file to 8-bit RGB, upright by its EXIF orientation; alpha is dropped, 16-bit keeps its top 8."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            _refuse(image, name)
+            refuse_large(image, name)
+            _refuse_wide(image, name)
             return _eight_bits(ImageOps.exif_transpose(image), name).convert("RGB")
     except UnidentifiedImageError:
         raise InputError(f"{name}: not an image ({_seen(content)}); JPEG, PNG and other formats are read") from None
@@ -150,21 +153,31 @@ def decode(content: bytes, name: str) -> Image.Image:
         raise InputError(f"{name}: a broken image ({error})") from error
 
 
-def _refuse(image: Image.Image, name: str) -> None:
-    """Raise InputError for an image that is too large to decode, or has pixels of 32 bits."""
+def refuse_large(image: Image.Image, name: str) -> None:
+    """Raise InputError for an image that is too large to decode."""
     if image.width * image.height > MOST_PIXELS:
         raise InputError(f"{name}: {image.width}×{image.height} pixels, more than the {MOST_PIXELS} allowed")
+
+
+def _refuse_wide(image: Image.Image, name: str) -> None:
+    """Raise InputError for pixels of 32 bits."""
     if image.mode == "I" and image.format == "TIFF":  # other formats use this mode for 16 bits
         raise InputError(f"{name}: pixels of 32 bits have no fixed range; save it with 8 or 16 bits")
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """Keep the top 8 bits of 16-bit pixels; refuse pixels of no known range."""
+    """Keep the top 8 bits of 16-bit pixels; refuse pixels of no known range, as 12-bit values kept in 16 bits."""
     if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
         return image
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
         raise InputError(f"{name}: pixels of mode {image.mode} have no fixed range; save it with 8 or 16 bits")
+    largest = int(pixels.max())
+    if 0 < largest < LEAST_OF_16_BITS:
+        raise InputError(
+            f"{name}: 16-bit pixels of which the largest is {largest}, as of {largest.bit_length()}-bit data, of which "
+            f"{largest >> 8} would be left in 8 bits; scale the values to 0…65535, or save them with 8 bits"
+        )
     return Image.fromarray((pixels.astype(np.uint32) >> 8).astype(np.uint8))
 
 

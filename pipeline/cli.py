@@ -3,7 +3,7 @@
 # Each command imports what it runs when it runs: torch takes seconds, `--help` must not.
 # ruff: noqa: PLC0415
 
-import json
+import re
 import sys
 import traceback
 from dataclasses import replace
@@ -33,6 +33,8 @@ from pipeline.cli_words import (
     TargetNames,
     Thorough,
     Trust,
+    Version,
+    print_paths,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Let libraries fetch data and weights named.")] = False,
+    version: Version = False,
 ) -> None:
     from pipeline import progress
 
@@ -97,7 +100,7 @@ def _each(
     firsts = {name: next(iter(targets.get(name).SCHEMES)) for name in chosen}
     ways = {n: Deployment(run, n, firsts[n] if read.precision == "auto" else read.precision) for n in chosen}
     found = each(run, chosen, lambda name: made(ways[name]))
-    _print_paths({name: path for name, path in zip(chosen, found, strict=True) if isinstance(path, Path)}, as_json)
+    print_paths({name: path for name, path in zip(chosen, found, strict=True) if isinstance(path, Path)}, as_json)
     for one in (one for one in found if isinstance(one, Failed)):
         typer.echo(f"error: {one.target}: {one.error}", err=True)
     if any(isinstance(one, Failed) for one in found):
@@ -108,14 +111,6 @@ def _effort(quick: bool, thorough: bool) -> "Effort":
     if quick and thorough:
         raise InputError("--quick and --thorough exclude each other")
     return "quick" if quick else "thorough" if thorough else "default"
-
-
-def _print_paths(paths: dict[str, Path], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({name: str(path) for name, path in paths.items()}))
-    else:
-        for name, path in paths.items():
-            typer.echo(f"{name}\t{path}")
 
 
 @app.command()
@@ -275,11 +270,11 @@ def _fail(error: Exception, cause: Exception | None = None) -> None:
 
 
 def main() -> None:
-    """Run the command line; --quiet, --debug and --download may stand anywhere."""
+    """Run the command line; --quiet, --debug and --download may stand anywhere, and --targets is --target."""
     interrupt.end_on_interrupt()
     completion.prepare()
     anywhere = [a for a in sys.argv[1:] if a in ("--quiet", "-q", "--debug", "--download")]
-    others = [a for a in sys.argv[1:] if a not in anywhere]
+    others = [re.sub(r"^--targets(?==|$)", "--target", a) for a in sys.argv[1:] if a not in anywhere]
     try:
         app([*anywhere, *others])
     except (BitferryError, OSError) as error:  # OSError: a full disk, a folder that may not be read

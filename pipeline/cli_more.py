@@ -85,7 +85,7 @@ def init(
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.toml"),
     size: Annotated[
-        int | None, typer.Option(help="Height and width of the model's input, in pixels. Default: guessed.", min=1)
+        str | None, typer.Option(help="The model's input in pixels: 224, or HEIGHTxWIDTH. Default: guessed.")
     ] = None,
     classes: Annotated[
         Path | None, typer.Option(help="A text file of the class names in the model's order, one per line.")
@@ -98,7 +98,8 @@ def init(
     """
     from pipeline import init as init_
 
-    for written in init_.init(init_.Asked(model, images, output, source, size, classes, trust)):
+    sides = init_.sides(size) if size is not None else None
+    for written in init_.init(init_.Asked(model, images, output, source, sides, classes, trust)):
         typer.echo(written)
 
 

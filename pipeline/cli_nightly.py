@@ -27,7 +27,7 @@ RecipePaths = Annotated[
 TargetNames = Annotated[
     str,
     typer.Option(
-        "--targets",
+        "--target",
         "-t",
         help="As openvino,onnxruntime; all takes those that are ready.",
         autocompletion=completion.target_names,
@@ -78,7 +78,7 @@ def matrix(
     Unchanged cells are reused, a stopped night is gone on with. Exit codes: 0 nothing regressed, 1 something did,
     2 cannot run, 130 stopped.
 
-    Example: bitferry matrix recipes/fashion-*.toml --targets openvino,onnxruntime --precisions float32,int8,auto
+    Example: bitferry matrix recipes/fashion-*.toml --target openvino,onnxruntime --precisions float32,int8,auto
     """
     if quick and thorough:
         raise InputError("--quick and --thorough exclude each other")

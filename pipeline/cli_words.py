@@ -1,5 +1,6 @@
 """Options and arguments that several commands share, each with its help and what completes it."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -52,3 +53,23 @@ class Said:
     debug = False
     download = False
     """A library may fetch data and weights that a recipe names and that are not there."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version  # noqa: PLC0415 - for this alone
+
+        typer.echo(f"bitferry {version('bitferry')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)]
+
+
+def print_paths(paths: dict[str, Path], as_json: bool) -> None:
+    """Print where each target's file is."""
+    if as_json:
+        typer.echo(json.dumps({name: str(path) for name, path in paths.items()}))
+    else:
+        for name, path in paths.items():
+            typer.echo(f"{name}\t{path}")

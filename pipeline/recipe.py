@@ -3,11 +3,11 @@
 import contextlib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -24,14 +24,17 @@ import targets
 from device.errors import InputError, TargetUnavailable
 from device.pixels import IGNORED
 from device.preprocess import Preprocessing
+from pipeline import faulty
 from pipeline.augmentation import Augmentation, with_alias
-from pipeline.data.source import Data, Part, Sizes, Table, written
+from pipeline.data.source import Data, Part, Sizes, Table
 from pipeline.measure import metrics
 from pipeline.measure.metrics import COUNTED, TORCHMETRICS, Task
 from pipeline.section import Beside, Section, beside_recipe
 from pipeline.training import settings
 from pipeline.training.settings import Training
 from targets import Options, Precision
+
+PRECISIONS = (*targets.PRECISIONS, "auto")
 
 
 def _class_names(value: object, info: ValidationInfo) -> object:
@@ -199,7 +202,7 @@ class Recipe(Section):
             known = [field.name for field in fields(kind) if field.name != "color"]
             faults: dict[tuple[int | str, ...], str] = {}
             for detail in error.errors():  # a choice between types gives one fault for each of them
-                told = _told(dict(detail), ("targets", target, *detail["loc"][:1]), known)
+                told = faulty.told(dict(detail), ("targets", target, *detail["loc"][:1]), known)
                 faults[detail["loc"][:1]] = faults.get(detail["loc"][:1], "") + f"; {told}"
             raise InputError(f"recipe '{self.name}'{''.join(faults.values())}".replace(";", ":", 1)) from None
         return options
@@ -239,15 +242,19 @@ def read(path: Path, *, precision: str | None = None, minutes: float | None = No
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise InputError(f"recipe {path} does not exist") from None
+        told = "name a recipe, as in `bitferry deploy mine.toml`; `bitferry init` writes a first one"
+        raise InputError(f"recipe {path} does not exist; {told}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(f"recipe {path} cannot be read: {error}") from error
+    if precision is not None and precision not in PRECISIONS:
+        raise InputError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
     try:
         given |= {"precision": precision} if precision else {}
         given |= {"search": {"minutes": minutes}} if minutes is not None else {}
         recipe = Recipe.model_validate(given, context={"folder": path.parent})
     except ValidationError as error:
-        faults = [_told(dict(detail), detail["loc"], _known_keys(detail["loc"][:-1])) for detail in error.errors()]
+        details = faulty.joined(error.errors())
+        faults = [faulty.told(detail, detail["loc"], _known_keys(detail["loc"][:-1])) for detail in details]
         raise InputError(f"recipe {path}: {'; '.join(dict.fromkeys(faults))}") from None
     for name in recipe.nightly.nodes.keys() - {"*"}:
         targets.check_name(name)
@@ -257,20 +264,6 @@ def read(path: Path, *, precision: str | None = None, minutes: float | None = No
             with contextlib.suppress(TargetUnavailable):  # told when it is asked for
                 recipe.options(name)
     return recipe
-
-
-def _told(detail: Mapping[str, Any], loc: Sequence[str | int], known: Sequence[str]) -> str:
-    """Say one fault of pydantic's, found at `loc`, where the keys `known` may stand."""
-    where = ".".join(written(loc) if loc[:1] == ("data",) else map(str, loc))
-    if not where:
-        return str(detail["msg"]).removeprefix("Value error, ")
-    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        close = get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
-        return f"unknown key '{where}', {hint}"
-    if detail["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
-        return f"the key '{where}' is missing"
-    return f"{where}: {detail['msg'].removeprefix('Value error, ')} (found {detail['input']!r})"
 
 
 def _known_keys(where: tuple[str | int, ...]) -> list[str]:

@@ -36,7 +36,7 @@ from pipeline.data import leaks, near, senseless
 from pipeline.data import source as sources
 from pipeline.data.split import Split
 from pipeline.export import export, simplify
-from pipeline.load import load
+from pipeline.load import architecture, load
 from pipeline.measure.latency import Effort
 from pipeline.onnx_in import asked as onnx_in
 from pipeline.onnx_in import way as onnx_way
@@ -92,13 +92,18 @@ class Run:
                 f"recipe '{self.recipe.name}' has model.weights, so there is nothing to train; "
                 "to train on from them, name the file as training.start instead"
             )
-        self.check_data()
         recipe, folder = self.recipe, self.path.parent
+        architecture(recipe, folder)  # its faults are told before the data is decoded
+        self.check_data()
         return train(recipe, self.training, self.build, folder=folder, processes=self.processes, download=self.download)
 
     @cached_property
     def model(self) -> Baseline:
+        found = self._model()  # its faults are told before the data is decoded
         self.check_data()
+        return found
+
+    def _model(self) -> Baseline:
         if onnx_in.is_onnx(self.recipe):
             return load_onnx(self.recipe, self.path.parent, self.build)
         given = self.weights.path if self.trains else self.recipe.model.weights

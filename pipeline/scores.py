@@ -69,7 +69,7 @@ def _cannot_take(model: nn.Module, recipe: Recipe, error: BaseException) -> Inpu
     several = f" times {contract.views}" if contract.views > 1 else ""
     return InputError(
         f"the model '{source}' cannot take 2{several} images of {size[0]}×{size[1]}: {_told(error)}"
-        f"{_cast(error) or _other_input(getattr(model, 'model', None), contract, source)}"
+        f"{_cast(error) or other_input(getattr(model, 'model', None), contract, source)}"
     )
 
 
@@ -79,7 +79,7 @@ def _cast(error: BaseException) -> str:
     return f"; everything is float32 here: take casts to {found.pop()} out of the model's code" if found else ""
 
 
-def _other_input(model: object, contract: Preprocessing, source: str) -> str:
+def other_input(model: object, contract: Preprocessing, source: str) -> str:
     """Say which channels, sizes or floats a model takes instead, by trying; nothing where none was found."""
     if not isinstance(model, nn.Module) or contract.views > 1:
         return ""

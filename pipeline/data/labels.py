@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from device.errors import InputError
 from device.pixels import IGNORED
+from device.preprocess import refuse_large
 from pipeline import progress
 from pipeline.data.split import Labels
 from pipeline.measure.metrics import Task
@@ -136,6 +137,7 @@ def decode_mask(content: bytes, name: str, classes: Sequence[str]) -> Image.Imag
     """Decode a mask, an indexed or grey image file, to 8-bit grey: a class index for each pixel, 255 for none."""
     try:
         with Image.open(io.BytesIO(content)) as image:
+            refuse_large(image, f"the mask {name}")
             kind, mode = image.format, image.mode
             values = np.asarray(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

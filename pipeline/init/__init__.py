@@ -1,7 +1,9 @@
 """A model's file and labelled images → a commented recipe, its guesses tried, and a list of images for each split."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from device.errors import InputError
 from device.preprocess import Preprocessing
 from pipeline import checkpoint, dataset, load, progress
-from pipeline.init import architecture, contracts, names, pictures, trial, whole, written
+from pipeline.init import answers, architecture, contracts, names, pictures, trial, whole, written
 from pipeline.init.pictures import Pictures
 from pipeline.measure.metrics import Task
 from pipeline.recipe import Recipe
@@ -41,9 +43,18 @@ class Asked:
     images: Path
     output: Path
     source: str | None = None
-    size: int | None = None
+    size: contracts.Sides | None = None
+    """Height and width."""
     classes: Path | None = None
     trust: bool = False
+
+
+def sides(text: str) -> contracts.Sides:
+    """Read height and width, `224`, `224x160`, `224×160` or `224,160`; raise InputError for anything else."""
+    parts = re.split(r"\s*[x×X*,]\s*", text.strip())
+    if len(parts) > 2 or not all(re.fullmatch(r"[1-9]\d{0,4}", part) for part in parts):
+        raise InputError(f"--size {text}: expected one number, or HEIGHTxWIDTH, as 224 or 224x160")
+    return int(parts[0]), int(parts[-1])
 
 
 def init(asked: Asked) -> list[Path]:
@@ -61,7 +72,9 @@ def init(asked: Asked) -> list[Path]:
         model, classes, task, found = _told(asked, found, stem)
         lists = found.write(stem)
         samples = dataset.read("evaluation", lists["evaluation"], names.of(classes), _any(model), task)
-        tried = trial.run(model.opened, samples, task, len(names.of(classes)))
+        for opened in model.opened:
+            answers.check(opened, task, len(names.of(classes)))
+        tried = trial.run(model.opened, samples, task, len(names.of(classes)), partial(contracts.variants, found=found))
     except BaseException:
         for path in (*lists.values(), stem.with_name(f"{stem.name}-classes.txt")):
             path.unlink(missing_ok=True)
@@ -96,7 +109,8 @@ def _told(asked: Asked, found: Pictures, stem: Path) -> tuple[Model, names.Class
         return _of_whole(asked, opened, found), classes, found.task, found
     state = checkpoint.read(asked.model)
     if asked.source:
-        classes, found = names.settle(found, None, asked.classes, stem)
+        head = answers.head(asked.source, state, asked.output.parent, asked.model, found.task, asked.size)
+        classes, found = names.settle(found, head, asked.classes, stem)
         return _of_source(asked, state, found, classes), classes, found.task, found
     guesses = architecture.guesses(state)
     _refuse_other_task(guesses[0].task == "segmentation", found, asked)
@@ -123,8 +137,10 @@ def _of_guesses(
         model = architecture.build(guess)
         checkpoint.fill(model, state, asked.model)
         usual = guess.usual
-        side = usual.size if usual else 64
-        answer = trial.scores(model.eval(), torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)))
+        height, width = asked.size or ((usual.size,) * 2 if usual else (64, 64))
+        answer = trial.scores(
+            model.eval(), torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+        )
         if any(torch.equal(answer, other) for other in seen):
             continue
         seen.append(answer)
@@ -173,10 +189,7 @@ def _any(model: Model) -> Preprocessing:
     return model.opened[0].contracts[0][1]
 
 
-def _tell(tried: trial.Trial | None) -> None:
-    if tried is None:
-        progress.stage("init", "the preprocessing could not be tried; look at [preprocessing]")
-        return
+def _tell(tried: trial.Trial) -> None:
     best = tried.best
     told = (
         f"{best.name}: {best.percent:.1f} % right of {len(best.right)} images, by chance {tried.chance_percent:.1f} %"
@@ -187,13 +200,19 @@ def _tell(tried: trial.Trial | None) -> None:
 
 
 def _content(
-    asked: Asked, model: Model, classes: names.Classes, task: Task, tried: trial.Trial | None, lists: dict[str, Path]
+    asked: Asked, model: Model, classes: names.Classes, task: Task, tried: trial.Trial, lists: dict[str, Path]
 ) -> written.Content:
-    chosen = tried.best if tried and tried.better_than_chance else None
+    chosen = tried.best if tried.better_than_chance else None
     source = chosen.source if chosen else model.opened[0].source
     contract = chosen.contract if chosen else _any(model)
     usual = contract.height == _any(model).height
-    why = f"{asked.size} was asked for" if asked.size else model.why_size if usual else "chosen among those tried above"
+    why = (
+        f"{asked.size[0]}x{asked.size[1]} was asked for"
+        if asked.size
+        else model.why_size
+        if usual
+        else "chosen among those tried above"
+    )
     return written.Content(
         name=written.named(asked.output.stem),
         task=task,

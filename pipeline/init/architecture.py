@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from device.errors import InputError
+from device.errors import InputError, TargetUnavailable
 from pipeline import progress, unwrapped
 from pipeline.measure.metrics import Task
 
@@ -234,6 +234,8 @@ def usual(source: str, options: Mapping[str, Any]) -> Usual | None:
     if library not in ("torchvision", "timm"):
         return None
     if library == "timm":
+        if not find_spec("timm"):
+            raise TargetUnavailable("model source 'timm' needs the package timm: pip install 'bitferry[timm]'")
         from timm.models import get_pretrained_cfg  # noqa: PLC0415 - an optional package
 
         known = get_pretrained_cfg(name, allow_unregistered=True)

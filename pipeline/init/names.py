@@ -6,6 +6,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from device.errors import InputError
 from pipeline import progress
 from pipeline.init.pictures import Pictures
@@ -31,8 +33,9 @@ def settle(found: Pictures, head: int | None, file: Path | None, stem: Path) -> 
     if names is not None:
         if head is not None and len(names) != head:
             raise InputError(f"{file} has {len(names)} names, and the model gives {head} scores; expected as many")
-        return _kept(names, stem), _checked(found, names)
+        return _kept(names, stem), _checked(_from_zero(found, len(names)), names)
     if found.classes is None:
+        found = _from_zero(found, head)
         return _counted(found, head), found
     if head is not None and head != len(found.classes):
         raise InputError(_mismatch(found.classes, head))
@@ -51,6 +54,27 @@ def _mismatch(names: Sequence[str], head: int) -> str:
         f"file of its {head} class names in its order, one per line, with --classes, or "
         + ("images of all of them" if head > len(names) else "take the other folders away")
     )
+
+
+def _from_zero(found: Pictures, count: int | None) -> Pictures:
+    """Give labels that were counted from 1 to the number of classes counted from 0, and say so."""
+    if found.classes is not None or found.task == "segmentation" or count is None or not _indices(found):
+        return found
+    labels = _indices(found)
+    if (labels[0], labels[-1]) != (1, count):
+        return found
+    progress.stage("init", f"the labels are counted from 1 to {count}; in the lists they are counted from 0")
+    return found.from_one()
+
+
+def _indices(found: Pictures) -> list[int]:
+    """Give the labels that are numbers, in order; nothing where some are none, or where they say yes or no."""
+    if found.arrays:
+        if found.task != "classification":
+            return []
+        return [int(label) for label in np.unique(np.concatenate([labels for _, labels in found.arrays.values()]))]
+    words = {part.strip() for lines in found.lines.values() for _, label in lines for part in label.split("|")} - {""}
+    return sorted(map(int, words)) if all(word.isdecimal() for word in words) else []
 
 
 def _counted(found: Pictures, head: int | None) -> int:

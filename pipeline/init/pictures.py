@@ -3,9 +3,10 @@
 import random
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from device.errors import InputError
 from pipeline import cache
 from pipeline.data.formats.folder import ENDINGS, image_files
-from pipeline.data.formats.lists import HEADINGS
+from pipeline.init import tables
 from pipeline.measure.metrics import Task
 
 CALIBRATION_SHARE, MOST_CALIBRATION = 0.25, 512
@@ -26,6 +27,7 @@ OTHERS = (
     "train/ and val/ of such, images/ and masks/, a list of file<TAB>label lines, or an .npz with images and labels"
 )
 LAYOUTS = f"expected a folder with one folder of images per class, {OTHERS}"
+T = TypeVar("T")
 Line = tuple[Path, str]
 """An image and its label, or its mask."""
 
@@ -43,6 +45,12 @@ class Pictures:
     """By split: images and labels of an `.npz`."""
     told: str
     """What was found, for a person."""
+
+    def from_one(self) -> "Pictures":
+        """Give the same with labels counted from 0 where they were counted from 1."""
+        lines = {name: [(path, _one_less(label)) for path, label in part] for name, part in self.lines.items()}
+        arrays = {name: (images, labels - 1) for name, (images, labels) in self.arrays.items()}
+        return replace(self, lines=lines, arrays=arrays)
 
     def write(self, stem: Path) -> dict[str, Path]:
         """Write a file for each split, `<stem>-<split>.tsv` or `.npz`, and give them by split."""
@@ -79,6 +87,10 @@ def find(given: Path) -> Pictures:
     return Pictures("classification", tuple(found), _split(_labelled(found), given), {}, told)
 
 
+def _one_less(label: str) -> str:
+    return "|".join(str(int(part) - 1) for part in label.split("|") if part.strip())
+
+
 def masked(folder: Path) -> list[Line]:
     """Pair images with masks: in two folders side by side, or as `a.jpg` with `a.png` or `a_mask.png`."""
     names = {path.name: path for path in folder.iterdir() if path.is_dir()}
@@ -107,13 +119,9 @@ def _of_classes(folder: Path) -> dict[str, list[Path]]:
             f"{folder} has {len(names)} class folders; expected at least two, each with images, or {OTHERS}"
         )
     found = {name: image_files(folder / name) for name in names}
-    few = [name for name, files in found.items() if len(files) < 2]
-    if len(few) == len(names) or (few and len(found[few[0]]) > 0):
-        count = len(found[few[0]])
-        raise InputError(f"{folder / few[0]} has {count} images; expected two or more, for two lists")
     empty = [name for name, files in found.items() if not files]
     if empty:
-        raise InputError(f"{folder / empty[0]} has 0 images; expected two or more, for two lists")
+        raise InputError(f"{folder / empty[0]} has 0 images; expected one or more in the folder of each class")
     copies = _copies([path for files in found.values() for path in files])
     return {name: [path for path in files if path not in copies] for name, files in found.items()}
 
@@ -137,20 +145,31 @@ def _labelled(found: Mapping[str, Sequence[Path]]) -> dict[str, list[Line]]:
 
 def _split(groups: Mapping[str, Sequence[Line]], source: Path) -> dict[str, list[Line]]:
     """Take a quarter of each group, seeded, for calibration and the rest for evaluation."""
+    total = sum(map(len, groups.values()))
+    if total < 2:
+        raise InputError(f"{source} has {total} labelled images; expected two or more, for two lists")
     parts: dict[str, list[Line]] = {"calibration": [], "evaluation": []}
-    for number, lines in enumerate(groups.values()):
-        if len(lines) < 2 and len(groups) == 1:
-            raise InputError(f"{source} has {len(lines)} labelled images; expected two or more, for two lists")
+    for number, (lines, classes) in enumerate(_pooled([list(lines) for lines in groups.values()])):
         mixed = sorted(lines)
         random.Random(number).shuffle(mixed)  # noqa: S311 - a split, not a secret
-        count = _share(len(mixed), len(groups))
+        count = _share(len(mixed), len(groups), classes)
         parts["calibration"] += mixed[:count]
         parts["evaluation"] += mixed[count:]
     return parts
 
 
-def _share(images: int, groups: int) -> int:
-    return min(images - 1, max(1, min(int(images * CALIBRATION_SHARE), -(-MOST_CALIBRATION // groups))))
+def _pooled(groups: Sequence[list[T]]) -> Iterator[tuple[list[T], int]]:
+    """Give each group and how many classes it is of; those of one image, which none can be taken of, are one group."""
+    several = [members for members in groups if len(members) > 1]
+    yield from ((members, 1) for members in several)
+    single = [member for members in groups if len(members) == 1 for member in members]
+    if single:
+        yield single, len(single)
+
+
+def _share(images: int, groups: int, classes: int = 1) -> int:
+    most = -(-MOST_CALIBRATION * classes // groups)
+    return min(images - 1, max(1, min(int(images * CALIBRATION_SHARE), most)))
 
 
 def _divided(train: Path, judged: Sequence[Path]) -> Pictures:
@@ -177,16 +196,7 @@ def _divided(train: Path, judged: Sequence[Path]) -> Pictures:
 
 def _of_list(path: Path) -> Pictures:
     """Read `file<TAB>label` lines: classes, several with `|` between, or masks."""
-    try:
-        rows = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a list of text lines ({error.reason}); {LAYOUTS}") from None
-    rows = rows[1:] if rows and rows[0][0].lower() in HEADINGS else rows
-    short = next((number for number, row in enumerate(rows, start=1) if len(row) < 2), None)
-    if short or not rows:
-        told = f"its entry {short} is {rows[short - 1][0]!r}" if short else "it is empty"
-        raise InputError(f"{path} is no list of file<TAB>label lines: {told}")
-    lines = [(path.parent / row[0], row[1].strip()) for row in rows]
+    lines = [(path.parent / file, label) for file, label in tables.read(path, LAYOUTS)]
     texts = {label for _, label in lines}
     if all(Path(text).suffix.lower() in ENDINGS for text in texts):
         return _listed(
@@ -215,12 +225,12 @@ def _of_arrays(path: Path) -> Pictures:
         raise InputError(f"{path} has {len(images)} images and {len(labels)} labels; expected two or more, as many")
     tasks: dict[int, Task] = {1: "classification", 2: "multilabel"}
     task = tasks.get(labels.ndim, "segmentation")
-    groups = {label: np.flatnonzero(labels == label) for label in np.unique(labels)} if labels.ndim == 1 else {}
+    kinds = np.unique(labels) if labels.ndim == 1 else []
+    groups = [np.flatnonzero(labels == label).tolist() for label in kinds] or [list(range(len(images)))]
     chosen: list[int] = []
-    for number, members in enumerate(groups.values() or [np.arange(len(images))]):
-        mixed = members.tolist()
-        random.Random(number).shuffle(mixed)  # noqa: S311 - a split, not a secret
-        chosen += mixed[: _share(len(mixed), len(groups) or 1)]
+    for number, (members, classes) in enumerate(_pooled(groups)):
+        random.Random(number).shuffle(members)  # noqa: S311 - a split, not a secret
+        chosen += members[: _share(len(members), len(groups), classes)]
     held = np.zeros(len(images), bool)
     held[chosen] = True
     parts = {"calibration": (images[held], labels[held]), "evaluation": (images[~held], labels[~held])}

@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from device.arrays import Images
-from device.errors import InputError
+from device.errors import InputError, first_line
 from device.pixels import IGNORED
 from device.preprocess import Preprocessing
 from pipeline import progress
 from pipeline.data.decoding import fitted
 from pipeline.data.sample import Sample
 from pipeline.measure.metrics import Task
+from pipeline.scores import other_input
 from pipeline.statistics import binomial_tail, mcnemar_mid_p
 from targets import usable_cpus
 
+Variants = Callable[[Preprocessing], list[tuple[str, Preprocessing]]]
 Model = Callable[[Tensor], Tensor]
 """Normalized images N×3×H×W → scores."""
 MOST_BATCH, BATCH_PIXELS = 64, 8 * 224 * 224
@@ -30,6 +32,8 @@ LEAST, MOST = 32, 256
 SECONDS = 20.0
 """About how long all trials together may take; fewer images where the model is slow."""
 SURE = 0.01
+"""P value below which one is surely better: of a test with as many tries as there are preprocessings."""
+ALIKE = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,8 @@ class Trial:
     task: Task
     chance_percent: float
     """Of always answering what is most frequent."""
-
-    @property
-    def best(self) -> Tried:
-        return self.tried[0]
+    best: Tried
+    """The likeliest of those that none is surely better than."""
 
     @property
     def better_than_chance(self) -> bool:
@@ -71,15 +73,21 @@ class Trial:
 
     @property
     def clear(self) -> bool:
-        """Say whether the best is surely better than the next that answers otherwise."""
-        others = [one for one in self.tried[1:] if one.source == self.best.source]
-        return not others or self._apart(others[0])
+        """Say whether every other preprocessing is surely worse than the best."""
+        others = [one for one in self.tried if one is not self.best and one.source == self.best.source]
+        return not any(_apart(one, self.best) >= ALIKE for one in others)
 
-    def _apart(self, other: Tried) -> bool:
-        lost, gained = (
-            int(((a - b) > 0).sum()) for a, b in ((other.right, self.best.right), (self.best.right, other.right))
-        )
-        return lost + gained > 0 and mcnemar_mid_p(lost, gained) < 0.05
+
+def _apart(one: Tried, other: Tried) -> float:
+    """Give the mid-p value that two that were tried on the same images are alike (McNemar)."""
+    lost, gained = (int(((a - b) > 0).sum()) for a, b in ((one.right, other.right), (other.right, one.right)))
+    return mcnemar_mid_p(lost, gained)
+
+
+def likeliest(tried: Sequence[Tried]) -> Tried:
+    """Choose of what was tried, the likelier first, the first that the best is not surely better than."""
+    best = max(tried, key=_percent)
+    return next(one for one in tried if one is best or _apart(best, one) >= SURE)
 
 
 @dataclass(frozen=True)
@@ -91,34 +99,46 @@ class Opened:
     contracts: Sequence[tuple[str, Preprocessing]]
 
 
-def run(models: Sequence[Opened], samples: Sequence[Sample], task: Task, classes: int) -> Trial | None:
-    """Try every preprocessing of every model on the same images; None where none of them can be run."""
+def run(models: Sequence[Opened], samples: Sequence[Sample], task: Task, classes: int, others: Variants) -> Trial:
+    """Try every preprocessing of every model on the same images, then `others` of the best.
+
+    Raises InputError, with what the model said, where none of them can be run.
+    """
     chosen = spread(samples, task)
     fit = _Fitted(chosen[: _affordable(models[0], chosen)])
-    first, *others = models
-    tried = _all(first, first.contracts, fit, task)
-    for other in others:  # where the first answers as well as any, these differ in details only
-        leading = max(tried, key=_percent, default=None)
+    first, *more = models
+    faults: list[str] = []
+    tried = _all(first, first.contracts, fit, task, faults)
+    for other in more:  # where the first answers as well as any, these differ in details only
+        leading = likeliest(tried) if tried else None
         kept = [(leading.name, leading.contract)] if leading else []
-        tried += _all(other, list(dict.fromkeys([*kept, *other.contracts[:1]])), fit, task)
+        tried += _all(other, list(dict.fromkeys([*kept, *other.contracts[:1]])), fit, task, faults)
     if not tried:
-        return None
-    best = max(tried, key=_percent)  # the first of equals, which is the likelier one
+        hint = other_input(first.answer, first.contracts[0][1], first.source) or "; name its size with --size"
+        raise InputError(f"{first.source} cannot take the images: {faults[0]}{hint}")
+    best = likeliest(tried)
+    opened = next(one for one in models if one.source == best.source)
+    ways = [(f"{best.name}, {name}", contract) for name, contract in others(best.contract)]
+    tried += _all(opened, [way for way in ways if way[1] not in {one.contract for one in tried}], fit, task, faults)
+    best = likeliest(tried)
     if best.contract.color == "RGB" and not fit.grey(best.contract):
-        opened = next(one for one in models if one.source == best.source)
         swapped = replace(best.contract, color="BGR", mean=best.contract.mean[::-1], std=best.contract.std[::-1])
-        tried += _all(opened, [(f"{best.name}, BGR", swapped)], fit, task)
+        tried += _all(opened, [(f"{best.name}, BGR", swapped)], fit, task, faults)
     truth = fit.truth(best.contract, task)
     ranked = sorted(tried, key=lambda one: -one.percent)
-    return Trial(tuple(ranked), task, 100 * _most_frequent(truth, task, classes))
+    return Trial(tuple(ranked), task, 100 * _most_frequent(truth, task, classes), likeliest(tried))
 
 
 def _percent(one: Tried) -> float:
     return one.percent
 
 
-def _all(model: Opened, ways: Sequence[tuple[str, Preprocessing]], fit: "_Fitted", task: Task) -> list[Tried]:
-    found = (_try(model, *way, fit, task) for way in progress.track(ways, "which preprocessing?", total=len(ways)))
+def _all(
+    model: Opened, ways: Sequence[tuple[str, Preprocessing]], fit: "_Fitted", task: Task, faults: list[str]
+) -> list[Tried]:
+    found = (
+        _try(model, *way, fit, task, faults) for way in progress.track(ways, "which preprocessing?", total=len(ways))
+    )
     return [one for one in found if one is not None]
 
 
@@ -192,7 +212,9 @@ def scores(answer: Model, pixels: Tensor) -> Tensor:
     return found
 
 
-def _try(model: Opened, name: str, contract: Preprocessing, fit: _Fitted, task: Task) -> Tried | None:
+def _try(
+    model: Opened, name: str, contract: Preprocessing, fit: _Fitted, task: Task, faults: list[str]
+) -> Tried | None:
     images = fit.get(contract)[0]
     images = images[..., ::-1] if contract.color == "BGR" else images
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (contract.mean, contract.std))
@@ -204,7 +226,9 @@ def _try(model: Opened, name: str, contract: Preprocessing, fit: _Fitted, task: 
             found = scores(model.answer, (batch.float() * contract.scale - mean) / std).numpy()
             right += [_right(one, true, task) for one, true in zip(found, truth[start : start + size], strict=True)]
     except Exception as error:  # noqa: BLE001 - the model is somebody else's code, and may be of another input size
-        progress.stage("init", f"{model.source} cannot take {name}: {str(error).splitlines()[0][:120]}")
+        fault = f"{name}, {contract.height}×{contract.width}: {first_line(error)[:200]}"
+        progress.stage("init", f"{model.source} cannot take {fault}")
+        faults.append(fault)
         return None
     return Tried(name, contract, model.source, np.array(right))
 

@@ -32,7 +32,7 @@ class Content:
     """What was noticed, for comments."""
     data: dict[str, str]
     """Split → file."""
-    trial: Trial | None
+    trial: Trial
 
 
 def recipe(content: Content) -> str:
@@ -94,10 +94,8 @@ def _preprocessing(content: Content) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _evidence(trial: Trial | None) -> list[str]:
+def _evidence(trial: Trial) -> list[str]:
     """Say what was tried and what came of it."""
-    if trial is None:
-        return ["It was not tried: the model could not be run here."]
     best, what = trial.best, "right answers" if trial.task == "classification" else f"right, {trial.task}"
     images = len(best.right)
     lines = [f"Tried with the float model on {images} of the evaluation images ({what}); evidence, not proof:"]
@@ -111,7 +109,10 @@ def _evidence(trial: Trial | None) -> list[str]:
     return (
         lines
         if trial.clear
-        else [*lines, "The first is not surely better than the second: look which one was trained with."]
+        else [
+            *lines,
+            f"Below is the usual one of those that are not surely apart, {best.name}: which was trained with?",
+        ]
     )
 
 

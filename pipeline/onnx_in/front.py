@@ -13,6 +13,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from device.arrays import Images
 from device.errors import InputError
 from device.preprocess import Preprocessing
+from pipeline.scores import told_channels
 
 KINDS: dict[int, type[np.generic]] = {
     TensorProto.FLOAT: np.float32,
@@ -48,6 +49,8 @@ def inputs(model: ModelProto, contract: Preprocessing, path: Path) -> list[Input
             f"{contract.views}; where all are images, set views = {max(1, len(values))}, and what is no image must "
             "become a constant of the graph"
         )
+    if len(model.graph.output) == 1 and not model.graph.output[0].type.HasField("tensor_type"):
+        raise InputError(f"{path} gives {told(model.graph.output[0])}; expected one tensor of scores, N×K or N×K×H×W")
     if len(model.graph.output) != 1:
         one = model.graph.output[0].name if model.graph.output else "NAME"
         raise InputError(
@@ -66,7 +69,7 @@ def _input(value: ValueInfoProto, contract: Preprocessing, path: Path) -> Input:
     if not found or kind not in KINDS:
         raise InputError(
             f"{path} takes {told(value)}; expected float32 (or uint8) images of N×3×{h}×{w} or N×{h}×{w}×3, as the "
-            f"recipe's preprocessing makes them{_other_size(sizes, contract)}"
+            f"recipe's preprocessing makes them{_other_size(sizes, contract) or _channels(sizes)}"
         )
     if kind == TensorProto.UINT8 and (contract.scale, *contract.mean, *contract.std) != (1, 0, 0, 0, 1, 1, 1):
         raise InputError(
@@ -93,8 +96,16 @@ def _other_size(sizes: Sequence[int], contract: Preprocessing) -> str:
     )
 
 
+def _channels(sizes: Sequence[int]) -> str:
+    """Say so where images of other channels than three are wanted."""
+    found = min((sizes[place] for place in (1, 3) if sizes[place]), default=3) if len(sizes) == 4 else 3
+    return f"; it takes images of {told_channels(found)}" if found != 3 else ""
+
+
 def told(value: ValueInfoProto) -> str:
     """Describe a value, as in `'x' (float32 N×3×224×224)`."""
+    if not value.type.HasField("tensor_type"):
+        return f"'{value.name}' ({str(value.type.WhichOneof('value')).removesuffix('_type')})"
     shape = value.type.tensor_type.shape
     sizes = [str(one.dim_value or one.dim_param or "?") for one in shape.dim]
     kind = TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()

@@ -1,5 +1,6 @@
 """A recipe's `onnx:FILE` → the float baseline: looked over, 32-bit, of a usual opset, the contract in front of it."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -101,10 +102,7 @@ def _load(path: Path, recipe: Recipe, out: Path) -> None:
     fixed = front.inputs(model, contract, path)[0].batch  # its faults are told before anything runs
     count = TRIED + (fixed == TRIED)  # as many as the file fixes would say nothing of other numbers
     pictures = np.random.default_rng(0).integers(0, 256, (count, *contract.shape), np.uint8)
-    try:
-        scores = _answering(model, contract, path)(pictures)
-    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-        raise InputError(f"ONNX Runtime cannot run {path}: {first_line(error)}") from error
+    model, scores = _first_answers(model, contract, path, pictures)
     reference = _Reference(path, contract, pictures, scores, LEAST_DB if given.widths(model) else None)
     model = _of_any_batch(_usual(_widened(model, reference), reference), reference)
     wanted = front.inputs(model, contract, path)
@@ -114,6 +112,22 @@ def _load(path: Path, recipe: Recipe, out: Path) -> None:
     onnx.save(made, out / "model.onnx")
     (out / "facts.json").write_text(json.dumps({"batch": wanted[0].batch}))
     check_scores(Session(out / "model.onnx"), recipe)
+
+
+def _first_answers(
+    model: ModelProto, contract: Preprocessing, path: Path, pictures: Images
+) -> tuple[ModelProto, Outputs]:
+    """Give the file's answers, made 32-bit where ONNX Runtime has no operators of its width; and what gave them."""
+    try:
+        return model, _answering(model, contract, path)(pictures)
+    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+        if widths := " and ".join(map(str, sorted(given.widths(model)))):
+            with contextlib.suppress(Exception):
+                made = given.widened(model)
+                scores = _answering(made, contract, path)(pictures)
+                progress.stage("load", f"{path.name} has floats of {widths} bits; made 32-bit, it is the float model")
+                return made, scores
+        raise InputError(f"ONNX Runtime cannot run {path}: {first_line(error)}") from error
 
 
 def _answering(model: ModelProto, contract: Preprocessing, path: Path) -> Predict:
