@@ -82,5 +82,7 @@ def test_a_fixed_number_of_images_is_deployed_one_by_one(tmp_path: Path, net: st
 
 def test_another_batch_is_refused_by_the_number(tmp_path: Path) -> None:
     run = run_of(tmp_path / "project", "counted", "[targets.onnxruntime]\nbatch = 4\n")
-    with pytest.raises(InputError, match=r"fixes the number of images at 1, and \[targets\.onnxruntime\] asks for batch = 4"):
+    with pytest.raises(
+        InputError, match=r"fixes the number of images at 1, and \[targets\.onnxruntime\] asks for batch = 4"
+    ):
         _ = Deployment(run, "onnxruntime", "float32").compiled
