@@ -21,6 +21,8 @@ FLOAT_GIVERS = {"Gemm", "MatMul"}
 GATES = {"Sigmoid": (0.0, 0.0), "HardSigmoid": (0.2, 0.5), "HardSwish": (1 / 6, 0.5)}
 """What ends in 0 to 1, or multiplies by that; with the slope and middle that ONNX gives a hard one."""
 
+RANGES = {"uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16": (-32768, 32767)}
+
 
 def rearrange(graph: "GraphProto", *, int8: bool) -> None:
     """Rearrange a graph whose shapes are inferred, in place."""
@@ -190,7 +192,7 @@ def _quantize_first(graph: _Graph) -> bool:
             return True
         if _quantized(graph, before.input[0], node):
             continue
-        name, *grid = f"{before.output[0]}/first", *node.input[1:]
+        name, grid = f"{before.output[0]}/first", list(node.input[1:])
         inside = graph.insert(before, "QuantizeLinear", [before.input[0], *grid], f"{name}/int8")
         before.input[0] = graph.insert(before, "DequantizeLinear", [inside, *grid], name)
         return True
@@ -202,10 +204,10 @@ def _cuts_nothing(graph: _Graph, cut: "NodeProto", quantize: "NodeProto") -> boo
     named = [*cut.input[1:], "", ""][:2]
     if {*named, *quantize.input[1:3]} - {""} - set(graph.constants) or len(quantize.input) < 3:
         return False
-    scale, zero = (graph.array(value) for value in quantize.input[1:3])
+    scale, zero = graph.array(quantize.input[1]).astype(np.float64), graph.array(quantize.input[2])
     low, high = (float(graph.array(bound)) if bound else None for bound in named)
     low = 0.0 if cut.op_type == "Relu" else low
-    least, most = (limit - int(zero) for limit in (np.iinfo(zero.dtype).min, np.iinfo(zero.dtype).max))
+    least, most = (limit - int(zero) for limit in RANGES[zero.dtype.name])
     fits = (low is None or np.rint(low / scale) <= least) and (high is None or np.rint(high / scale) >= most)
     return scale.ndim == 0 and bool(fits)
 

@@ -104,7 +104,7 @@ def _unpickling(stream: BinaryIO, path: Path, error: Exception) -> InputError:
     kinds: list[str] = []
     with contextlib.suppress(Exception):  # of an older format, or broken
         stream.seek(0)
-        kinds = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(stream))  # type: ignore[arg-type]
+        kinds = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(stream))
     kinds = kinds or IN_THE_WAY.findall(COLOURS.sub("", str(error))) or _globals(stream)
     if not kinds:
         return InputError(
@@ -127,7 +127,7 @@ def _globals(stream: BinaryIO) -> list[str]:
         for operation, value, _ in pickletools.genops(stream):
             texts += [value] if isinstance(value, str) else []
             if operation.name in ("GLOBAL", "STACK_GLOBAL"):
-                found.append(".".join(texts[-2:] if operation.name == "STACK_GLOBAL" else value.split()))
+                found.append(".".join(texts[-2:] if operation.name == "STACK_GLOBAL" else str(value).split()))
     return list(dict.fromkeys(one for one in found if not one.startswith(PLAIN)))
 
 

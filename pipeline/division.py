@@ -5,7 +5,7 @@ folder that is sorted by class comes mixed, and the first N are drawn evenly. Co
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,6 @@ def _held(images: int, pixels: int) -> int:
     return held if held >= FEWEST else 0
 
 
-def on(images: Sequence[object], of: str = "validation") -> str:
+def on(images: Sized, of: str = "validation") -> str:
     """Say what a figure stands on, as "on 128 validation images"."""
     return f"on {len(images)} {of} image{'s' if len(images) != 1 else ''}"

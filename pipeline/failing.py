@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from device.errors import BitferryError, StageFailed, first_line
 
 if TYPE_CHECKING:
-    from torch import fx, nn
+    from torch import fx
 
 OURS = Path(__file__).parents[1]
 FOREIGN = re.compile(r"/(?:site|dist)-packages/|/lib/python3[.\d]*/|^<")
@@ -68,8 +68,8 @@ def _node(frame: FrameType, line: int) -> "fx.Node | None":
 def _layer(frames: list[FrameType]) -> str:
     """Give the path of the innermost module that was running, within the outermost one that holds it."""
     kind = getattr(getattr(sys.modules.get("torch"), "nn", None), "Module", type(None))
-    selves = (frame.f_locals.get("self") for frame in frames)
-    running: list[nn.Module] = [one for one in selves if one is not None and isinstance(one, kind)]
+    selves: list[Any] = [frame.f_locals.get("self") for frame in frames]
+    running: list[Any] = [one for one in selves if one is not None and isinstance(one, kind)]
     for whole in running:
         for name, module in whole.named_modules():
             if module is running[-1] and name:

@@ -127,9 +127,6 @@ class Search:
     images: int | None = None
     """Calibration images that each candidate's `sqnr_db` is of: those that validated int8, where there are any."""
 
-    images: int | None = None
-    """Calibration images that each candidate's `sqnr_db` is of: those that validated int8, where there are any."""
-
     @property
     def lost(self) -> str | None:
         """Say why no int8 was weighed, where it was tried; None where one was."""

@@ -238,7 +238,7 @@ class Stream(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
         self.up, self.down = (nn.ModuleList(nn.Linear(*size) for _ in range(2)) for size in ((16, 32), (32, 16)))
         with torch.no_grad():  # of the stream's first channel; the head takes it back
-            for last in (self.stem, *cast(list[nn.Linear], list(self.down))):
+            for last in cast(list[nn.Linear], [self.stem, *self.down]):
                 last.weight[0] *= outlier
                 cast(Tensor, last.bias)[0] *= outlier
             self.head.weight[:, 0] /= outlier
@@ -309,7 +309,8 @@ class Carried(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.first(x))
         y = self.second(torch.cat([nn.functional.max_pool2d(y, 3, 1, 1), y], 1))
-        return self.third(nn.functional.max_pool2d(y, 2))
+        found: Tensor = self.third(nn.functional.max_pool2d(y, 2))
+        return found
 
 
 def test_a_value_that_branches_is_quantized_once_before_it_does() -> None:

@@ -48,7 +48,8 @@ def zipped(files: dict[str, bytes]) -> bytes:
 def filled(path: Path) -> Tensor:
     model = net()
     checkpoint.fill(model, checkpoint.read(path), path)
-    return model.state_dict()["0.weight"]
+    found: Tensor = model.state_dict()["0.weight"]
+    return found
 
 
 AVERAGE = {name: tensor for name, tensor in OTHER.items() if "running" not in name}

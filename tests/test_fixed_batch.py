@@ -73,7 +73,7 @@ def test_a_fixed_number_of_images_is_deployed_one_by_one(tmp_path: Path, net: st
     wanted = eager(run.model.module())(images)
     assert len(np.unique(wanted.argmax(1))) > 1
     for precision in ("float32", "int8"):
-        made = Deployment(run, name, precision)  # type: ignore[arg-type]
+        made = Deployment(run, name, precision)
         found = load_artifact(made.compiled)(images)
         assert sqnr_db(wanted, found) > (80 if precision == "float32" else 18), precision
     layers = made.verified.verdict.ladder.layers

@@ -51,7 +51,8 @@ class Volume(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = self.row_norm(self.row(x.flatten(1, 2))).relu()
         cubes = self.cube_norm(self.cube(x[:, None])).relu()
-        return rows.mean(2) + cubes.mean((2, 3, 4))
+        scores: Tensor = rows.mean(2) + cubes.mean((2, 3, 4))
+        return scores
 
 
 class Standardized(nn.Conv2d):

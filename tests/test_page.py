@@ -9,6 +9,7 @@ import signal
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -470,7 +471,7 @@ def test_it_prints(pages: dict[str, Path], browser: Path) -> None:
 
 def test_suspicions_are_grouped_what_weighs_most_first() -> None:
     kinds = ("first run", "noise", "other load", "first run", "drift")
-    suspicions = tuple(Suspicion(kind, f"finding {at}", f"remedy {at}") for at, kind in enumerate(kinds))
+    suspicions = tuple(Suspicion(cast(Any, kind), f"finding {at}", f"remedy {at}") for at, kind in enumerate(kinds))
     found = dataclasses.replace(verdict(), latency=dataclasses.replace(latency(), suspicions=suspicions))
     text = page.render(found, images())
     assert text.count("<b>Suspicious: ") == 5

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -119,7 +120,7 @@ def test_the_summary_gives_each_reason_once() -> None:
 
 
 def test_an_onnx_file_s_layers_go_by_their_nodes(tmp_path: Path) -> None:
-    def node(kind: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
+    def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
         return helper.make_node(kind, inputs, [output], name=output, **attributes)
 
     nodes = [

@@ -88,7 +88,7 @@ def test_nobody_s_rebuilt_model_runs_in_place_of_one_that_loads(
 ) -> None:
     """Whoever can write a folder could otherwise have any model run beside a signature that stays right."""
     manifest = runner.read_manifest(openvino)
-    rebuilt.rebuild(openvino, manifest, targets.get("openvino"), runner.options_of(targets.get("openvino"), {}))  # type: ignore[arg-type]
+    rebuilt.rebuild(openvino, manifest, targets.get("openvino"), runner.options_of(targets.get("openvino"), {}))
     spoil(openvino / "rebuilt")
     assert run(openvino, "selftest", "--json") == 0
     assert json.loads(capsys.readouterr().out)["rebuilt"] is False

@@ -225,7 +225,7 @@ def _of_arrays(path: Path) -> Pictures:
         raise InputError(f"{path} has {len(images)} images and {len(labels)} labels; expected two or more, as many")
     tasks: dict[int, Task] = {1: "classification", 2: "multilabel"}
     task = tasks.get(labels.ndim, "segmentation")
-    kinds = np.unique(labels) if labels.ndim == 1 else []
+    kinds = np.unique(labels).tolist() if labels.ndim == 1 else []
     groups = [np.flatnonzero(labels == label).tolist() for label in kinds] or [list(range(len(images)))]
     chosen: list[int] = []
     for number, (members, classes) in enumerate(_pooled(groups)):

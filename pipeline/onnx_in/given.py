@@ -62,7 +62,7 @@ def _plain(model: ModelProto) -> None:
     for field, values in ((graph.node, kept), (graph.input, inputs)):
         copies = [type(value).FromString(value.SerializeToString()) for value in values]
         del field[:]
-        field.extend(copies)  # type: ignore[arg-type]
+        field.extend(copies)
     del graph.value_info[:]
     model.ir_version = max(model.ir_version, FIRST_PLAIN)
     for value in (*graph.input, *graph.output):

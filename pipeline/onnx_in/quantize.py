@@ -117,7 +117,7 @@ class _Work:
         """
         if not self.plan.nodes:
             return self.model
-        names = OBSERVERS if self.settings.observer == "best" else (self.settings.observer,)
+        names: tuple[str, ...] = OBSERVERS if self.settings.observer == "best" else (self.settings.observer,)
         names, best = names if len(self.judges) else names[:1], names[0]
         tried: dict[str, tuple[Noise, ModelProto, TensorsData]] = {}
         for name in progress.track(names, "observe", total=len(names)):

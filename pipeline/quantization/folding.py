@@ -164,17 +164,22 @@ def _fold(model: fx.GraphModule, norm: fx.Node) -> None:
     groups = int(cast(Any, layer.args[6])) if layer.target in TRANSPOSED and len(layer.args) > 6 else 1
     by_output = cast(Tensor, weight)
     if layer.target in TRANSPOSED:
-        by_output = by_output.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        by_output = _exchanged(by_output, groups)
     bias = rest[0] if rest else None
     folded, moved = fuse_conv_bn_weights(
         by_output, bias, cast(Any, mean), cast(Any, variance), cast(float, norm.args[7]), scale, shift
     )
     if layer.target in TRANSPOSED:
-        folded = folded.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    _replace(model, layer, 1, folded)
+        by_output = _exchanged(folded, groups)
+    _replace(model, layer, 1, by_output if layer.target in TRANSPOSED else folded)
     _replace(model, layer, 2, moved)
     norm.replace_all_uses_with(layer)
     model.graph.erase_node(norm)
+
+
+def _exchanged(weight: Tensor, groups: int) -> Tensor:
+    """Exchange inputs and outputs within each group: [g·I, O, …] of a transposed convolution ↔ [g·O, I, …]."""
+    return weight.view(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
 def _replace(model: fx.GraphModule, layer: fx.Node, place: int, value: Tensor) -> None:

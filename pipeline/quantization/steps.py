@@ -103,7 +103,9 @@ def _better(model: fx.GraphModule, steps: Mapping[str, Callable[[], int]], judge
     if judges is None:
         _unjudged(steps)
         return
-    best = judges.noise(model) if steps else None
+    if not steps:
+        return
+    best = judges.noise(model)
     for name, step in steps.items():
         best = _try(model, name, step, best, judges)
 
