@@ -24,7 +24,7 @@ def capture(program: TorchProgram, calibration: Split, build: cache.Cache) -> Ca
     """
     if isinstance(program, Quantized):
         return Captured(program.path, program.precision, program.key)
-    rewritten = cache.file_hash(Path(__file__).with_name("rewrites.py"))
+    rewritten = [cache.file_hash(Path(__file__).with_name(name)) for name in ("functional.py", "rewrites.py")]
     inputs = {"rewrites": rewritten, "program": program.key, "data": calibration.key}
     key = cache.key("capture", code=__file__, packages=("torch",), **inputs)
     done = build.folder("capture", key, partial(_capture, program))

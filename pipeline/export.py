@@ -22,6 +22,7 @@ from pipeline import cache, unsupported
 from pipeline.artifacts import FloatOnnx, Onnx, Program, Simplified, TorchProgram
 from pipeline.capture import captured
 from pipeline.data.split import Split
+from pipeline.division import drawn
 from pipeline.onnx_in import session
 from pipeline.statistics import sqnr_db
 
@@ -34,6 +35,8 @@ MOST_LOST_DB = 3.0
 MOST_DB = 60.0
 """Beyond this, two int8 graphs are as good as each other."""
 CHECKED_IMAGES = 32
+SOURCES = ("capture", "functional", "rewrites", "division")
+"""Whose code decides as well what is exported."""
 NAMED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
@@ -42,7 +45,7 @@ def export(program: TorchProgram, calibration: Split, build: cache.Cache) -> Onn
     key = cache.key(
         "export",
         code=__file__,
-        capture=[cache.file_hash(Path(__file__).with_name(f"{name}.py")) for name in ("capture", "rewrites")],
+        sources=[cache.file_hash(Path(__file__).with_name(f"{name}.py")) for name in SOURCES],
         packages=("torch", "onnx", "onnxscript"),
         program=program.key,
         data=calibration.key,
@@ -71,7 +74,7 @@ def _answer(model: Path, images: Images, what: str) -> Outputs:
 
 
 def _export(program: TorchProgram, calibration: Split, out: Path) -> None:
-    images = calibration.images[:CHECKED_IMAGES]
+    images = drawn(calibration.images, CHECKED_IMAGES)
     with torch.no_grad(), _quiet():
         whole = captured(program)
         try:
@@ -118,7 +121,7 @@ def _simplify(model: Onnx, calibration: Split, out: Path) -> None:
     except Exception as error:
         raise StageFailed(f"onnxsim failed on {model.path}: {first_line(error)}") from error
     onnx.save(simplified, out / "model.onnx")
-    images = calibration.images[:CHECKED_IMAGES]
+    images = drawn(calibration.images, CHECKED_IMAGES)
     before, after = answer(model.path, images), _answer(out / "model.onnx", images, "the simplified ONNX")
     _compare(before, after, images, model.program, "the simplified ONNX")
 

@@ -266,6 +266,19 @@ ISA: Mapping[str, tuple[Precision, ...]] = {
 """Instruction sets as Linux names them, with the precisions they make fast."""
 
 
+def int8_weight_bits() -> int:
+    """Return how many bits of an int8 weight this CPU's kernels multiply without saturating: 7 or 8.
+
+    x86 without VNNI adds two products of uint8 and int8 in 16 bits (vpmaddubsw): 2·255·127 = 64,770 is more than
+    32,767, and 2·255·63 = 32,130 is not. oneDNN's limit of instruction sets, ONEDNN_MAX_CPU_ISA, counts.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return 8
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    limited = not any(name in limit for name in ("VNNI", "AMX", "BF16", "FP16", "AVX10", "ALL", "DEFAULT"))
+    return 8 if "int8" in fast_on_cpu(("int8",)) and not limited else 7
+
+
 def fast_on_cpu(precisions: Iterable[Precision]) -> tuple[Precision, ...]:
     """Choose from a target's precisions those that this CPU has instructions for; float32 it always has."""
     native = {"float32"} | {precision for name in cpu_isa() for precision in ISA[name]}

@@ -25,11 +25,26 @@ import targets
 from device import ir_file, ir_names
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
-from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
+from targets import (
+    Environment,
+    Form,
+    Kind,
+    Layer,
+    Needs,
+    Precision,
+    Scheme,
+    cpu_isa,
+    fast_on_cpu,
+    int8_weight_bits,
+    since,
+    system,
+)
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
-SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None, "bfloat16": None, "float16": None}
+SCHEMES: Mapping[Precision, Scheme | None] = {
+    "int8": Scheme(weight_bits=int8_weight_bits()), "float32": None, "bfloat16": None, "float16": None,
+}  # fmt: skip
 
 # Without a hint OpenVINO runs float layers in bfloat16 where the CPU can, and in float16 on a GPU; what an int8
 # graph leaves in float must be the float32 that was verified, too.

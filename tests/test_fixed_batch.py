@@ -9,6 +9,7 @@ import torch
 from device.errors import InputError
 from pipeline import recipe
 from pipeline.cache import Cache
+from pipeline.measure import layers, sensitivity
 from pipeline.run import Deployment, Run
 from pipeline.statistics import sqnr_db
 from pipeline.verify import eager, load_artifact
@@ -76,8 +77,8 @@ def test_a_fixed_number_of_images_is_deployed_one_by_one(tmp_path: Path, net: st
         made = Deployment(run, name, precision)
         found = load_artifact(made.compiled)(images)
         assert sqnr_db(wanted, found) > (80 if precision == "float32" else 18), precision
-    layers = made.verified.verdict.ladder.layers
-    assert {layer.name for layer in layers} == {"patches", "mix", "head"}
+    assert {layer.name for layer in layers.compare(made.program, images)} == {"patches", "mix", "head"}
+    assert {blame.name for blame in sensitivity.blames(made.program, images)} == {"patches", "mix", "head"}
 
 
 def test_another_batch_is_refused_by_the_number(tmp_path: Path) -> None:

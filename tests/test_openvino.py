@@ -289,7 +289,8 @@ def test_rests_of_an_int8_graph_are_asked_of_the_device(
 ) -> None:
     path = compiled(models, tmp_path, "int8", Options())
     half = Options(rests="bfloat16")
-    for options, wanted in ((Options(), "f32"), (half, "bf16")):
+    most = "bf16" if "avx512f" in targets.cpu_isa() else "f32"  # OpenVINO's choice where no instruction would serve
+    for options, wanted in ((Options(), "f32"), (half, most)):
         made = vars(openvino)["_compiled"](path, "int8", options, 1)
         assert made.get_property("INFERENCE_PRECISION_HINT").to_string() == wanted
     assert (
@@ -354,7 +355,7 @@ def test_a_convolution_and_a_matrix_product_of_as_many_outputs_both_run_on_int8(
         return g.node("DequantizeLinear", g.node("QuantizeLinear", name, *pair), *pair)
 
     def weight(*shape: int) -> str:
-        stored = g.random.integers(-127, 128, shape).astype(np.int8)
+        stored = g.random.integers(-63, 64, shape).astype(np.int8)
         return g.node("DequantizeLinear", g.constant(stored), g.constant(np.full(16, 0.01, np.float32)), zeros, axis=0)
 
     x = g.node("Transpose", g.node("Cast", "images", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])

@@ -196,8 +196,9 @@ def _origin(node: Any) -> fx.Node:
 
 def batches(model: fx.GraphModule, images: Tensor) -> Iterator[Tensor]:
     """Split images, N×H×W×3, never more than a few at once, nor than the graph takes."""
-    most = fixed_batch(model) or max(1, min(BATCH, PIXELS // max(1, images[0, ..., 0].numel())))
-    yield from torch.split(images, most)
+    if len(images):
+        most = fixed_batch(model) or max(1, min(BATCH, PIXELS // max(1, images[0, ..., 0].numel())))
+        yield from torch.split(images, most)
 
 
 def forward(model: fx.GraphModule, images: Tensor) -> Tensor:
