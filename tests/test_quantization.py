@@ -475,5 +475,6 @@ def test_rounding_before_a_max_pooling_as_well_changes_no_value(images: Tensor, 
     plain, pooled = program(before=False), program(before=True)
     with torch.no_grad():
         assert torch.equal(plain(images), pooled(images))
-    assert rounded(plain) == [False, False]
-    assert rounded(pooled) == [True, False]
+    branches = scheme.outputs == "int8"  # then what several take is int8 where it is made
+    assert rounded(plain) == [False, branches]
+    assert rounded(pooled) == [True, branches]
