@@ -65,7 +65,7 @@ BUDGET = "accuracy_drop_pp = 5.0"
         ("classification", 'metric = "torchmetrics:F1Score"\nmetric_options = {avrage = "macro"}', "cannot be used with {.*'avrage': 'macro'.*}: "),
         ("classification", 'metric = "torchmetrics:Recall"\nmetric_options = {average = "none"}', "gives no single number .* set its `average`"),
         ("classification", 'metric = "torchmetrics:MulticlassROC"', "gives no single number"),
-        ("detection", BUDGET, r"task: .*'classification', 'multilabel' or 'segmentation' \(found 'detection'\)"),
+        ("detection", BUDGET, r"task: .*'classification', 'multilabel', 'segmentation' \(found 'detection'\)"),
     ],
 )  # fmt: skip
 def test_a_metric_that_does_not_fit_is_refused(project: Project, task: str, budget: str, message: str) -> None:
