@@ -1,21 +1,24 @@
 """precision = "auto": every whole precision is weighed, the choice has a reason, and mixes fill the gap to float."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from torch import fx
 
-from device import pixels
 from device.arrays import Predict
 from device.timing import Series
 from pipeline import progress, recipe, search
-from pipeline.artifacts import Compiled
+from pipeline.artifacts import Compiled, Quantized
 from pipeline.cache import Cache
-from pipeline.measure import sensitivity
+from pipeline.capture import layer_name
+from pipeline.measure import layers, sensitivity
 from pipeline.run import Deployment, Run
 from pipeline.search import _Searching
 from pipeline.statistics import noise_share
@@ -82,14 +85,31 @@ def test_blame_is_what_the_layer_in_float_takes_away(own: Project) -> None:
     found = {blame.name: blame.noise for blame in sensitivity.blames(way.program, images)}
     assert sorted(found) == sorted(LAYERS)
     assert list(found.values()) == sorted(found.values(), reverse=True)
-    reference = pixels.thin(eager(run.model.module())(images))
-
-    def noise(way: Deployment) -> float:
-        return noise_share(reference, eager(way.program.module())(images))
-
+    quantized, exported = layers.graphs(cast(Quantized, way.program))
+    reference, before = eager(exported)(images), eager(quantized)(images)
     for name in LAYERS:
-        gone = noise(way) - noise(replace(way, keep=(name,)))
-        assert found[name] == pytest.approx(gone, abs=0.2 * noise(way))
+        after = eager(with_layer_in_float(quantized, exported, name))(images)
+        gone = noise_share(reference, before) - noise_share(reference, after)
+        assert found[name] == pytest.approx(gone, rel=1e-3)
+
+
+def with_layer_in_float(quantized: fx.GraphModule, exported: fx.GraphModule, name: str) -> fx.GraphModule:
+    """Copy an int8 program with one layer's weight, bias and input as they were before they were rounded."""
+    copied = copy.deepcopy(quantized)
+    (node,) = [node for node in copied.graph.nodes if node.target in layers.LAYERS and layer_name(node) == name]
+    (same,) = [one for one in exported.graph.nodes if one.name == node.name]
+    source = node.args[0]
+    while layers.rounds(source):
+        source = source.args[0]
+    constants = []
+    for place, given in enumerate(same.args[1:3]):
+        copied.register_buffer(f"float_{place}", attrgetter(given.target)(exported).detach())
+        with copied.graph.inserting_before(node):
+            constants.append(copied.graph.get_attr(f"float_{place}"))
+    node.args = (source, *constants, *node.args[3:])
+    copied.graph.lint()
+    copied.recompile()
+    return copied
 
 
 def series(ms: float) -> Series:
