@@ -6,6 +6,7 @@ A target that cannot be loaded is skipped, unless REQUIRE_TARGETS names it or sa
 import inspect
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -192,3 +193,28 @@ def test_a_range_ends_before_the_next_major_release(version: str, wanted: str) -
 def test_what_runs_elsewhere_says_where() -> None:
     target_or_skip("coreml")
     assert targets.needs("coreml", Path("model.mlpackage"), options=targets.get("coreml").Options()).system == "Darwin"
+
+
+@pytest.mark.parametrize(
+    ("machine", "isa", "limit", "bits"),
+    [
+        ("x86_64", ("avx2",), "", 7),
+        ("x86_64", ("avx2", "avx512f"), "", 7),
+        ("x86_64", ("avx2", "avx_vnni"), "", 8),
+        ("AMD64", ("avx512_vnni",), "", 8),
+        ("x86_64", ("avx512_vnni",), "AVX2", 7),
+        ("x86_64", ("avx512_vnni", "amx_int8"), "AVX512_CORE", 7),
+        ("x86_64", ("avx512_vnni", "amx_int8"), "avx512_core_vnni", 8),
+        ("x86_64", ("avx2",), "AVX512_CORE_VNNI", 7),
+        ("aarch64", ("asimd",), "", 8),
+    ],
+)
+def test_weights_have_7_bits_where_kernels_saturate_with_8(
+    monkeypatch: pytest.MonkeyPatch, machine: str, isa: tuple[str, ...], limit: str, bits: int
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(targets, "cpu_isa", lambda: isa)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert targets.int8_weight_bits() == bits
