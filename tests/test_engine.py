@@ -193,7 +193,8 @@ def test_a_node_killed_in_the_middle_and_one_that_joins(
 SCRIPT = """
 import sys
 from pathlib import Path
-from pipeline import progress
+from functools import partial
+from pipeline import interrupt, progress
 from pipeline.nightly import engine, live
 from pipeline.nightly.graph import Task
 from tests import nightly_tasks
@@ -203,7 +204,7 @@ tasks = [Task("c", "c", nightly_tasks.fail, ("boom",), cells=("two",)),
          Task("a", "a", nightly_tasks.stamp, (folder, "a"), cells=("one",)),
          Task("b", "b", nightly_tasks.stamp, (folder, "b"), needs=("a",), whole=True, cells=("one",)),
          Task("d", "d", nightly_tasks.stamp, (folder, "d", 60.0), needs=("b", "a"), whole=True, cells=("three",))]
-with progress.until_stopped("matrix") as stopped, engine.started() as cluster, live.shown(tasks) as show:
+with interrupt.until_stopped(partial(progress.stage, "matrix")) as stopped, engine.started() as cluster, live.shown(tasks) as show:
     def begun(task, node):
         show.begun(task, node)
         print("begun", task.name, flush=True)
