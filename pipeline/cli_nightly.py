@@ -87,9 +87,8 @@ def matrix(
     from pipeline.nightly.shown import show
 
     effort: Effort = "quick" if quick else "thorough" if thorough else "default"
-    names = _listed(precisions)
+    names, paths = _listed(precisions), tuple(recipes)
     age = 0 if remeasure else max_age
-    paths = tuple(recipes)
     night = run(
         Asked(paths, targets, names, out, build, ray, store, effort, search_minutes, age, new, trust, mlflow, keep_days)
     )

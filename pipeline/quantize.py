@@ -99,8 +99,7 @@ def _quantize(
     images, course = torch.from_numpy(calibration.copy()), None
     if len(images) > 1 and bool((images == images[:1]).all()):
         raise InputError(f"all {len(images)} calibration images are the same picture; the ranges would mean nothing")
-    example = torch.from_numpy(drawn(calibration, 2))  # it is kept in the program's file
-    example = example if len(example) > 1 else example.repeat_interleave(2, 0)
+    example = torch.from_numpy(drawn(calibration, 2))[[0, -1]]  # of one image twice; it is kept in the program's file
     if lessons:
         given = lessons.data.images
         course = Course(given, model.module(), settings.epochs, settings.learning_rate, lessons.training, checkpoint)

@@ -1,11 +1,8 @@
 """Judge a compiled artifact against the eager float model: same images, same threads, one process."""
 
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -23,17 +20,14 @@ from pipeline.artifacts import Baseline, Compiled, Program, Unmeasured, Verified
 from pipeline.data.split import Split
 from pipeline.figures import Accuracy, Latency
 from pipeline.judge import Measured, judge
+from pipeline.made_from import PACKAGES, made_from
 from pipeline.measure import accuracy, execution, golden, ladder, layers, segmentation, speed, suspicion
 from pipeline.measure.latency import Effort
 from pipeline.onnx_in import looked
 from pipeline.recipe import Recipe
-from pipeline.verdict import SCHEMA, Built, Execution, Ladder, LayerError, Outcome, Verdict, searched
+from pipeline.verdict import Built, Execution, Ladder, LayerError, Outcome, Verdict, searched
 
 LAYER_IMAGES = 32
-PACKAGES = (
-    "bitferry", "torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxsim", "onnxruntime", "torchmetrics",
-    "numpy", "pillow",
-)  # fmt: skip
 KEPT = [cache.file_hash(Path(str(module.__file__))) for module in (kept, pixels)]
 LAYERS = TypeAdapter(tuple[LayerError, ...])
 
@@ -111,7 +105,7 @@ def unmeasured(recipe: Recipe, way: Way, evaluation: Split, build: cache.Cache, 
     headline = f"Built {compiled.precision} on {compiled.target} for {there.device}, not measured: {there.unmeasured}"
     remedy = "`bitferry verify BUNDLE --data IMAGES` on a machine that runs it completes the verdict"
     verdict = Built(outcome="unmeasured", headline=headline, reasons=(remedy,), ladder=climbed, golden=proved,
-                    **_made(recipe, way, evaluation, command))  # fmt: skip
+                    **made_from(recipe, way.program, way.compiled, evaluation, command))  # fmt: skip
     progress.stage("verify", f"{compiled.target} cannot run here")
     return Unmeasured(verdict, baseline.scores, scores, files, evaluation, kept.maps(baseline))
 
@@ -184,7 +178,7 @@ def _verdict(recipe: Recipe, way: Way, evaluation: Split, measured: Measured, co
         execution=ran,
         ladder=measured.ladder,
         golden=measured.golden,
-        **_made(recipe, way, evaluation, command),
+        **made_from(recipe, way.program, way.compiled, evaluation, command),
     )
 
 
@@ -204,46 +198,6 @@ def judged_again(recipe: Recipe, way: Way, found: Verified, latency: Latency, se
     outcome, headline, reasons = _judged(recipe, way, found.evaluation, measured, verdict.execution)
     verdict = replace(verdict, latency=latency, outcome=outcome, headline=headline, reasons=reasons)
     return replace(found, verdict=searched(verdict, verdict.search), series=series)
-
-
-class _Made(TypedDict):
-    schema: int
-    recipe: str
-    version: str
-    target: str
-    precision: targets.Precision
-    budget_metric: str
-    budget_confidence: float
-    budget_drop_pp: float
-    environment: targets.Environment
-    versions: dict[str, str]
-    command: str
-    compiled_key: str
-    model_key: str
-    data_key: str
-    measured_at: str
-
-
-def _made(recipe: Recipe, way: Way, evaluation: Split, command: str) -> _Made:
-    """Give what a verdict says of where the artifact comes from."""
-    compiled, environment = way.compiled, way.compiled.environment
-    return _Made(
-        schema=SCHEMA,
-        recipe=recipe.name,
-        version=recipe.version,
-        target=compiled.target,
-        precision=compiled.precision,
-        budget_metric=recipe.metric,
-        budget_confidence=recipe.budget.confidence,
-        budget_drop_pp=recipe.budget.accuracy_drop_pp,
-        environment=environment,
-        versions={name: version(name) for name in PACKAGES} | {environment.runtime: environment.version},
-        command=command,
-        compiled_key=compiled.key,
-        model_key=way.program.baseline.key,
-        data_key=evaluation.key,
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
 
 
 def _ladder(way: Way, evaluation: Split, baseline: Outputs, build: cache.Cache) -> Ladder:

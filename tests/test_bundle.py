@@ -195,7 +195,9 @@ def test_an_impossible_option_is_refused(copy: Path, photo: Path, option: tuple[
 def test_a_bundle_carries_the_very_file_that_was_verified(deployed: Project, tmp_path: Path) -> None:
     """Also where the target does not compile from ONNX; nothing of the program it was made from is shipped."""
     project = Project(Path(shutil.copytree(deployed.folder, tmp_path / "project")))
-    done = project.bitferry("deploy", "small.toml", "--target", "torchscript", "--quick", "--out", "out")
+    done = project.bitferry(
+        "deploy", "small.toml", "--target", "torchscript", "--precision", "float32", *("--quick", "--out", "out")
+    )
     assert done.returncode == 0, done.stderr
     bundle = project.folder / "out/small-torchscript-1.0.0"
     compiled = {path.read_bytes() for path in project.folder.glob("build/small/compile-*/model.ts")}

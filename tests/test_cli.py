@@ -117,7 +117,7 @@ def test_init_says_when_it_cannot_tell_the_model(project: Project) -> None:
     torch.save({"strange.weight": torch.zeros(3)}, project.folder / "mine.pth")
     assert "has 1 class folders; expected at least two" in project.refused("init", "mine.pth", "photos")
     (project.folder / "photos/b").mkdir()
-    assert "photos/a has 0 images; expected two or more" in project.refused("init", "mine.pth", "photos")
+    assert "photos/a has 0 images; expected one or more" in project.refused("init", "mine.pth", "photos")
     for name, image in zip(("a/1", "a/2", "b/1", "b/2"), subset("evaluation", 4)["images"], strict=True):
         Image.fromarray(image).save(project.folder / f"photos/{name}.png")
     assert "say what it is with --source" in project.refused("init", "mine.pth", "photos")

@@ -171,7 +171,8 @@ def test_a_new_target_is_one_file(deployed: Project, tmp_path: Path, monkeypatch
     )
     again = Project(shutil.copytree(deployed.folder, tmp_path / "project"))
     monkeypatch.setenv(targets.FOLDERS, str(FAKE))
-    done = again.bitferry_process("deploy", "small.toml", "--target", "reference", "--quick", "--json")
+    asked = ("--target", "reference", "--precision", "float32", "--quick", "--json")
+    done = again.bitferry_process("deploy", "small.toml", *asked)
     assert done.returncode in (0, 1), done.stderr
     (found,) = json.loads(done.stdout)
     assert found["target"] == "reference"

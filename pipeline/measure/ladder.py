@@ -76,7 +76,6 @@ def climb(
     *,
     lossy: str | None,
     layers: tuple[LayerError, ...] = (),
-    layer_images: int | None = None,
     answering: Answering = answer,
 ) -> Ladder:
     """Send the sample through each step, named in order; `lossy` names the one that may lose, None when none may.
@@ -108,7 +107,6 @@ def climb(
         lost_most=worst.name if worst.noise_added > 0 else None,
         suspects=tuple(suspects),
         layers=layers,
-        layer_images=layer_images,
         pixels=int((sample.labels != pixels.IGNORED).sum()) if sample.baseline.ndim == 3 else None,
     )
 

@@ -186,11 +186,11 @@ def _replace(model: fx.GraphModule, layer: fx.Node, place: int, value: Tensor) -
     """Give a layer another weight or bias, under the name it had where nothing else goes by that."""
     given = layer.args[place] if len(layer.args) > place else None
     if given is None:
-        name = f"{cast(fx.Node, layer.args[1]).target}_bias".replace(".", "_")
+        name = f"{cast(fx.Node, layer.args[1]).target}_bias"  # in the layer's own module, which TorchScript names it by
     elif _uses(model, cast(fx.Node, given)) == 1:
         name = str(cast(fx.Node, given).target)
     else:
-        name = f"{cast(fx.Node, given).target}_of_{layer.name}".replace(".", "_")
+        name = f"{cast(fx.Node, given).target}_of_{layer.name}"
     layer.args = (*layer.args, *[None] * (place + 1 - len(layer.args)))
     layer.update_arg(place, _add_parameter(model, layer, name, value))
 

@@ -12,7 +12,7 @@ import numpy as np
 import targets
 from device import rebuilt
 from device.errors import InputError
-from pipeline import cache, load, verify
+from pipeline import cache, load
 from pipeline.artifacts import Compiled
 from pipeline.data.source import base_name
 from pipeline.data.split import Split
@@ -124,7 +124,7 @@ def _fields(recipe: Recipe) -> dict[str, object]:
 def _tools(recipe: Recipe, compiled: Compiled) -> dict[str, str]:
     """Give the version of each package that a built file can depend on, and Python's."""
     source = recipe.model.source.partition(":")[0]
-    names = sorted({*verify.PACKAGES, *load.PACKAGES[source], *_needs(compiled).packages} - {"bitferry"})
+    names = sorted({*made_from.PACKAGES, *load.PACKAGES[source], *_needs(compiled).packages} - {"bitferry"})
     found = {name: known for name in names if (known := version(name))}
     return {"python": platform.python_version(), **found}
 

@@ -19,8 +19,9 @@ from device.errors import InputError, StageFailed, TargetUnavailable, first_line
 from device.kept import Kept
 from device.measure import Measurement
 from pipeline import progress, recheck
+from pipeline.bundle_data import Shown, show_again
 from pipeline.measure.latency import Effort
-from pipeline.recheck import Found, Recheck, Shown
+from pipeline.recheck import Found, Recheck
 from pipeline.report import record
 from pipeline.shipping.ssh import Device, Done, Login, command
 
@@ -56,7 +57,7 @@ def verify(
     runner.check(bundle, manifest)  # what was changed is not run there either
     _refuse_old(bundle)
     verified = record.read_built(bundle / record.VERDICT)
-    shown = recheck.show_again(bundle, manifest, data) if data else None
+    shown = show_again(bundle, manifest, data) if data else None
     with progress.timed("verify", f"{bundle} on {host}"):
         _check_python(device)
         with device.folder() as folder:
