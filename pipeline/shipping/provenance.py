@@ -12,7 +12,7 @@ import numpy as np
 import targets
 from device import rebuilt
 from device.errors import InputError
-from pipeline import cache, load
+from pipeline import cache, load, made_from
 from pipeline.artifacts import Compiled
 from pipeline.data.source import base_name
 from pipeline.data.split import Split
