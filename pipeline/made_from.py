@@ -17,6 +17,8 @@ PACKAGES = (
 
 
 class Made(TypedDict):
+    """The fields of a verdict that do not come from measuring."""
+
     schema: int
     recipe: str
     version: str

@@ -35,7 +35,9 @@ def test_images_are_doubled_until_more_bring_nothing(own: Project) -> None:
     assert counts[-1] == min(2 * counts[-2], 300 - LEAST)
     assert used["images"] == counts[-1] + LEAST <= used["given"] == 300
     worth = list(used["sqnr_db_by_count"].values())
-    assert worth[-1] - worth[-3] < 0.1
+    flat = worth[-1] - worth[-3] < 0.1
+    assert flat or counts[-1] == 300 - LEAST  # all of them
+    assert ("more bring nothing" if counts[-1] < 300 - LEAST else "more may be better") in done.stderr
     assert all(late - early >= 0.1 for early, late in zip(worth[:-3], worth[2:-1], strict=True))
 
 
