@@ -53,7 +53,8 @@ def _plain(value: object) -> object:
 def own(folder: Path) -> None:
     """Make `folder`, or make sure that it is bitferry's; raise InputError when it holds anything else."""
     try:
-        if folder.is_dir() and not (folder / MARK).exists() and any(folder.iterdir()):
+        # The mark is looked for last: another run that begins here just now writes it before anything else.
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists():
             raise InputError(
                 f"{folder} is not empty and bitferry did not make it; "
                 "name a new or empty folder, or one that an earlier run made"
