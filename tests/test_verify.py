@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from device import machine
+from device import machine, timing
 from device.timing import Series
 from pipeline.data.split import Labels
 from pipeline.figures import Accuracy, Flips, Footprint, Latency, Ratio, Reliability, Suspicion
@@ -156,31 +158,79 @@ def test_a_float_that_ran_in_bfloat16_is_called_so() -> None:
     assert execution.summary("float32", layers) == "float32 requested; 0 of 2 convolutions float32, 2 bfloat16 (a, b)"
 
 
-def busy(seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
+class Clock:
+    """A clock that only the calls which are timed move on: no other process slows them."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def takes(self, seconds: Callable[[], float]) -> Callable[[], None]:
+        """Return a call that takes as long as is said at each."""
+
+        def call() -> None:
+            self.now += seconds()
+
+        return call
 
 
-def test_interleaved_timing_finds_a_true_ratio() -> None:
-    series = latency.interleave({"slow": lambda: busy(2e-3), "fast": lambda: busy(1e-3)}, seconds=0.5)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Let the timing read a clock of its own."""
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
+def test_interleaved_timing_finds_a_true_ratio(clock: Clock) -> None:
+    rng = np.random.default_rng(0)
+    calls = {
+        "slow": clock.takes(lambda: 2e-3 * rng.lognormal(0, 0.2)),
+        "fast": clock.takes(lambda: 1e-3 * rng.lognormal(0, 0.2)),
+    }
+    series = latency.interleave(calls, seconds=5)
     assert min(one.seconds.size for one in series.values()) >= 64
     value, low, high = ratio_interval(series["slow"].block_medians, series["fast"].block_medians)
-    assert low <= value <= high
-    assert low <= 2.1
-    assert high >= 1.9
+    assert 1.9 <= low <= value <= high <= 2.1
 
 
-def test_warm_up_ends_when_calls_stop_getting_faster() -> None:
+def test_interleaved_timing_finds_a_ratio_in_spite_of_what_slows_both(clock: Clock) -> None:
+    speed = [1.0]
+
+    def drifting(seconds: float) -> float:
+        speed[0] *= 1.0002  # the clock rate of a processor that gets warm
+        return seconds * speed[0]
+
+    calls = {name: clock.takes(partial(drifting, seconds)) for name, seconds in (("slow", 2e-3), ("fast", 1e-3))}
+    series = latency.interleave(calls, seconds=5)
+    assert series["slow"].seconds.max() > 1.2 * series["slow"].seconds.min()
+    value, low, high = ratio_interval(series["slow"].block_medians, series["fast"].block_medians)
+    assert 1.95 <= low <= value <= high <= 2.05
+
+
+def test_warm_up_ends_when_calls_stop_getting_faster(clock: Clock) -> None:
     left = [30]
 
-    def warming() -> None:
-        busy(3e-3 if left[0] <= 0 else 3e-3 * (1 + left[0] / 5))  # long beside the turns of other processes
+    def warming() -> float:
         left[0] -= 1
+        return 3e-3 * (1 + max(0, left[0]) / 5)
 
-    series = latency.interleave({"warming": warming}, seconds=4)["warming"]
-    assert series.warm_up_calls >= 30
+    series = latency.interleave({"warming": clock.takes(warming)}, seconds=4)["warming"]
+    assert 30 <= series.warm_up_calls <= 45
+    assert series.settled
     assert series.first_seconds > 5 * float(np.median(series.seconds))
+
+
+def test_calls_that_get_faster_all_the_time_have_not_settled(clock: Clock) -> None:
+    taken = [0.1]
+
+    def warming() -> float:
+        taken[0] *= 0.98
+        return taken[0]
+
+    assert not latency.interleave({"warming": clock.takes(warming)}, seconds=20)["warming"].settled
 
 
 @pytest.mark.parametrize(("percent", "enough"), [(50, 11), (90, 64), (99, 662)])
