@@ -40,6 +40,13 @@ from targets import (
     system,
 )
 
+CORE = ov.Core()
+"""The only one of this process.
+
+OpenVINO 2026.4.1 gives the thread in which a Core loads its CPU plugin a stack for signal handlers, and unmaps that
+when the Core goes. Of two the last to go restores the stack of the first, unmapped by then: the next Ctrl-C is a
+segmentation fault.
+"""
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
 SCHEMES: Mapping[Precision, Scheme | None] = {
@@ -120,7 +127,7 @@ def needs(path: Path, *, options: Options) -> Needs:
 
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:
     try:
-        graph = ov.Core().read_model(model)
+        graph = CORE.read_model(model)
     except RuntimeError as error:  # its first lines name places in OpenVINO's own source
         raise RuntimeError(str(error).strip().rpartition("\n")[2].strip()) from error
     if options.batch != "dynamic":
@@ -230,11 +237,10 @@ def _compiled(
         settings["ENABLE_STARTUP_FALLBACK"] = False
     if options.cache:
         settings["CACHE_DIR"] = str(Path(options.cache).expanduser())
-    core = ov.Core()
     # Compiled from the path, a cached model would answer when the weights beside the .xml have changed.
-    graph = core.read_model(path)
+    graph = CORE.read_model(path)
     _fix_batch(graph, batch)
-    return core.compile_model(graph, options.device, settings)
+    return CORE.compile_model(graph, options.device, settings)
 
 
 def _fix_batch(graph: ov.Model, batch: int) -> None:
@@ -256,7 +262,7 @@ def _part_zero_points(graph: ov.Model) -> None:
 
 
 def _found() -> list[str]:
-    devices: list[str] = ov.Core().available_devices
+    devices: list[str] = CORE.available_devices
     return devices
 
 
@@ -278,7 +284,7 @@ def _missing(device: str) -> str | None:
 def _why(device: str) -> str:
     """Name the system library that a device's plugin asks for in vain; its absence hides a device that is there."""
     try:
-        ov.Core().get_property(device, "FULL_DEVICE_NAME")
+        CORE.get_property(device, "FULL_DEVICE_NAME")
     except RuntimeError as error:
         lacking = re.search(r"(\S+): cannot open shared object", str(error))
         return f" (its plugin needs the system library {lacking[1]})" if lacking else ""
@@ -286,12 +292,12 @@ def _why(device: str) -> str:
 
 
 def _full_name(device: str) -> str:
-    return str(ov.Core().get_property(device, "FULL_DEVICE_NAME"))
+    return str(CORE.get_property(device, "FULL_DEVICE_NAME"))
 
 
 def _fast(device: str) -> tuple[Precision, ...]:
     """List what a device has instructions for; the CPU plugin says INT8 of every CPU, hence the CPU's own word."""
     if device == "CPU":
         return fast_on_cpu(SCHEMES)
-    able = ov.Core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+    able = CORE.get_property(device, "OPTIMIZATION_CAPABILITIES")
     return tuple(precision for precision, name in CAPABILITIES.items() if name in able)

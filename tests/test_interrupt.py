@@ -55,6 +55,41 @@ except interrupt.Ended:
     assert told.splitlines()[-1] == STOPPED
 
 
+def test_runtimes_that_came_and_went_leave_a_signal_a_stack(tmp_path: Path) -> None:
+    """OpenVINO gives signal handlers a stack that goes with its Core; a handler without one is a segmentation fault."""
+    body = f"""
+from pathlib import Path
+import numpy as np
+from onnx import TensorProto, helper, save
+import targets
+
+nodes = [
+    helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+    helper.make_node("ReduceMean", ["float"], ["scores"], axes=[1, 2], keepdims=0),
+]
+image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 4, 4, 3])
+scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 3])
+folder = Path({str(tmp_path)!r})
+save(helper.make_model(helper.make_graph(nodes, "mean", [image], [scores]), opset_imports=[helper.make_opsetid("", 13)],
+     ir_version=8), folder / "mean.onnx")
+loaded = []
+for name in ("openvino", "onnxruntime"):
+    target = targets.get(name)
+    options = target.Options()
+    target.environment(options=options)
+    target.compile(folder / "mean.onnx", folder / f"mean{{target.SUFFIX}}", precision="float32", options=options)
+    for _ in range(2):
+        loaded.append(target.load(folder / f"mean{{target.SUFFIX}}", precision="float32", options=options))
+        loaded[-1](np.zeros((1, 4, 4, 3), np.uint8))
+while loaded:
+    del loaded[0]
+print("ready", flush=True)
+time.sleep(60)
+"""
+    code, _, told = ended(program(tmp_path, body))
+    assert (code, told.splitlines()[-1]) == (130, STOPPED)
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_what_reaches_no_safe_point_is_ended_where_it_is(tmp_path: Path, times: int) -> None:
     """As a native call that takes long does not; no exception falls into it."""
