@@ -9,12 +9,12 @@ import onnx
 import targets
 from device import errors
 from device.errors import BitferryError, InputError, StageFailed, first_line
-from pipeline import cache, fault, first_run, unsupported
+from pipeline import cache, conditioning, fault, first_run, unsupported
 from pipeline.artifacts import Captured, Compiled, Program, Simplified, Source
 from pipeline.capture import fixed_batch, read_graph
 from pipeline.data.split import Split
 
-CHECKS = [Path(str(module.__file__)) for module in (first_run, fault)]
+CHECKS = [Path(str(module.__file__)) for module in (first_run, fault, conditioning)]
 
 
 def compile(

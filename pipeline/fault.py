@@ -6,7 +6,8 @@ is wrong while those that it is made of are right.
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +17,11 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import targets
 from device.arrays import Images, Outputs, Predict, in_batches
-from pipeline import progress, unsupported
+from pipeline import conditioning, interrupt, progress, unsupported
 from pipeline.artifacts import Captured, Compiled, Simplified, Source, Traced
 from pipeline.capture import read
 from pipeline.onnx_in import session
@@ -29,19 +30,35 @@ from pipeline.trace import torchscript
 from pipeline.verify import eager
 
 Alike = Callable[[Outputs, Outputs], bool]
+LONGEST = 120.0
+"""Seconds of looking; what was found until then is named."""
 
 
 def reference(source: Source) -> Predict:
     """Give what answers as a target's source does, without the target."""
     if isinstance(source, Traced):
         return eager(torchscript(source))
-    return _program(source.path) if isinstance(source, Captured) else session.predict(source.path)
+    if isinstance(source, Captured):
+        return _predict(read(source.path), read(source.path).module())
+    return session.predict(source.path)
+
+
+def disturbed(source: Source) -> Iterator[Predict]:
+    """Yield what answers as a target's source does, its weights a few units in the last place apart."""
+    if isinstance(source, Traced):
+        yield from map(eager, conditioning.modules(torchscript(source)))
+    elif isinstance(source, Captured):
+        program = read(source.path)
+        yield from (_predict(program, module) for module in conditioning.modules(program.module()))
+    else:
+        yield from conditioning.onnx_files(source.path)
 
 
 def operator(compiled: Compiled, images: Images, alike: Alike | None) -> str | None:
     """Name the operator where a target begins to be wrong, with its layer; None where none can be found.
 
-    Wrong is what is not `alike` the source's value; where `alike` is None, what fails when it runs.
+    Wrong is what is not `alike` the source's value; where `alike` is None, what fails when it runs. After LONGEST
+    seconds the name is of one that is wrong, and not of the first.
     """
     if isinstance(compiled.source, Traced):
         return None
@@ -70,21 +87,28 @@ class _Cuts(Protocol):
         """Write the model that gives one value, as 1×… of a single image."""
 
 
-def _first_wrong(cuts: _Cuts, wrong: Callable[[int], bool]) -> str | None:
+def _first_wrong(cuts: _Cuts, wrong: Callable[[int], bool], longest: float = LONGEST) -> str | None:
     """Find a wrong value by bisection, then go back to one that is made of right ones alone."""
+    until = time.monotonic() + longest
     right, found = -1, len(cuts) - 1
     if not wrong(found):
         return None
-    while found - right > 1:
+    while found - right > 1 and time.monotonic() < until:
         middle = (right + found) // 2
         right, found = (right, middle) if wrong(middle) else (middle, found)
-    while before := [one for one in cuts.inputs(found) if wrong(one)]:
-        found = before[0]
-    return cuts.told(found)
+    pending = iter(cuts.inputs(found))
+    while time.monotonic() < until:
+        before = next(pending, None)
+        if before is None:
+            return cuts.told(found)
+        if wrong(before):
+            found, pending = before, iter(cuts.inputs(before))
+    return f"{cuts.told(found)}, or one before it ({longest:g} seconds were not enough to tell)"
 
 
 def _is_wrong(compiled: Compiled, cuts: _Cuts, at: int, images: Images, alike: Alike | None) -> bool:
-    """Compile the model up to one value, and say whether its own answers are wrong."""
+    """Compile the model up to one value, and say whether its own answers are wrong; a safe point for Ctrl-C."""
+    interrupt.check()
     target, options = targets.get(compiled.target), replace(compiled.options, batch=1)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / f"compiled{target.SUFFIX}"
@@ -108,8 +132,12 @@ class _OnnxCuts:
         types = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.output)}
         self.ranks = {name: len(kind.shape.dim) for name, kind in types.items() if kind.elem_type == TensorProto.FLOAT}
         self.nodes = [node for node in graph.node if node.output[0] in self.ranks]
-        self.makers = {output: node for node in graph.node for output in node.output}
-        self.places = {node.output[0]: at for at, node in enumerate(self.nodes)}
+        places = {node.output[0]: at for at, node in enumerate(self.nodes)}
+        self.nearest: dict[str, list[int]] = {}
+        """Of each computed value, the places that it is made at, or from: the nearest that can be cut at."""
+        for node in graph.node:
+            before = _merged(self.nearest.get(value, []) for value in node.input)
+            self.nearest |= {value: [places[value]] if value in places else before for value in node.output}
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -119,15 +147,7 @@ class _OnnxCuts:
         return f"the operator {node.op_type} in the layer '{node.name.partition('/node_')[0]}'"
 
     def inputs(self, at: int) -> list[int]:
-        return [one for value in self.nodes[at].input for one in self._nearest(value)]
-
-    def _nearest(self, value: str) -> Iterator[int]:
-        """Go back from a value to the nearest that can be cut at."""
-        if value in self.places:
-            yield self.places[value]
-        elif value in self.makers:
-            for before in self.makers[value].input:
-                yield from self._nearest(before)
+        return _merged(self.nearest.get(value, []) for value in self.nodes[at].input)
 
     def source(self, at: int, folder: Path) -> Source:
         graph, value = self.model.graph, self.nodes[at].output[0]
@@ -151,7 +171,11 @@ class _ProgramCuts:
         self.precision, self.program = source.precision, read(source.path)
         self.module = cast(fx.GraphModule, self.program.module())
         self.nodes = [node for node in self.module.graph.nodes if _is_float(node)]
-        self.places = {node: at for at, node in enumerate(self.nodes)}
+        places = {node: at for at, node in enumerate(self.nodes)}
+        self.nearest: dict[fx.Node, list[int]] = {}
+        for node in self.module.graph.nodes:
+            before = _merged(self.nearest[one] for one in node.all_input_nodes)
+            self.nearest[node] = [places[node]] if node in places else before
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -161,15 +185,7 @@ class _ProgramCuts:
         return f"the operator {str(node.target).rpartition('.')[0]} in {unsupported.place(node)}"
 
     def inputs(self, at: int) -> list[int]:
-        return [one for node in self.nodes[at].all_input_nodes for one in self._nearest(node)]
-
-    def _nearest(self, node: fx.Node) -> Iterator[int]:
-        """Go back from a value to the nearest that can be cut at."""
-        if node in self.places:
-            yield self.places[node]
-        else:
-            for before in node.all_input_nodes:
-                yield from self._nearest(before)
+        return _merged(self.nearest[node] for node in self.nodes[at].all_input_nodes)
 
     def source(self, at: int, folder: Path) -> Source:
         cut, name = copy.deepcopy(self.module), self.nodes[at].name
@@ -186,15 +202,18 @@ class _ProgramCuts:
         return Captured(folder / "cut.pt2", self.precision, "")
 
 
+def _merged(lists: Iterable[Sequence[int]]) -> list[int]:
+    """Join lists, with each number once."""
+    return list(dict.fromkeys(at for some in lists for at in some))
+
+
 def _is_float(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return node.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _program(path: Path) -> Predict:
-    """Give what answers as a program does, as many images at once as it was captured for."""
-    program = read(path)
-    module = program.module()
-    axes = open_axes(cast(fx.GraphModule, module))
+def _predict(program: torch.export.ExportedProgram, module: nn.Module) -> Predict:
+    """Give what answers as a program's module does, as many images at once as it was captured for."""
     predict = eager(module)
-    return predict if 0 in axes else in_batches(predict, program.example_inputs[0][0].shape[0])
+    any_batch = 0 in open_axes(cast(fx.GraphModule, module))
+    return predict if any_batch else in_batches(predict, program.example_inputs[0][0].shape[0])

@@ -16,6 +16,17 @@ aten = torch.ops.aten
 DROPOUTS = {
     getattr(aten, f"{kind}dropout{place}").default for kind in ("", "feature_", "alpha_") for place in ("", "_")
 }
+COMPUTED = {
+    f"aten::{name}"
+    for name in (
+        "adaptive_avg_pool2d", "avg_pool1d", "batch_norm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+        "conv_transpose2d", "conv_transpose3d", "cosine_similarity", "grid_sampler", "group_norm", "gru",
+        "instance_norm", "layer_norm", "linear", "log_softmax", "lstm", "matmul", "max_pool2d", "one_hot", "prelu",
+        "relu6", "rms_norm", "scaled_dot_product_attention", "selu", "softmax", "square", "upsample_bicubic2d",
+        "upsample_bilinear2d", "upsample_nearest2d",
+    )
+}  # fmt: skip
+"""Operators made of others that always give new memory."""
 FOLDED_NORM = aten._native_batch_norm_legit_no_training.default
 Export = Callable[[torch.nn.Module], torch.export.ExportedProgram]
 
@@ -31,7 +42,12 @@ def functional(program: torch.export.ExportedProgram, export: Export) -> torch.e
     program.graph_module.recompile()
     if not any(_writes(node) for node in program.graph.nodes):
         return program
-    module = cast(fx.GraphModule, program.run_decompositions({}).module())
+    # PyTorch keeps operators made of others whole, and takes what one gives for a new value.
+    known = torch.export.default_decompositions()
+    apart = {
+        node.target: known[node.target] for node in program.graph.nodes if _may_alias(node) and node.target in known
+    }
+    module = cast(fx.GraphModule, program.run_decompositions(apart).module())
     restore_batch_norms(module)
     _drop_copies(module)
     return export(module)
@@ -107,6 +123,19 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _is_new(node: fx.Node) -> bool:
-    """Return whether a node's value shares no memory with another's; a dropout may return its input unmarked."""
+    """Return whether a node's value shares no memory with another's, as the operator's schema says."""
     schema: Any = getattr(node.target, "_schema", None)
-    return schema is not None and not any(one.alias_info for one in schema.returns) and "dropout" not in schema.name
+    return schema is not None and not any(one.alias_info for one in schema.returns) and not _may_alias(node)
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Return whether a node may give its input, or a view of it, though its operator's schema is silent about it.
+
+    So may an operator that is made of others (`type_as`, `einsum`, `dropout`), unless it is known to compute.
+    """
+    schema: Any = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or any(one.alias_info for one in schema.returns):
+        return False
+    name = f"{schema.name}.{schema.overload_name}".rstrip(".")
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return bool(composite) and schema.name not in COMPUTED

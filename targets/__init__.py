@@ -138,7 +138,8 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 class Target(Protocol[AnyOptions]):
     """What a module in this folder provides. Its file name is its name everywhere.
 
-    It may provide `needs(path, *, options) -> Needs` besides: what a device must have to run the compiled file `path`.
+    It may provide `needs(path, *, options) -> Needs` besides: what a device must have to run the compiled file `path`;
+    and `exact(*, precision, options) -> bool`: whether it rounds nothing on purpose, by default True of float32 alone.
     """
 
     CONSUMES: Form

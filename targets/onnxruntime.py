@@ -121,12 +121,18 @@ def _session(path: Path, options: Options, *, profile: str | None = None) -> ort
         # The one step left out, the NCHWc layout of float convolutions, renames them and changes no precision.
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     wanted = f"{options.provider}ExecutionProvider"
-    session = ort.InferenceSession(path, settings, providers=list(dict.fromkeys((wanted, "CPUExecutionProvider"))))
+    session = ort.InferenceSession(path, settings, providers=_providers(wanted))
     if session.get_providers()[0] != wanted:  # it falls back without a word
         raise TargetUnavailable(
             f"ONNX Runtime has the provider {options.provider} but cannot start it: a driver or a library is missing"
         )
     return session
+
+
+def _providers(wanted: str) -> list[tuple[str, dict[str, str]]]:
+    """List a provider and the CPU, with their settings: CUDA's would round float32 layers to TF32, of 10 bits."""
+    settings = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+    return [(name, settings.get(name, {})) for name in dict.fromkeys((wanted, "CPUExecutionProvider"))]
 
 
 def _found() -> tuple[str, ...]:

@@ -125,6 +125,10 @@ def needs(path: Path, *, options: Options) -> Needs:
     return Needs({"openvino": since(ov.get_version())})
 
 
+def exact(*, precision: Precision, options: Options) -> bool:
+    return precision == "float32" and not options.half_weights and "NPU" not in _plain(options.device)  # all float16
+
+
 def compile(model: Path, out: Path, *, precision: Precision, options: Options) -> None:
     try:
         graph = CORE.read_model(model)
@@ -194,10 +198,7 @@ def _predict(compiled: ov.CompiledModel) -> Predict:
 
 
 def _of_any_size(path: Path, precision: Precision, options: Options) -> Predict:
-    """Compile for each number of images that comes: a model compiled for any number can answer wrongly.
-
-    See docs/decisions/0006-openvino-batch-1.md; tried with OpenVINO 2026.4.1.
-    """
+    """Compile for each number of images that comes: for any number it can answer wrongly (docs/decisions/0006-*.md)."""
     sized = lru_cache(MOST_SIZES)(lambda images: _predict(_compiled(path, precision, options, images)))
 
     def predict(images: Images) -> Outputs:
@@ -262,8 +263,7 @@ def _part_zero_points(graph: ov.Model) -> None:
 
 
 def _found() -> list[str]:
-    devices: list[str] = CORE.available_devices
-    return devices
+    return list(CORE.available_devices)
 
 
 def _plain(device: str) -> list[str]:

@@ -197,10 +197,7 @@ def _build(content: bytes, capabilities: Sequence[str], options: Options) -> tup
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(content, network, log)
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # which `executed` reads
-    if options.workspace_mb:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
+    config = _config(builder, options)
     _set_batch(builder, network, config, options)
     timings = engine.cached(options.cache, f"{sms(capabilities)}-{trt.__version__}.timings")
     if RTX:
@@ -217,6 +214,15 @@ def _build(content: bytes, capabilities: Sequence[str], options: Options) -> tup
         engine.keep(timings, bytes(config.get_timing_cache().serialize()))
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     return bytes(built), {layer.name: KINDS[layer.type.name] for layer in layers if layer.type.name in KINDS}
+
+
+def _config(builder: Any, options: Options) -> Any:
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, it rounds float32 layers to 10 bits
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # which `executed` reads
+    if options.workspace_mb:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
+    return config
 
 
 def _parse(content: bytes, network: Any, log: engine.Log) -> None:

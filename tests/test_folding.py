@@ -13,12 +13,13 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from pipeline.capture import export_program
 from pipeline.quantization.annotate import WEIGHTED, SchemeQuantizer
-from pipeline.quantization.folding import fold_constants
+from pipeline.quantization.folding import fold_constants, fold_weights
 from pipeline.quantization.graph import layers, set_mode
 from targets import Scheme
 
 IMAGES = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
 Make = Callable[[], nn.Module]
+aten = torch.ops.aten
 
 
 class Used(nn.Module):
@@ -164,3 +165,20 @@ def test_layers_have_constant_weights_and_no_norms_behind_them(name: str) -> Non
     assert len(layers(prepared)) == quantized
     assert sum(node.target in WEIGHTED for node in prepared.graph.nodes) == quantized
     torch.testing.assert_close(net(IMAGES), wanted)  # the model itself has its own weights still
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_a_constant_made_of_many_others_is_worked_out_once(doubled: bool) -> None:
+    """It is no parameter's, so its product is no linear layer; a walk back by recursion would not end."""
+    root, graph = nn.Module(), fx.Graph()
+    root.register_buffer("matrix", torch.eye(3))
+    x, value = graph.placeholder("x"), graph.get_attr("matrix")
+    for _ in range(40 if doubled else 2000):
+        given = (graph.call_function(aten.relu.default, (value,)), value) if doubled else (value, value)
+        value = graph.call_function(aten.maximum.default, given)
+    product = graph.call_function(aten.matmul.default, (x, value))
+    graph.output(product)
+    model = fx.GraphModule(root, graph)
+    fold_weights(model)
+    assert product.target is aten.matmul.default
+    assert torch.equal(model(torch.ones(2, 3)), torch.ones(2, 3))

@@ -1,7 +1,7 @@
 """A captured program writes over nothing, and quantization's graph answers like the model all the same."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from pipeline.capture import export_program
 from pipeline.export import with_clamps
+from pipeline.functional import COMPUTED
 from pipeline.quantization.annotate import SchemeQuantizer
 from pipeline.quantization.folding import fold_constants
 from pipeline.quantization.graph import set_mode
@@ -99,7 +100,50 @@ def borders_zeroed(y: Tensor) -> Tensor:
     return z
 
 
+def of_one_type(y: Tensor) -> Tensor:
+    z = y * 1.0
+    z.type_as(y).add_(0.3)
+    return z
+
+
+def at_least(y: Tensor) -> Tensor:
+    z = y * 1.0
+    torch.atleast_3d(z).mul_(2.0)
+    return z + y
+
+
+def permuted(y: Tensor) -> Tensor:
+    z = y * 1.0
+    torch.einsum("nchw->nwhc", z).sub_(0.4)
+    return z
+
+
+def dropped(y: Tensor) -> Tensor:
+    z = y * 1.0
+    functional.dropout(z, 0.5, training=False).clamp_(-0.1, 0.5)
+    return z * 2 - y
+
+
+def reshaped(y: Tensor) -> Tensor:
+    z = y * 1.0
+    z.reshape(y.shape[0], -1).contiguous().relu_()
+    return z
+
+
+def padded_by_nothing(y: Tensor) -> Tensor:
+    z = y * 1.0
+    functional.pad(z, (0, 0, 0, 0)).fill_(1.0)
+    return z.float().tanh_() + z.to(torch.float32).mul_(0.5)
+
+
+def meshed(y: Tensor) -> Tensor:
+    z = y * 1.0
+    torch.broadcast_tensors(z, z[:, :1])[0].mul_(3.0)
+    return z
+
+
 WRITES = (
+    of_one_type, at_least, permuted, dropped, reshaped, padded_by_nothing, meshed,
     relu_and_add, slice_doubled, shifted, slice_multiplied, masked, slice_masked, view_added, transposed, chunks_added,
     read_before_written, written_in_a_loop, borders_zeroed,
 )  # fmt: skip
@@ -150,7 +194,74 @@ def test_a_captured_program_writes_over_nothing_and_answers_alike(write: Callabl
         torch.testing.assert_close(prepared(IMAGES), net(IMAGES), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("write", [slice_doubled, relu_and_add, slice_masked])
+def recurrent(gates: int, rows: Tensor) -> Any:
+    """Give what `torch.lstm` (four gates) or `torch.gru` (three) takes besides rows N×T×3: states of size 3."""
+    state = torch.zeros(1, rows.shape[0], 3)
+    weights = [torch.ones(3 * gates, 3), torch.ones(3 * gates, 3) / 9]
+    return ((state, state) if gates == 4 else state), weights, False, 1, 0.0, False, False, True
+
+
+LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "adaptive_avg_pool2d": lambda y: functional.adaptive_avg_pool2d(y, y.shape[2:]),
+    "adaptive_avg_pool2d to 1": lambda y: functional.adaptive_avg_pool2d(y[..., :1, :1], 1),
+    "avg_pool1d": lambda y: functional.avg_pool1d(y.flatten(2), 1),
+    "batch_norm": lambda y: functional.batch_norm(y, torch.zeros(16), torch.ones(16), eps=0.0),
+    "conv1d": lambda y: functional.conv1d(y.flatten(2), torch.eye(16)[..., None]),
+    "conv2d": lambda y: functional.conv2d(y, torch.eye(16)[..., None, None]),
+    "conv2d, padding by name": lambda y: functional.conv2d(y, torch.ones(16, 1, 1, 1), padding="valid", groups=16),
+    "conv3d": lambda y: functional.conv3d(y[:, None], torch.ones(1, 1, 1, 1, 1)),
+    "conv_transpose1d": lambda y: functional.conv_transpose1d(y.flatten(2), torch.eye(16)[..., None]),
+    "conv_transpose2d": lambda y: functional.conv_transpose2d(y, torch.eye(16)[..., None, None]),
+    "conv_transpose3d": lambda y: functional.conv_transpose3d(y[:, None], torch.ones(1, 1, 1, 1, 1)),
+    "cosine_similarity": lambda y: functional.cosine_similarity(y, y, 1),
+    "grid_sampler": lambda y: functional.grid_sample(y, y[:, :2].movedim(1, 3), align_corners=True),
+    "gru": lambda y: torch.gru(y[:, 0], *recurrent(3, y[:, 0]))[0],
+    "group_norm": lambda y: functional.group_norm(y, 4),
+    "instance_norm": functional.instance_norm,
+    "layer_norm": lambda y: functional.layer_norm(y, y.shape[-1:]),
+    "linear": lambda y: functional.linear(y, torch.eye(y.shape[-1])),
+    "log_softmax": lambda y: torch.log_softmax(y[:, :1], 1),
+    "lstm": lambda y: torch.lstm(y[:, 0], *recurrent(4, y[:, 0]))[0],
+    "matmul": lambda y: torch.matmul(y, torch.eye(y.shape[-1])),
+    "matmul of a vector": lambda y: torch.matmul(y, torch.ones(y.shape[-1])),
+    "max_pool2d": lambda y: functional.max_pool2d(y, 1),
+    "one_hot": lambda y: functional.one_hot(y.argmax(1), 16) + 0.0,
+    "prelu": lambda y: functional.prelu(y, torch.ones(1)),
+    "relu6": functional.relu6,
+    "rms_norm": lambda y: functional.rms_norm(y, y.shape[-1:]),
+    "scaled_dot_product_attention": lambda y: functional.scaled_dot_product_attention(y, y, y),
+    "selu": functional.selu,
+    "softmax": lambda y: torch.softmax(y, 1),
+    "square": torch.square,
+    "upsample_bicubic2d": lambda y: functional.interpolate(y, y.shape[2:], mode="bicubic"),
+    "upsample_bilinear2d": lambda y: functional.interpolate(y, y.shape[2:], mode="bilinear"),
+    "upsample_nearest2d": lambda y: functional.interpolate(y, scale_factor=1.0),
+}
+
+
+def test_what_is_taken_for_new_memory_is() -> None:
+    """Each operator that is known to compute gives a value of its own, even where it changes nothing."""
+    assert {f"aten::{name.split()[0].rstrip(',')}" for name in LAYERS} == COMPUTED
+    for name, layer in LAYERS.items():
+        given = torch.rand(2, 16, 3, 3)
+        assert layer(given).untyped_storage().data_ptr() != given.untyped_storage().data_ptr(), name
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_written_over_a_computed_value_stays(name: str) -> None:
+    class Written(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            found = LAYERS[name](x)
+            found.mul_(0.5)
+            return found.flatten(1).sum(1, keepdim=True) + x.mean((1, 2, 3))[:, None]
+
+    images = torch.rand(2, 16, 3, 3) - 0.3
+    program = export_program(Written(), images)
+    assert writing(program.graph) == []
+    torch.testing.assert_close(program.module()(images), Written()(images))
+
+
+@pytest.mark.parametrize("write", [slice_doubled, relu_and_add, slice_masked, of_one_type, permuted, dropped, reshaped])
 def test_int8_keeps_what_was_written(write: Callable[[Tensor], Tensor]) -> None:
     net, unwritten = Between(write).eval(), Between(torch.clone).eval()
     with torch.no_grad():

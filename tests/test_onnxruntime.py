@@ -193,3 +193,11 @@ def test_a_gate_that_is_the_answer_stays_float(images: Split, build: Cache, tmp_
     found = onnxruntime.load(tmp_path / "model.onnx", precision="int8", options=Options())(pixels)
     assert sqnr_db(eager(model.module())(pixels), found) > 30
     assert np.abs(found * 255 - np.rint(found * 255)).max() > 0.1
+
+
+def test_float32_on_cuda_is_no_tf32() -> None:
+    assert onnxruntime._providers("CUDAExecutionProvider") == [
+        ("CUDAExecutionProvider", {"use_tf32": "0"}),
+        ("CPUExecutionProvider", {}),
+    ]
+    assert onnxruntime._providers("CPUExecutionProvider") == [("CPUExecutionProvider", {})]

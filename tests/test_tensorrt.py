@@ -248,3 +248,10 @@ def test_an_unmeasured_bundle_says_so_and_cannot_be_built_again_here(
 def test_a_capability_is_written_with_a_point(rtx: Any, capability: str) -> None:
     with pytest.raises(ValueError, match=f"capabilities are written as '8.6', not '{capability}'"):
         rtx.Options(capabilities=("8.6", capability))
+
+
+def test_float32_is_no_tf32(tensorrt: Any) -> None:
+    trt = tensorrt.trt
+    builder = trt.Builder(trt.Logger())
+    assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
+    assert not tensorrt._config(builder, tensorrt.Options(cache="")).get_flag(trt.BuilderFlag.TF32)

@@ -6,6 +6,7 @@ torchao, which folds a norm into a layer whose output or weight something else t
 transposed convolution.
 """
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, cast
 
@@ -58,14 +59,15 @@ def fold_weights(model: fx.GraphModule) -> None:
     model.recompile()
 
 
-def _constants(model: fx.GraphModule) -> set[fx.Node]:
-    """Return the nodes that give the same tensors whatever the images are."""
-    found: set[fx.Node] = set()
+def _constants(model: fx.GraphModule) -> dict[fx.Node, bool]:
+    """Return the nodes that give the same tensors whatever the images are: of each whether a parameter is in it."""
+    found: dict[fx.Node, bool] = {}
     for node in model.graph.nodes:
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        computed = node.op == "call_function" and not random and found.issuperset(node.all_input_nodes)
-        if node.op == "get_attr" or computed:
-            found.add(node)
+        if node.op == "get_attr":
+            found[node] = isinstance(attrgetter(str(node.target))(model), nn.Parameter)
+        elif node.op == "call_function" and not random and found.keys() >= {*node.all_input_nodes}:
+            found[node] = any(found[given] for given in node.all_input_nodes)
     return found
 
 
@@ -74,6 +76,9 @@ def _evaluate(model: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -
     pending = [node]
     while pending:  # no recursion: a chain may be long
         last = pending[-1]
+        if last in known:
+            pending.pop()
+            continue
         missing = [given for given in last.all_input_nodes if given not in known]
         if missing:
             pending += missing
@@ -94,13 +99,13 @@ def _as_linear(
     data: Any,
     weight: Any,
     bias: Any,
-    constants: set[fx.Node],
+    constants: Mapping[fx.Node, bool],
     known: dict[fx.Node, Any],
 ) -> None:
     """Write a product by a constant matrix K×N as the linear layer that it is, where that was learned."""
     if weight not in constants or data in constants or (bias is not None and bias not in constants):
         return
-    if not _is_learned(model, weight):  # as resizing by products is not
+    if not constants[weight]:  # as resizing by products is not
         return
     matrix = _evaluate(model, weight, known)
     shift = None if bias is None else _evaluate(model, bias, known)
@@ -110,13 +115,6 @@ def _as_linear(
     node.args = (data, _add_parameter(model, node, f"{node.name}_weight", matrix.T))
     if shift is not None:
         node.args = (*node.args, _add_parameter(model, node, f"{node.name}_bias", shift))
-
-
-def _is_learned(model: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether a constant is a parameter, or computed from one."""
-    if node.op == "get_attr":
-        return isinstance(attrgetter(str(node.target))(model), nn.Parameter)
-    return any(_is_learned(model, given) for given in node.all_input_nodes)
 
 
 def _pad_by_numbers(node: fx.Node) -> None:

@@ -170,14 +170,14 @@ def _dropped(name: str, before: Noise, after: Noise, judges: Judges) -> str:
     return f"{name} dropped: {without:.1f} dB without it, {having:.1f} with it{chance}, {judges}"
 
 
-def _equalize(model: fx.GraphModule, fitting: Tensor, judges: Judges | None) -> bool:
-    """Equalize, and back where the float answers changed or int8 ones are not better; say whether it stays."""
+def _equalize(model: fx.GraphModule, fitting: Tensor, judges: Judges | None) -> None:
+    """Equalize, and back where the float answers changed or int8 ones are not better."""
     if not equalize.groups(model):
         progress.stage("quantize", "equalization: no channels lie between convolutions alone")
-        return False
+        return
     if judges is None:
         progress.stage("quantize", f"equalization is left out: {TOO_FEW}")
-        return False
+        return
     few = fitting[:SIDE_BY_SIDE]
     state, plain = _save(model), _rough(model, few, SIMPLE, judges)
     equalize.equalize(model, few)
@@ -192,7 +192,6 @@ def _equalize(model: fx.GraphModule, fitting: Tensor, judges: Judges | None) -> 
     else:
         told = f"equalization: {judges.db(plain):.1f} → {judges.db(equalized):.1f} dB {judges}"
     progress.stage("quantize", told)
-    return not told.startswith("equalization dropped")
 
 
 def _rough(model: fx.GraphModule, images: Tensor, settings: Quantization, judges: Judges) -> Noise:
