@@ -16,7 +16,10 @@ aten = torch.ops.aten
 POOLS = {aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default}
 RESIZES, SCALED = (
     {getattr(getattr(aten, name), overload) for name in names for overload in ("vec", "default")}
-    for names in (("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_bicubic2d"), ("upsample_bilinear2d",))
+    for names in (
+        ("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_bicubic2d"),
+        ("upsample_bilinear2d", "upsample_nearest2d", "_upsample_nearest_exact2d"),
+    )
 )
 """Resizing that every runtime has of its own, or lacks; and such as differs where a scale is not new size / old."""
 MOST_VALUES = 2**22
@@ -29,7 +32,7 @@ def rewrite(program: torch.export.ExportedProgram) -> torch.export.ExportedProgr
 
     Average pooling over the edge becomes explicit padding, plain pooling and a multiplication; resizing to a fixed
     size that is cubic, with antialiasing, or by a scale that is not the ratio of the sizes becomes two products with
-    constant matrices.
+    constant matrices; circular padding becomes a concatenation.
     """
     module = cast(fx.GraphModule, program.module())
     found = {node: made for node in module.graph.nodes if (made := _replacement(node)) is not None}
@@ -82,6 +85,24 @@ class MatrixResize(nn.Module):
         return x if self.rows is None else torch.matmul(self.rows, x)
 
 
+class CircularPad(nn.Module):
+    """Circular padding of N×C×… as concatenations; `pads` are as `F.pad` takes them, negative ones cut off."""
+
+    def __init__(self, pads: Sequence[int]) -> None:
+        super().__init__()
+        self.pads = list(pads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad."""
+        for axis, (before, after) in enumerate(zip(self.pads[::2], self.pads[1::2], strict=True), 1):
+            cut = max(-before, 0), max(-after, 0)
+            x = x.narrow(-axis, cut[0], x.shape[-axis] - sum(cut)) if any(cut) else x
+            parts = [x.narrow(-axis, x.shape[-axis] - before, before)] if before > 0 else []
+            parts += [x, *([x.narrow(-axis, 0, after)] if after > 0 else [])]
+            x = torch.cat(parts, -axis) if len(parts) > 1 else x
+        return x
+
+
 def axis_weights(resize: Mapped, size: Sequence[int], axis: int) -> Tensor:
     """Find the weights, new × old, by which a separable resizing of images H×W makes one axis out of the old one.
 
@@ -98,6 +119,8 @@ def axis_weights(resize: Mapped, size: Sequence[int], axis: int) -> Tensor:
 
 def _replacement(node: fx.Node) -> nn.Module | None:
     """Make what computes a node's value as every runtime does; None for a node that stays."""
+    if node.target is aten.pad.default and "circular" in node.args:
+        return CircularPad(cast(Sequence[int], node.args[1]))
     if node.target not in POOLS | RESIZES | SCALED:
         return None
     given, found = node.all_input_nodes[0].meta["val"].shape, node.meta["val"].shape
@@ -125,7 +148,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 def _scales_as_sizes(node: fx.Node, old: Sequence[int], new: Sequence[int]) -> bool:
     """Say whether a resizing's scales, where it has any, are those of its sizes: 0.7 of 15 pixels are 10, not 10.5."""
     given = _arguments(node)
-    if given["align_corners"]:  # which looks at sizes alone
+    if given.get("align_corners"):  # which looks at sizes alone
         return True
     scales = given.get("scale_factors") or [given.get("scales_h"), given.get("scales_w")]
     return all(scale is None or scale * a == b for scale, a, b in zip(scales, old, new, strict=True))

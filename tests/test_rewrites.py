@@ -38,7 +38,10 @@ RESIZES = [
     {"size": (5, 15), "mode": "bicubic"},
     {"size": (9, 23), "mode": "bicubic", "align_corners": True},
     {"scale_factor": 0.7, "mode": "bicubic", "align_corners": False},
+    {"scale_factor": (2.7, 0.7), "mode": "nearest"},
+    {"scale_factor": (1.3, 2.7), "mode": "nearest-exact"},
 ]
+PADS = [(1, 2, 0, 3), (4, 0), (0, 0, 2, 2), (-1, 2, 3, -2), (2, 1, 1, 1, 2, 0)]
 
 
 class Call(nn.Module):
@@ -94,6 +97,18 @@ def test_resizing_is_what_pytorch_gives(resize: dict[str, object]) -> None:
     torch.testing.assert_close(program.module()(x), function(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pads", PADS, ids=str)
+def test_circular_padding_is_what_pytorch_gives(pads: tuple[int, ...]) -> None:
+    x = torch.randn(3, 2, 7, 6)[:, None] if len(pads) == 6 else torch.randn(3, 2, 7, 6)
+    function = partial(F.pad, pad=pads, mode="circular")
+    if len(pads) == 2:
+        x = x.flatten(2)
+    program, changed = rewritten(function, x)
+    assert changed
+    assert operators(program) <= {"cat", "narrow", "slice"}
+    torch.testing.assert_close(program.module()(x), function(x), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -110,13 +125,14 @@ def test_what_runtimes_compute_alike_stays(function: Callable[[Tensor], Tensor])
 
 
 class Edges(nn.Module):
-    """Two convolutions, between them average pooling over the edge and a resizing that lowers its aliasing."""
+    """Convolutions, the second padded circularly, and what lies between: pooling over the edge, a resizing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, (4, 4)), nn.Conv2d(8, 8, 3)
+        self.first = nn.Conv2d(3, 8, (4, 4))
+        self.second = nn.Conv2d(8, 8, 4, padding=(1, 1), padding_mode="circular")
         self.pool = nn.AvgPool2d(3, 2, padding=1, ceil_mode=True)
-        self.head = nn.Linear(8 * 5 * 5, 10)
+        self.head = nn.Linear(8 * 6 * 6, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(self.pool(torch.relu(self.first(x))), (7, 7), mode="bilinear", antialias=True)
