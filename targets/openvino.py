@@ -41,11 +41,9 @@ from targets import (
 )
 
 CORE = ov.Core()
-"""The only one of this process.
-
-OpenVINO 2026.4.1 gives the thread in which a Core loads its CPU plugin a stack for signal handlers, and unmaps that
-when the Core goes. Of two the last to go restores the stack of the first, unmapped by then: the next Ctrl-C is a
-segmentation fault.
+"""The only one of this process. OpenVINO 2026.4.1 gives the thread in which a Core loads its CPU plugin a stack for
+signal handlers, and unmaps that when the Core goes. Of two the last to go restores the stack of the first, unmapped by
+then: the next Ctrl-C is a segmentation fault.
 """
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
@@ -159,9 +157,8 @@ def executed(path: Path, *, precision: Precision, options: Options) -> Sequence[
     for layer in compiled.get_runtime_model().get_ordered_ops():
         info = {name: str(value.value) for name, value in layer.get_rt_info().items()}
         if info.get("layerType") in KINDS:
-            name = layer.get_friendly_name()
-            plain = name.partition(ir_names.APART)[0]
-            layers.append(Layer(plain, KINDS[info["layerType"]], _precision(info), took.get(name)))
+            kind, name = KINDS[info["layerType"]], layer.get_friendly_name()
+            layers.append(Layer(name.partition(ir_names.APART)[0], kind, _precision(info), took.get(name)))
     return layers
 
 
@@ -191,8 +188,7 @@ def _predict(compiled: ov.CompiledModel) -> Predict:
     request = compiled.create_infer_request()
 
     def predict(images: Images) -> Outputs:
-        scores: Outputs = request.infer([images], share_inputs=True, share_outputs=False)[0]
-        return scores
+        return cast(Outputs, request.infer([images], share_inputs=True, share_outputs=False)[0])
 
     return predict
 
