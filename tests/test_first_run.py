@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import targets
 from device.errors import StageFailed
 from pipeline import conditioning, fault, first_run, interrupt
-from pipeline.artifacts import Captured, FloatModel, Simplified, Source
+from pipeline.artifacts import Captured, Compiled, FloatModel, Simplified, Source
 from pipeline.cache import Cache
 from pipeline.capture import capture
 from pipeline.compile import compile
@@ -215,7 +215,7 @@ def test_looking_ends_after_a_time_with_what_was_found() -> None:
 def test_ctrl_c_ends_the_looking(bent: str, amplifying: FloatModel, simplified: Simplified, tmp_path: Path) -> None:
     options = targets.get(bent).Options(threads=1)
     targets.get(bent).compile(simplified.path, tmp_path / "model.onnx", precision="float32", options=options)
-    compiled = first_run.Compiled(tmp_path / "model.onnx", bent, "float32", simplified, options, "key")
+    compiled = Compiled(tmp_path / "model.onnx", bent, "float32", simplified, options, "key")
     with pytest.raises(interrupt.Stopped), interrupt.stopping(lambda: True):
         fault.operator(compiled, split().images[:2].copy(), first_run.alike)
 

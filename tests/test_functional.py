@@ -108,7 +108,7 @@ def of_one_type(y: Tensor) -> Tensor:
 
 def at_least(y: Tensor) -> Tensor:
     z = y * 1.0
-    torch.atleast_3d(z).mul_(2.0)
+    cast(Tensor, torch.atleast_3d(z)).mul_(2.0)  # type: ignore[no-untyped-call]
     return z + y
 
 
@@ -138,7 +138,7 @@ def padded_by_nothing(y: Tensor) -> Tensor:
 
 def meshed(y: Tensor) -> Tensor:
     z = y * 1.0
-    torch.broadcast_tensors(z, z[:, :1])[0].mul_(3.0)
+    cast(Tensor, torch.broadcast_tensors(z, z[:, :1])[0]).mul_(3.0)  # type: ignore[no-untyped-call]
     return z
 
 
@@ -202,7 +202,7 @@ def recurrent(gates: int, rows: Tensor) -> Any:
 
 
 LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "adaptive_avg_pool2d": lambda y: functional.adaptive_avg_pool2d(y, y.shape[2:]),
+    "adaptive_avg_pool2d": lambda y: functional.adaptive_avg_pool2d(y, (y.shape[2], y.shape[3])),
     "adaptive_avg_pool2d to 1": lambda y: functional.adaptive_avg_pool2d(y[..., :1, :1], 1),
     "avg_pool1d": lambda y: functional.avg_pool1d(y.flatten(2), 1),
     "batch_norm": lambda y: functional.batch_norm(y, torch.zeros(16), torch.ones(16), eps=0.0),
