@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from device import arrays, pixels
 from device.arrays import Images
 from pipeline import cache
 from pipeline.artifacts import Calibration, FloatModel, Quantized
@@ -18,13 +19,14 @@ from pipeline.training.settings import Training
 from targets import Scheme, usable_cpus
 
 FLOAT_COUNTERPART = "float.pt2"
+HERE = Path(__file__).parent
 STEPS = [
-    *sorted(Path(__file__).with_name("quantization").glob("*.py")),
-    *(
-        Path(__file__).with_name(f"{name}.py")
-        for name in ("capture", "functional", "rewrites", "statistics", "division")
-    ),
+    *sorted((HERE / "quantization").glob("*.py")),
+    *(HERE / f"{name}.py" for name in ("capture", "functional", "rewrites", "statistics", "division")),
+    HERE / "training/settings.py",
+    *(Path(module.__file__) for module in (arrays, pixels)),
 ]
+"""Source files that decide what comes out, besides this one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def quantize(
     key = cache.key(
         "quantize",
         code=__file__,
-        steps={path.name: cache.file_hash(path) for path in STEPS},
+        steps=[cache.file_hash(path) for path in STEPS],
         packages=("torch", "torchao"),
         model=model.key,
         data=calibration.key,

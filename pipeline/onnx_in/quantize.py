@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from device import pixels
+from device import arrays, pixels
 from device.arrays import Images, Outputs
 from device.errors import InputError, StageFailed, first_line
 from pipeline import cache, progress
@@ -44,9 +44,11 @@ PERCENTILE = 99.98
 FIRST, FLAT = 16, 0.1
 """Images that are tried first for `images = "enough"`, and the dB that two doublings must bring to go on."""
 SOURCES = [
-    *(Path(__file__).with_name(f"{name}.py") for name in ("plan", "looked", "session")),
+    *(Path(__file__).with_name(f"{name}.py") for name in ("asked", "plan", "looked", "session")),
     *(Path(__file__).parents[1] / f"{name}.py" for name in ("division", "statistics")),
+    *(Path(module.__file__) for module in (arrays, pixels)),
 ]
+"""Source files that decide what comes out, besides this one."""
 TOO_FEW = f"fewer than {2 * FEWEST} different calibration images are too few to judge it"
 LEFT_OUT = "equalization is left out: it is a step of PyTorch's way"
 
@@ -67,7 +69,7 @@ def quantize(
     key = cache.key(
         "quantize",
         code=__file__,
-        steps={path.name: cache.file_hash(path) for path in SOURCES},
+        steps=[cache.file_hash(path) for path in SOURCES],
         packages=("onnx", "onnxruntime"),
         model=simplified.key,
         data=calibration.key,
