@@ -49,7 +49,7 @@ from pipeline.trace import trace
 from pipeline.train import train
 from pipeline.verdict import Search, searched
 from pipeline.verify import Way, evaluate, unmeasured, verify
-from targets import Precision
+from targets import Precision, Scheme
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,20 @@ class Deployment:
     def settings(self) -> Quantization:
         return self.quantization or self.run.recipe.quantization
 
+    @property
+    def chosen_options(self) -> targets.Options:
+        """Give the target's settings: those given here, else the recipe's."""
+        return self.options or self.run.recipe.options(self.name)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """Give how the target wants its graph with the settings it has here; None where it stays float."""
+        return targets.scheme(targets.get(self.name), self.precision, self.chosen_options)
+
     @cached_property
     def program(self) -> Program:
         run = self.run
-        scheme = targets.get(self.name).SCHEMES[self.precision]
+        scheme = self.scheme
         if scheme is None:
             return replace(run.model, precision=self.precision)
         settings = self._settings()
@@ -233,7 +243,7 @@ class Deployment:
 
     @cached_property
     def compiled(self) -> Compiled:
-        options = self.options or self.run.recipe.options(self.name)
+        options = self.chosen_options
         onnx_in.refuse_target(self.run.recipe, self.name)
         onnx_in.refuse_batch(self.run.model, self.name, options)
         return compile(self.source, self.name, self.program, self.run.calibration, self.run.build, options=options)

@@ -35,7 +35,6 @@ from targets import (
     Scheme,
     cpu_isa,
     fast_on_cpu,
-    int8_weight_bits,
     since,
     system,
 )
@@ -49,9 +48,7 @@ segmentation fault.
 """
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
-SCHEMES: Mapping[Precision, Scheme | None] = {
-    "int8": Scheme(weight_bits=int8_weight_bits()), "float32": None, "bfloat16": None, "float16": None,
-}  # fmt: skip
+SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None, "bfloat16": None, "float16": None}
 
 # Without a hint OpenVINO runs float layers in bfloat16 where the CPU can, and in float16 on a GPU; what an int8
 # graph leaves in float must be the float32 that was verified, too.
@@ -98,6 +95,10 @@ class Options(targets.Options):
             raise ValueError(f"streams must be 1 or more, not {self.streams}")
         if self.batch == "dynamic" and (self.hint == "throughput" or self.streams not in (None, 1)):
             raise ValueError('several streams share a call by fixed batches; with batch = "dynamic" leave them out')
+
+    @property
+    def needs_vnni(self) -> bool:
+        return "CPU" in _plain(self.device)
 
     def alternatives(self, precision: Precision, fast: Sequence[Precision]) -> Iterator[Self]:
         """Add 16-bit rests. Hints and streams are about calls beside each other: no call is faster for them."""

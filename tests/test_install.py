@@ -197,6 +197,22 @@ def test_41_what_does_not_say_what_it_is_tied_to_is_refused() -> None:
             fit.check({"tied": tied}, "it")
 
 
+def test_41_weights_of_8_bits_are_refused_where_the_kernels_saturate(
+    root: Path, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(fit, "CPUINFO", cpuinfo)
+    cpuinfo.write_text("flags: sse4_2 avx2 fma\n")
+    path = shop.archive("1.0.0", tied=TIED | {"vnni": True})
+    told = refused(root, path, TargetUnavailable)
+    assert "the int8 kernels of this processor saturate with the bundle's 8-bit weights" in told
+    fit.check({"tied": TIED | {"vnni": False}}, "it")
+    fit.check({"tied": TIED}, "it")  # an older bundle does not say
+    for flag in ("avx512_vnni", "avx_vnni", "amx_int8"):
+        cpuinfo.write_text(f"flags: sse4_2 avx2 fma {flag}\n")
+        fit.check({"tied": TIED | {"vnni": True}}, "it")
+
+
 def test_41_the_gpu_that_the_options_name_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [gpu.Gpu("old", "7.5"), gpu.Gpu("new", "8.9")]
     monkeypatch.setattr(gpu, "find", gpus.__getitem__)

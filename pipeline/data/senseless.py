@@ -38,7 +38,8 @@ def refuse_few_bits(largest: Sequence[int], split: str) -> None:
     if 0 < most < LEAST_OF_16_BITS:
         raise InputError(
             f"the largest pixel of the {len(largest)} {split} images of 16 bits is {most}, as of "
-            f"{most.bit_length()}-bit data, of which {most >> 8} would be left in 8 bits; scale the values to 0…65535, or save 8 bits"
+            f"{most.bit_length()}-bit data, of which {most >> 8} would be left in 8 bits; "
+            "scale the values to 0…65535, or save them with 8 bits"
         )
 
 
