@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import targets
 from device.errors import TargetUnavailable
 from device.preprocess import Preprocessing
 from pipeline import dataset
