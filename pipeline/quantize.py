@@ -24,7 +24,7 @@ STEPS = [
     *sorted((HERE / "quantization").glob("*.py")),
     *(HERE / f"{name}.py" for name in ("capture", "functional", "rewrites", "statistics", "division")),
     HERE / "training/settings.py",
-    *(Path(module.__file__) for module in (arrays, pixels)),
+    *(Path(str(module.__file__)) for module in (arrays, pixels)),
 ]
 """Source files that decide what comes out, besides this one."""
 

@@ -46,7 +46,7 @@ FIRST, FLAT = 16, 0.1
 SOURCES = [
     *(Path(__file__).with_name(f"{name}.py") for name in ("asked", "plan", "looked", "session")),
     *(Path(__file__).parents[1] / f"{name}.py" for name in ("division", "statistics")),
-    *(Path(module.__file__) for module in (arrays, pixels)),
+    *(Path(str(module.__file__)) for module in (arrays, pixels)),
 ]
 """Source files that decide what comes out, besides this one."""
 TOO_FEW = f"fewer than {2 * FEWEST} different calibration images are too few to judge it"
