@@ -206,7 +206,7 @@ def test_a_figure_says_whether_the_ranges_have_seen_its_images(
             steps.calibrate(model, torch.from_numpy(images), Quantization(equalize=False))
     else:
         exported(fitted(), tmp_path / "model.onnx")
-        pixels = np.stack([ONNX_CONTRACT.fit(image) for image in images]).transpose(0, 3, 1, 2).astype(np.float32)
+        pixels: Any = np.stack([ONNX_CONTRACT.fit(image) for image in images]).transpose(0, 3, 1, 2).astype(np.float32)
         onnx_quantize._quantize(tmp_path / "model.onnx", pixels, Scheme(), Quantization(), tmp_path, equalize=False)
     told = " ".join(capsys.readouterr().err.split())
     chosen, _, after = told.partition("ranges of all images in place of those fitted on: ")
