@@ -49,7 +49,7 @@ from pipeline.trace import trace
 from pipeline.train import train
 from pipeline.verdict import Search, searched
 from pipeline.verify import Way, evaluate, unmeasured, verify
-from targets import Precision, Scheme
+from targets import Precision
 
 
 @dataclass(frozen=True)
@@ -175,18 +175,12 @@ class Deployment:
 
     @property
     def chosen_options(self) -> targets.Options:
-        """Give the target's settings: those given here, else the recipe's."""
         return self.options or self.run.recipe.options(self.name)
-
-    @property
-    def scheme(self) -> Scheme | None:
-        """Give how the target wants its graph with the settings it has here; None where it stays float."""
-        return targets.scheme(targets.get(self.name), self.precision, self.chosen_options)
 
     @cached_property
     def program(self) -> Program:
         run = self.run
-        scheme = self.scheme
+        scheme = targets.scheme(targets.get(self.name), self.precision, self.chosen_options)
         if scheme is None:
             return replace(run.model, precision=self.precision)
         settings = self._settings()

@@ -261,23 +261,12 @@ def cpu_isa() -> tuple[str, ...]:
 
 
 X86 = ("x86_64", "amd64")
-"""As Python names the family of processors, in small letters."""
 ISA: Mapping[str, tuple[Precision, ...]] = {
-    "avx2": ("float32",),
-    "avx512f": ("float32",),
-    "avx512_vnni": ("int8",),
-    "avx_vnni": ("int8",),
-    "avx512_bf16": ("bfloat16",),
-    "avx512_fp16": ("float16",),
-    "amx_int8": ("int8",),
-    "amx_bf16": ("bfloat16",),
-    "amx_fp16": ("float16",),
-    "asimd": ("float32",),
-    "asimddp": ("int8",),
-    "i8mm": ("int8",),
-    "asimdhp": ("float16",),
+    "avx2": ("float32",), "avx512f": ("float32",), "avx512_vnni": ("int8",), "avx_vnni": ("int8",),
+    "avx512_bf16": ("bfloat16",), "avx512_fp16": ("float16",), "amx_int8": ("int8",), "amx_bf16": ("bfloat16",),
+    "amx_fp16": ("float16",), "asimd": ("float32",), "asimddp": ("int8",), "i8mm": ("int8",), "asimdhp": ("float16",),
     "bf16": ("bfloat16",),
-}
+}  # fmt: skip
 """Instruction sets as Linux names them, with the precisions they make fast."""
 
 

@@ -15,19 +15,7 @@ import targets
 from device import onnx_file, rearrange
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
-from targets import (
-    Environment,
-    Form,
-    Kind,
-    Layer,
-    Needs,
-    Precision,
-    Scheme,
-    cpu_isa,
-    fast_on_cpu,
-    since,
-    system,
-)
+from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".onnx"

@@ -25,19 +25,7 @@ import targets
 from device import ir_file, ir_names
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
-from targets import (
-    Environment,
-    Form,
-    Kind,
-    Layer,
-    Needs,
-    Precision,
-    Scheme,
-    cpu_isa,
-    fast_on_cpu,
-    since,
-    system,
-)
+from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
 
 CORE = ov.Core()
 """The only one of this process.
