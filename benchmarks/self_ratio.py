@@ -60,8 +60,11 @@ def artifact(build: Cache) -> tuple[Compiled, Images]:
     torch.manual_seed(0)
     net = Deployable(torchvision.models.resnet18(num_classes=10), contract).eval()
     model = FloatModel(net, contract, CLASSES, key="resnet18-seed-0")
-    program = quantize(model, images, targets.get(TARGET).SCHEMES["int8"] or targets.Scheme(), Quantization(), build)
-    options = targets.get(TARGET).Options()
+    target = targets.get(TARGET)
+    options = target.Options()
+    program = quantize(
+        model, images, targets.scheme(target, "int8", options) or targets.Scheme(), Quantization(), build
+    )
     source = simplify(export(program, images, build), images, build)
     made = compile(source, TARGET, program, images, build, options=options)
     return made, images.images[:1].copy()

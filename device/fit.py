@@ -9,6 +9,8 @@ from typing import Any
 from device import versions
 from device.errors import InputError, TargetUnavailable
 
+VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+"""Instruction sets of x86 processors that add products of 8 bits without saturating."""
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -36,6 +38,11 @@ def _lacking(tied: Mapping[str, Any], gpu_index: int) -> Iterator[str]:
     flags = _flags()
     if missing := [one for one in tied["isa"] if flags is not None and one not in flags]:
         yield f"the CPU lacks {', '.join(missing)}"
+    if tied.get("vnni") and flags is not None and not flags & VNNI:  # older bundles do not say
+        yield (
+            "the int8 kernels of this processor saturate with the bundle's 8-bit weights, as it has none of "
+            f"{', '.join(sorted(VNNI))}: deploy again on a processor like this one, for weights of 7 bits"
+        )
     if not versions.within(platform.python_version(), tied["python"]):
         yield f"it needs Python {tied['python']}, this is {platform.python_version()}"
     for package, ranges in tied["packages"].items():

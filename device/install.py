@@ -9,8 +9,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +16,7 @@ from typing import Any, cast
 from device import archive, atomic, fit, installed, signature, strict, trust, versions, whole
 from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
 from device.installed import CURRENT, NOTE, VERSIONS, Installed, current, tell
+from device.selftest import AnswersOtherwise, selftest
 from device.signature import Key
 
 INCOMING = ".incoming"
@@ -25,8 +24,6 @@ OURS = re.compile(r".+-[0-9a-f]{12}(-again)?(\.json)?|\..+\.json\.part")
 """Names in ROOT/versions."""
 SPARE_BYTES = 1 << 20
 """Left free on the disk, for what is written beside the bundle."""
-MINUTES = 10
-"""Of a self-test, which is then taken for one that hangs."""
 
 
 @contextlib.contextmanager
@@ -115,8 +112,16 @@ def prove(root: Path) -> tuple[Installed, Mapping[str, Any]]:
             tell(root, f"failed: {first_line(fault)}", {"passed": False})
             raise StageFailed(f"{here.title} failed, and {error}: {fault}") from fault
         if intact:  # a damaged copy says nothing of the bundle, and the next update mends it
-            installed.reject(root, here.digest, first_line(fault))
+            _note_failure(root, here.digest, fault)
     raise StageFailed(f"{here.title} failed, so {before.title} runs again: {fault}") from fault
+
+
+def _note_failure(root: Path, digest: str | None, fault: BitferryError) -> str:
+    """Reject a bundle that answers otherwise; count a try that gave no answer. Say which try that was."""
+    if isinstance(fault, AnswersOtherwise):
+        installed.reject(root, digest, first_line(fault))
+        return ""
+    return installed.count_failure(root, digest, first_line(fault))
 
 
 def _back(root: Path, here: Installed, why: str) -> Installed:
@@ -127,31 +132,6 @@ def _back(root: Path, here: Installed, why: str) -> Installed:
     atomic.point(root / CURRENT, f"{VERSIONS}/{before.folder.name}")
     tell(root, f"rolled back from {here.version}: {why}", {})
     return before
-
-
-def selftest(folder: Path) -> Mapping[str, Any]:
-    """Let a bundle answer for its golden files with its own runner; raise StageFailed where it does not as verified."""
-    command = [sys.executable, "-P", str(folder / "run.pyz"), "selftest", "--json"]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=60 * MINUTES,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise StageFailed(f"the self-test of {folder.name} did not end within {MINUTES} minutes") from error
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        found = strict.read(lines[-1].encode(), f"the self-test's answer of {folder.name}")
-        if found.get("passed") is True:
-            return found
-    told = (done.stderr.strip().splitlines() or lines or [f"it ended with {done.returncode}"])[-1]
-    raise StageFailed(f"the self-test of {folder.name} failed: {told.removeprefix('error: ')}")
 
 
 def _listed(head: archive.Head, signed: signature.Signed, path: Path) -> dict[str, int]:
@@ -266,8 +246,8 @@ def _switch(
     try:
         found = selftest(final)
     except StageFailed as error:
-        installed.reject(root, note["digest"], first_line(error))
-        raise
+        tried = _note_failure(root, note["digest"], error)
+        raise StageFailed(f"{error}{tried}") from error
     atomic.point(root / CURRENT, f"{VERSIONS}/{final.name}")
     installed.readmit(root, note["digest"])
     with contextlib.suppress(OSError):

@@ -2,7 +2,8 @@
 
 ROOT/current is a symbolic link to one of ROOT/versions, and the only thing that says what runs. Beside each version
 lies a note: which one ran before it, and which key signed it, for a key may be given up while its bundle still runs.
-ROOT/rejected.json lists what failed its self-test here or was rolled back from, which an update does not take again.
+ROOT/rejected.json lists what answered otherwise here or was rolled back from, which an update does not take again; and
+how often the self-test of others gave no answer.
 ROOT/status.json is for people, and nothing depends on it.
 """
 
@@ -21,6 +22,8 @@ from device.signature import Key, public_key
 VERSIONS, CURRENT, NOTE, REJECTED = "versions", "current", ".json", "rejected.json"
 MOST_REJECTED = 100
 """Kept, the last ones."""
+TRIES = 3
+"""Of a bundle whose self-test gives no answer: the memory may have been full, or the machine busy."""
 
 
 @dataclass(frozen=True)
@@ -83,24 +86,35 @@ def rejected(root: Path) -> dict[str, str]:
 
     Any manifest of the same bytes is meant, under whatever name its archive comes.
     """
-    try:
-        found = strict.read((root / REJECTED).read_bytes(), REJECTED)
-    except (OSError, BitferryError):
-        return {}
-    return {digest: why for digest, why in found.items() if isinstance(why, str)}
+    return {digest: why for digest, why in _noted(root).items() if isinstance(why, str)}
 
 
 def reject(root: Path, digest: str | None, why: str) -> None:
     """Note that a bundle is not to be taken by an update again; a disk that cannot be written keeps no note."""
     if digest:
-        _write_rejected(root, {name: one for name, one in rejected(root).items() if name != digest} | {digest: why})
+        _write_noted(root, {name: one for name, one in _noted(root).items() if name != digest} | {digest: why})
+
+
+def count_failure(root: Path, digest: str | None, why: str) -> str:
+    """Count a try of a bundle that ended without an answer, the last of `TRIES` rejects it; say which it was."""
+    noted = _noted(root)
+    known = noted.pop(digest, None) if digest else None
+    if digest is None or isinstance(known, str):
+        return ""
+    before = known.get("tries") if isinstance(known, dict) else 0
+    tries = (before if type(before) is int else 0) + 1
+    if tries >= TRIES:
+        reject(root, digest, f"{tries} tries ended without an answer, the last so: {why}")
+        return f"; that was try {tries} of {TRIES}, and an update does not take it again"
+    _write_noted(root, noted | {digest: {"tries": tries, "last": why}})
+    return f"; that was try {tries} of {TRIES}, and the next update tries again"
 
 
 def readmit(root: Path, digest: str) -> None:
     """Forget that a bundle was rejected: it runs."""
-    known = rejected(root)
+    known = _noted(root)
     if known.pop(digest, None) is not None:
-        _write_rejected(root, known)
+        _write_noted(root, known)
 
 
 def refuse_rejected(root: Path, digest: str, path: Path) -> None:
@@ -113,7 +127,15 @@ def refuse_rejected(root: Path, digest: str, path: Path) -> None:
         )
 
 
-def _write_rejected(root: Path, found: Mapping[str, str]) -> None:
+def _noted(root: Path) -> dict[str, Any]:
+    """Read what is noted of bundles, by their manifests' sha256: why one was rejected, or its tries without answer."""
+    try:
+        return dict(strict.read((root / REJECTED).read_bytes(), REJECTED))
+    except (OSError, BitferryError):
+        return {}
+
+
+def _write_noted(root: Path, found: Mapping[str, Any]) -> None:
     with contextlib.suppress(OSError):
         last = dict(list(found.items())[-MOST_REJECTED:])
         atomic.write(root / REJECTED, json.dumps(last, indent=2).encode() + b"\n")

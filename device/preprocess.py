@@ -24,8 +24,6 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own check, with a message that names the file
-LEAST_OF_16_BITS = 4096
-"""What the largest pixel of a 16-bit image must reach, unless it is black: 12-bit values do not."""
 MOST_VIEWS = 16
 File = TypeVar("File")
 
@@ -166,19 +164,26 @@ def _refuse_wide(image: Image.Image, name: str) -> None:
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """Keep the top 8 bits of 16-bit pixels; refuse pixels of no known range, as 12-bit values kept in 16 bits."""
-    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+    """Keep the top 8 bits of 16-bit pixels; refuse pixels of no known range.
+
+    How large they are is no fault here: a right camera may see the dark. A split of which none is large is refused.
+    """
+    if not _is_wide(image):
         return image
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
         raise InputError(f"{name}: pixels of mode {image.mode} have no fixed range; save it with 8 or 16 bits")
-    largest = int(pixels.max())
-    if 0 < largest < LEAST_OF_16_BITS:
-        raise InputError(
-            f"{name}: 16-bit pixels of which the largest is {largest}, as of {largest.bit_length()}-bit data, of which "
-            f"{largest >> 8} would be left in 8 bits; scale the values to 0…65535, or save them with 8 bits"
-        )
     return Image.fromarray((pixels.astype(np.uint32) >> 8).astype(np.uint8))
+
+
+def _is_wide(image: Image.Image) -> bool:
+    return image.mode in ("F", "I") or image.mode.startswith("I;16")
+
+
+def largest_of_16_bits(content: bytes) -> int | None:
+    """Give the largest pixel of an image file that `decode` takes, where it has 16 bits; None where it has not."""
+    with Image.open(io.BytesIO(content)) as image:
+        return int(np.asarray(image).max()) if _is_wide(image) else None
 
 
 def _seen(content: bytes) -> str:

@@ -112,7 +112,7 @@ class Calibration:
     sqnr_db_by_count: Mapping[str, float]
     """SQNR on the validation images by the count fitted on, where that was searched; else empty."""
     validation: int = 0
-    """Of `images`, those that only judged; 0 where there were too few to divide."""
+    """Of `images`, those that judged; 0 where there were too few to divide. Ranges may have seen them in the end."""
 
 
 @dataclass(frozen=True)

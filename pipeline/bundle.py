@@ -176,7 +176,12 @@ def _manifest(origin: Origin, program: Program, compiled: Compiled, found: Built
         "name": recipe.name,
         "version": recipe.version,
         "target": compiled.target,
-        "model": {"file": compiled.path.name, "precision": compiled.precision, "options": asdict(compiled.options)},
+        "model": {
+            "file": compiled.path.name,
+            "precision": compiled.precision,
+            "weight_bits": _weight_bits(program),
+            "options": asdict(compiled.options),
+        },
         "preprocessing": asdict(model.preprocessing),
         "preprocessing_sha256": model.preprocessing.sha256(),
         "calibration": asdict(program.calibration) if isinstance(program, Quantized | QuantizedOnnx) else None,
@@ -184,9 +189,14 @@ def _manifest(origin: Origin, program: Program, compiled: Compiled, found: Built
         "classes": model.classes,
         "verdict": {"file": record.VERDICT, "outcome": found.outcome, "headline": found.headline},
         "environment": asdict(found.environment),
-        "tied": tied(compiled, found),
+        "tied": tied(compiled, found, _weight_bits(program)),
         "provenance": provenance(origin, compiled),
     }
+
+
+def _weight_bits(program: Program) -> int | None:
+    """Give the bits of int8 weights; None where nothing was quantized."""
+    return program.scheme.weight_bits if isinstance(program, Quantized | QuantizedOnnx) else None
 
 
 def _is_bundle(folder: Path) -> bool:

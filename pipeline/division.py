@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from device.arrays import Images
+from device.arrays import Images, Outputs
+from device.errors import InputError
 
 LEAST, MOST = 128, 256
 """Validation images: half of what is given up to the first, a quarter up to the second."""
@@ -19,6 +20,17 @@ PIXELS = 6_400_000
 """Of the validation images together, above `LEAST` of them: every step that is judged runs them all."""
 FEWEST = 16
 """Validation images, and images to fit on, below which nothing is chosen by comparison."""
+
+SEEN = ", which the ranges have seen"
+"""Said of validation images once the ranges are of these as well."""
+
+
+class NotFinite(InputError):
+    """The float model answers an image with NaN or infinity; told by its pixels, as the list's order is given up."""
+
+    def __init__(self, image: Images) -> None:
+        super().__init__("the float model's scores of a calibration image are not finite")
+        self.image = image
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,19 @@ def _held(images: int, pixels: int) -> int:
     most = int(np.clip(PIXELS // max(1, pixels), LEAST, MOST))
     held = min(max(min(images // 2, LEAST), images // 4), most)
     return held if held >= FEWEST else 0
+
+
+def refuse_equal(images: Images) -> None:
+    """Raise InputError where all of several images are the same, byte for byte."""
+    if len(images) > 1 and bool((images == images[:1]).all()):
+        raise InputError(f"all {len(images)} calibration images are the same picture; the ranges would mean nothing")
+
+
+def refuse_infinite(scores: Outputs, images: Images) -> None:
+    """Raise NotFinite for the first of the images whose scores, N×K or N×K×H×W, are not finite."""
+    bad = np.flatnonzero(~np.isfinite(scores).reshape(len(scores), -1).all(1))
+    if len(bad):
+        raise NotFinite(images[bad[0]])
 
 
 def on(images: Sized, of: str = "validation") -> str:

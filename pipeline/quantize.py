@@ -7,25 +7,26 @@ from pathlib import Path
 
 import torch
 
+from device import arrays, pixels
 from device.arrays import Images
-from device.errors import InputError
 from pipeline import cache
 from pipeline.artifacts import Calibration, FloatModel, Quantized
 from pipeline.capture import captured, export_program, fixed_batch, quiet_imports
 from pipeline.data.split import Split
-from pipeline.division import drawn
+from pipeline.division import drawn, refuse_equal
 from pipeline.recipe import Quantization
 from pipeline.training.settings import Training
 from targets import Scheme, usable_cpus
 
 FLOAT_COUNTERPART = "float.pt2"
+HERE = Path(__file__).parent
 STEPS = [
-    *sorted(Path(__file__).with_name("quantization").glob("*.py")),
-    *(
-        Path(__file__).with_name(f"{name}.py")
-        for name in ("capture", "functional", "rewrites", "statistics", "division")
-    ),
+    *sorted((HERE / "quantization").glob("*.py")),
+    *(HERE / f"{name}.py" for name in ("capture", "functional", "rewrites", "statistics", "division")),
+    HERE / "training/settings.py",
+    *(Path(str(module.__file__)) for module in (arrays, pixels)),
 ]
+"""Source files that decide what comes out, besides this one."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def quantize(
     key = cache.key(
         "quantize",
         code=__file__,
-        steps={path.name: cache.file_hash(path) for path in STEPS},
+        steps=[cache.file_hash(path) for path in STEPS],
         packages=("torch", "torchao"),
         model=model.key,
         data=calibration.key,
@@ -61,7 +62,8 @@ def quantize(
     )
     checkpoint = build.root / f".fine-tune-{key}.pt"
     whole = partial(_quantize, model, calibration.images, scheme, settings, lessons, checkpoint)
-    done = build.folder("quantize", key, whole)
+    with calibration.naming():
+        done = build.folder("quantize", key, whole)
     for path in (checkpoint, checkpoint.with_suffix(".new")):
         path.unlink(missing_ok=True)
     used = json.loads((done / "calibration.json").read_text())
@@ -95,10 +97,9 @@ def _quantize(
     from pipeline.quantization.graph import round_before_pools  # noqa: PLC0415
     from pipeline.quantization.steps import calibrate  # noqa: PLC0415
 
+    refuse_equal(calibration)
     torch.set_num_threads(usable_cpus())  # else it is what ran before in this process, and sums depend on it
     images, course = torch.from_numpy(calibration.copy()), None
-    if len(images) > 1 and bool((images == images[:1]).all()):
-        raise InputError(f"all {len(images)} calibration images are the same picture; the ranges would mean nothing")
     example = torch.from_numpy(drawn(calibration, 2))[[0, -1]]  # of one image twice; it is kept in the program's file
     if lessons:
         given = lessons.data.images

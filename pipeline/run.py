@@ -173,10 +173,14 @@ class Deployment:
     def settings(self) -> Quantization:
         return self.quantization or self.run.recipe.quantization
 
+    @property
+    def chosen_options(self) -> targets.Options:
+        return self.options or self.run.recipe.options(self.name)
+
     @cached_property
     def program(self) -> Program:
         run = self.run
-        scheme = targets.get(self.name).SCHEMES[self.precision]
+        scheme = targets.scheme(targets.get(self.name), self.precision, self.chosen_options)
         if scheme is None:
             return replace(run.model, precision=self.precision)
         settings = self._settings()
@@ -233,7 +237,7 @@ class Deployment:
 
     @cached_property
     def compiled(self) -> Compiled:
-        options = self.options or self.run.recipe.options(self.name)
+        options = self.chosen_options
         onnx_in.refuse_target(self.run.recipe, self.name)
         onnx_in.refuse_batch(self.run.model, self.name, options)
         return compile(self.source, self.name, self.program, self.run.calibration, self.run.build, options=options)

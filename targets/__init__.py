@@ -68,6 +68,11 @@ class Options:
     batch: Batch = 1
     """Images of one call of the compiled model: fixed, which most runtimes turn into speed, or "dynamic"."""
 
+    @property
+    def needs_vnni(self) -> bool:
+        """Say whether int8 runs on kernels that saturate with 8-bit weights on an x86 processor without VNNI."""
+        return False
+
     def __post_init__(self) -> None:
         """Raise ValueError for what no runtime takes; a subclass calls this before its own checks."""
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
@@ -146,7 +151,7 @@ class Target(Protocol[AnyOptions]):
     SUFFIX: str
     """Of the compiled file, dot included; files beside it belong to it."""
     SCHEMES: Mapping[Precision, Scheme | None]
-    """The precisions it can run; the scheme is None where no quantization is needed."""
+    """The precisions it can run; the scheme is None where no quantization is needed. It is taken by `scheme`."""
     Options: type[AnyOptions]
 
     def environment(self, *, options: AnyOptions) -> Environment:
@@ -160,6 +165,14 @@ class Target(Protocol[AnyOptions]):
 
     def executed(self, path: Path, *, precision: Precision, options: AnyOptions) -> Sequence[Layer]:
         """List the convolutions and matrix products with the precision the runtime really runs them in."""
+
+
+def scheme(target: Target[Any], precision: Precision, options: Options) -> Scheme | None:
+    """Give the scheme of a precision, with no more bits of a weight than the kernels chosen by the options multiply."""
+    stated = target.SCHEMES[precision]
+    if stated is None or not options.needs_vnni:
+        return stated
+    return replace(stated, weight_bits=min(stated.weight_bits, int8_weight_bits()))
 
 
 def names() -> list[str]:
@@ -248,22 +261,13 @@ def cpu_isa() -> tuple[str, ...]:
     return tuple(name for name in ISA if name in flags)
 
 
+X86 = ("x86_64", "amd64")
 ISA: Mapping[str, tuple[Precision, ...]] = {
-    "avx2": ("float32",),
-    "avx512f": ("float32",),
-    "avx512_vnni": ("int8",),
-    "avx_vnni": ("int8",),
-    "avx512_bf16": ("bfloat16",),
-    "avx512_fp16": ("float16",),
-    "amx_int8": ("int8",),
-    "amx_bf16": ("bfloat16",),
-    "amx_fp16": ("float16",),
-    "asimd": ("float32",),
-    "asimddp": ("int8",),
-    "i8mm": ("int8",),
-    "asimdhp": ("float16",),
+    "avx2": ("float32",), "avx512f": ("float32",), "avx512_vnni": ("int8",), "avx_vnni": ("int8",),
+    "avx512_bf16": ("bfloat16",), "avx512_fp16": ("float16",), "amx_int8": ("int8",), "amx_bf16": ("bfloat16",),
+    "amx_fp16": ("float16",), "asimd": ("float32",), "asimddp": ("int8",), "i8mm": ("int8",), "asimdhp": ("float16",),
     "bf16": ("bfloat16",),
-}
+}  # fmt: skip
 """Instruction sets as Linux names them, with the precisions they make fast."""
 
 
@@ -273,7 +277,7 @@ def int8_weight_bits() -> int:
     x86 without VNNI adds two products of uint8 and int8 in 16 bits (vpmaddubsw): 2·255·127 = 64,770 is more than
     32,767, and 2·255·63 = 32,130 is not. oneDNN's limit of instruction sets, ONEDNN_MAX_CPU_ISA, counts.
     """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if platform.machine().lower() not in X86:
         return 8
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     limited = not any(name in limit for name in ("VNNI", "AMX", "BF16", "FP16", "AVX10", "ALL", "DEFAULT"))

@@ -15,27 +15,11 @@ import targets
 from device import onnx_file, rearrange
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
-from targets import (
-    Environment,
-    Form,
-    Kind,
-    Layer,
-    Needs,
-    Precision,
-    Scheme,
-    cpu_isa,
-    fast_on_cpu,
-    int8_weight_bits,
-    since,
-    system,
-)
+from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".onnx"
-SCHEMES: Mapping[Precision, Scheme | None] = {
-    "int8": Scheme(bias="int32", outputs="int8", weight_bits=int8_weight_bits()),
-    "float32": None,
-}
+SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(bias="int32", outputs="int8"), "float32": None}
 PACKAGES = {"CPU": "onnxruntime", "CUDA": "onnxruntime-gpu", "OpenVINO": "onnxruntime-openvino"}
 DATATYPES = {"uint8": "int8", "int8": "int8", "float": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 LAYERS = ("Conv", "MatMul", "Gemm", "Attention")
@@ -47,6 +31,10 @@ class Options(targets.Options):
     """What runs the graph; all but CPU need another build of ONNX Runtime."""
     spinning: bool = True
     """Threads wait busily for their next piece of work: faster, but they hold their CPUs for the whole of a call."""
+
+    @property
+    def needs_vnni(self) -> bool:
+        return self.provider != "CUDA"
 
 
 def environment(*, options: Options) -> Environment:

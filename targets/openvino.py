@@ -25,20 +25,7 @@ import targets
 from device import ir_file, ir_names
 from device.arrays import Images, Outputs, Predict, in_batches
 from device.errors import TargetUnavailable
-from targets import (
-    Environment,
-    Form,
-    Kind,
-    Layer,
-    Needs,
-    Precision,
-    Scheme,
-    cpu_isa,
-    fast_on_cpu,
-    int8_weight_bits,
-    since,
-    system,
-)
+from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
 
 CORE = ov.Core()
 """The only one of this process. OpenVINO 2026.4.1 gives the thread in which a Core loads its CPU plugin a stack for
@@ -47,9 +34,7 @@ then: the next Ctrl-C is a segmentation fault.
 """
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
-SCHEMES: Mapping[Precision, Scheme | None] = {
-    "int8": Scheme(weight_bits=int8_weight_bits()), "float32": None, "bfloat16": None, "float16": None,
-}  # fmt: skip
+SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None, "bfloat16": None, "float16": None}
 
 # Without a hint OpenVINO runs float layers in bfloat16 where the CPU can, and in float16 on a GPU; what an int8
 # graph leaves in float must be the float32 that was verified, too.
@@ -96,6 +81,10 @@ class Options(targets.Options):
             raise ValueError(f"streams must be 1 or more, not {self.streams}")
         if self.batch == "dynamic" and (self.hint == "throughput" or self.streams not in (None, 1)):
             raise ValueError('several streams share a call by fixed batches; with batch = "dynamic" leave them out')
+
+    @property
+    def needs_vnni(self) -> bool:
+        return "CPU" in _plain(self.device)
 
     def alternatives(self, precision: Precision, fast: Sequence[Precision]) -> Iterator[Self]:
         """Add 16-bit rests. Hints and streams are about calls beside each other: no call is faster for them."""

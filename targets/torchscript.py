@@ -24,7 +24,6 @@ from targets import (
     Scheme,
     cpu_isa,
     fast_on_cpu,
-    int8_weight_bits,
     since,
     system,
     usable_cpus,
@@ -37,7 +36,7 @@ CONSUMES: Form = "torchscript"
 SUFFIX = ".ts"
 NAMES = ".layers.json"
 """Of a file beside it: the PyTorch module of each layer, in the order in which they run."""
-SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(weight_bits=int8_weight_bits()), "float32": None}
+SCHEMES: Mapping[Precision, Scheme | None] = {"int8": Scheme(), "float32": None}
 KINDS: Mapping[str, Kind] = {
     "aten::conv1d": "convolution",
     "aten::conv2d": "convolution",

@@ -408,11 +408,14 @@ def test_the_count_is_in_the_accuracy_itself() -> None:
 
 def test_scores_that_are_not_numbers_are_no_verdict() -> None:
     good, labels = np.ones((3, 2), np.float32), a_split(np.zeros(3, np.int64))
-    with pytest.raises(StageFailed, match="the artifact's scores have NaN or infinity; expected finite scores"):
-        measure(good, np.full((3, 2), np.nan, np.float32), labels, a_recipe(2))
-    with pytest.raises(StageFailed, match=r"shape \(3, 1\); expected finite scores of shape \(3, 2\)"):
+    bad = good.copy()
+    bad[1, 0] = np.nan
+    told = rf"the artifact's scores of 1 of 3 evaluation images have NaN or .*first is {labels.sources[1]}, number 2\);"
+    with pytest.raises(StageFailed, match=told):
+        measure(good, bad, labels, a_recipe(2))
+    with pytest.raises(StageFailed, match=r"shape \(3, 1\); expected \(3, 2\)"):
         measure(good, np.zeros((3, 1), np.float32), labels, a_recipe(2))
-    with pytest.raises(StageFailed, match="the float model's scores have NaN"):
+    with pytest.raises(StageFailed, match="the float model's scores of 3 of 3 evaluation images have NaN"):
         measure(good * np.inf, good, labels, a_recipe(2))
     with pytest.raises(StageFailed, match="the float model's scores are the same for every image"):
         measure(good * 0, good, labels, a_recipe(2))

@@ -1,6 +1,7 @@
 """The house rules that a reader relies on: which way imports point, what stays small, what needs no torch."""
 
 import ast
+import importlib
 import statistics
 import subprocess
 import sys
@@ -108,3 +109,44 @@ def test_every_file_and_public_function_says_what_it_is() -> None:
 
 PLAIN = {"recipe.py:Section", "recipe.py:Training", "recipe.py:Quantization", "recipe.py:Budget",
          "recipe.py:Recipe", "cli.py:options"}  # fmt: skip
+
+
+NO_MATTER = {
+    "pipeline/__init__": "nothing",
+    "device/__init__": "nothing",
+    "device/errors": "messages",
+    "pipeline/progress": "messages",
+    "pipeline/unsupported": "messages",
+    "pipeline/interrupt": "when it stops",
+    "pipeline/cache": "where it is kept",
+    "pipeline/artifacts": "nouns",
+    "pipeline/verdict": "nouns",
+    "pipeline/data/split": "the data have a key of their own",
+    "pipeline/recipe": "what a recipe says is in the key",
+    "pipeline/section": "how a recipe is read",
+    "pipeline/measure/metrics": "what is measured afterwards",
+    "targets/__init__": "the scheme is in the key",
+}
+"""Modules that quantization imports whose code does not change what comes out."""
+
+
+def closure(path: Path) -> set[Path]:
+    """List the files of ours that a file imports, directly or not, and itself; none behind one of NO_MATTER."""
+    found, waiting = set[Path](), [path]
+    while waiting:
+        one = waiting.pop()
+        if one in found or one.relative_to(ROOT).with_suffix("").as_posix() in NO_MATTER:
+            continue
+        found.add(one)
+        places = [ROOT / name.replace(".", "/") for name in imports(one)]
+        waiting += [file for at in places for file in (at.with_suffix(".py"), at / "__init__.py") if file in FILES]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "sources"), [("quantize", "STEPS"), ("onnx_in/quantize", "SOURCES")], ids=["PyTorch", "ONNX"]
+)
+def test_the_key_of_an_int8_program_holds_all_code_that_decides_it(stage: str, sources: str) -> None:
+    """What was made by other code is not taken out of the cache."""
+    module = importlib.import_module(f"pipeline.{stage.replace('/', '.')}")
+    assert {Path(str(module.__file__)), *getattr(module, sources)} == closure(ROOT / f"pipeline/{stage}.py")

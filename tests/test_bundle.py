@@ -9,12 +9,14 @@ import sys
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
+from platform import machine
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import targets
 from device import runner
 from device.preprocess import Preprocessing
 from pipeline.bundle import write_runner
@@ -60,6 +62,11 @@ def test_the_manifest_lists_every_file_and_says_what_was_measured(deployed: Proj
     assert manifest["classes"] == ["T-shirt", "Trouser", "Pullover"]
     assert Preprocessing.from_json(manifest["preprocessing"]).height == 16
     assert manifest["provenance"]["tools"]["torch"] == version("torch")
+    bits = targets.int8_weight_bits()
+    assert (manifest["model"]["weight_bits"], manifest["tied"]["vnni"]) == (
+        bits,
+        bits == 8 and machine().lower() in targets.X86,
+    )
 
 
 def test_every_field_of_the_manifest_is_documented(deployed: Project) -> None:

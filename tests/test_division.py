@@ -10,17 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from device.arrays import Images
+from device.errors import InputError
 from pipeline import progress
+from pipeline.artifacts import FloatModel, FloatOnnx
+from pipeline.cache import Cache
+from pipeline.data.split import Split
 from pipeline.division import FEWEST, LEAST, divide, drawn
+from pipeline.export import export, simplify
+from pipeline.load import Deployable
 from pipeline.onnx_in import quantize as onnx_quantize
 from pipeline.quantization import correct, steps
 from pipeline.quantization.graph import answers, grids, layers, rounded_answers, set_mode
+from pipeline.quantize import quantize
 from pipeline.recipe import Quantization
 from pipeline.statistics import is_less
 from targets import Scheme
 from tests.conftest import subset
 from tests.given import CONTRACT as ONNX_CONTRACT
-from tests.given import exported, fitted
+from tests.given import MEAN, STD, exported, fitted
 from tests.test_quantization import prepared
 
 
@@ -88,6 +95,62 @@ def test_another_order_gives_the_same_program(name: str, images: Images) -> None
     assert all(torch.equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
 
 
+class Breaking(nn.Module):
+    """Scores that are infinite for an image that is white all over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 2), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        white = (x.mean((1, 2, 3)) > (0.99 - MEAN) / STD).float()
+        features = torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3))
+        scores: Tensor = self.head(features) / (1 - white)[:, None]
+        return scores
+
+
+def with_a_white_one(images: Images, role: str) -> tuple[Images, int]:
+    """Replace the image at place 13 by a white one that the division gives a role; and one after it by its copy."""
+    given = images[:48].copy()
+    for value in range(200):
+        given[13] = 255
+        given[13, 0, 0, 0] = value
+        given[29] = given[13]
+        division = divide(given)
+        if 13 in (division.validation if role == "validation" else division.fitting):
+            return given, 13
+    raise AssertionError("the hash of no white image falls on this side")
+
+
+@pytest.mark.parametrize("role", ["validation", "fitting"])
+@pytest.mark.parametrize("way", ["PyTorch", "ONNX"])
+@pytest.mark.parametrize("more", [{}, {"images": "enough"}, {"equalize": False, "images": 30}])
+def test_an_image_whose_scores_are_not_finite_is_named(
+    way: str, role: str, more: dict[str, Any], images: Images, tmp_path: Path
+) -> None:
+    """By its place in the user's list and its file, whatever order and part of the list is at work."""
+    pixels = np.stack([ONNX_CONTRACT.fit(image) for image in images])
+    given, place = with_a_white_one(pixels, role)
+    if more.get("images") == 30:
+        given = np.concatenate([given[13:14], given[:13], given[14:20]])  # too few to divide
+        place = 0
+    names = tuple(f"photos/{i}.png" for i in range(len(given)))
+    split = Split("calibration", given, np.zeros((len(given), 0), np.int64), names, (), "key")
+    model = FloatModel(Deployable(Breaking(), ONNX_CONTRACT).eval(), ONNX_CONTRACT, tuple("01234"), "key")
+    build, settings = Cache(tmp_path / "build"), Quantization(**more)
+    wanted = rf"scores of photos/{place}\.png, number {place + 1} of {len(given)} calibration images, are not finite"
+    if way == "PyTorch":
+        with pytest.raises(InputError, match=wanted):
+            quantize(model, split, Scheme(), settings, build)
+        return
+    fine = Split("calibration", pixels[30:], np.zeros((len(pixels) - 30, 0), np.int64), (), (), "fine")
+    simplified = simplify(export(model, fine, build), fine, build)
+    baseline = FloatOnnx(simplified.path, simplified.path, ONNX_CONTRACT, model.classes, "key")
+    with pytest.raises(InputError, match=wanted):
+        onnx_quantize.quantize(baseline, simplified, split, Scheme(), settings, build)
+
+
 @pytest.mark.parametrize("more", [{}, {"images": 40}, {"images": "enough"}])
 def test_another_order_gives_the_same_onnx(more: dict[str, Any], tmp_path: Path) -> None:
     exported(fitted(), tmp_path / "model.onnx")
@@ -129,6 +192,30 @@ def test_a_step_that_helps_only_the_images_it_is_fitted_on_is_dropped(
     told = capsys.readouterr().err
     assert "full bias correction dropped" in told
     assert "on 32 validation images" in told.replace("\n", " ")
+
+
+@pytest.mark.parametrize("way", ["PyTorch", "ONNX"])
+def test_a_figure_says_whether_the_ranges_have_seen_its_images(
+    way: str, images: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ranges of few images gain by the validation images; what is printed of these afterwards is no forecast."""
+    progress.console.quiet = False
+    if way == "PyTorch":
+        model = prepared(torch.from_numpy(images))
+        with torch.no_grad():
+            steps.calibrate(model, torch.from_numpy(images), Quantization(equalize=False))
+    else:
+        exported(fitted(), tmp_path / "model.onnx")
+        pixels: Any = np.stack([ONNX_CONTRACT.fit(image) for image in images]).transpose(0, 3, 1, 2).astype(np.float32)
+        onnx_quantize._quantize(tmp_path / "model.onnx", pixels, Scheme(), Quantization(), tmp_path, equalize=False)
+    told = " ".join(capsys.readouterr().err.split())
+    chosen, _, after = told.partition("ranges of all images in place of those fitted on: ")
+    assert "which the ranges have seen" not in chosen
+    assert chosen.count("on 32 validation images") == 1
+    assert after.count("on 32 validation images") == after.count("on 32 validation images, which the ranges have seen")
+    assert "bias correction" in after
+    first, _, then = after.partition(" dB ")[0].partition(" → ")
+    assert float(then) >= float(first)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 2 * FEWEST - 1])

@@ -124,7 +124,7 @@ def test_what_fails_only_when_it_runs_is_told_when_it_is_compiled(tmp_path: Path
         targets.get("executorch"),
         Quantization(observer="minmax", equalize=False, bias_correction="none"),
     )
-    int8 = quantize(model, split(), target.SCHEMES["int8"] or Scheme(), settings, build)
+    int8 = quantize(model, split(), targets.scheme(target, "int8", target.Options()) or Scheme(), settings, build)
     source, options = capture(int8, split(), build), target.Options(threads=1)
     with pytest.raises(StageFailed) as raised:
         compile(source, "executorch", int8, split(), build, options=options)

@@ -11,6 +11,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,22 @@ def test_41_what_does_not_say_what_it_is_tied_to_is_refused() -> None:
     for tied in ({}, TIED | {"packages": []}, TIED | {"python": "about 3"}):
         with pytest.raises(InputError, match="does not say what it is tied to"):
             fit.check({"tied": tied}, "it")
+
+
+def test_41_weights_of_8_bits_are_refused_where_the_kernels_saturate(
+    root: Path, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(fit, "CPUINFO", cpuinfo)
+    cpuinfo.write_text("flags: sse4_2 avx2 fma\n")
+    path = shop.archive("1.0.0", tied=TIED | {"vnni": True})
+    told = refused(root, path, TargetUnavailable)
+    assert "the int8 kernels of this processor saturate with the bundle's 8-bit weights" in told
+    fit.check({"tied": TIED | {"vnni": False}}, "it")
+    fit.check({"tied": TIED}, "it")  # an older bundle does not say
+    for flag in ("avx512_vnni", "avx_vnni", "amx_int8"):
+        cpuinfo.write_text(f"flags: sse4_2 avx2 fma {flag}\n")
+        fit.check({"tied": TIED | {"vnni": True}}, "it")
 
 
 def test_41_the_gpu_that_the_options_name_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -684,6 +701,94 @@ def test_an_update_does_not_take_again_what_was_rejected(
         assert agent.main(by_hand) == 0
         assert update()[0] == 0
         assert version(root) == "3.0.0"
+
+
+MOMENTS = {
+    "killed": ("os.kill(os.getpid(), 9)", "it was ended by SIGKILL, as for want of memory"),
+    "ended": ("sys.exit('error: no memory left')", "no memory left"),
+    "late": ("time.sleep(60)", "did not end within 0.02 minutes"),
+    "garbled": ("print(chr(123)); sys.exit(0)", "the self-test's answer of"),
+}
+
+
+def troubled(bundle: Path, moment: str, counter: Path) -> None:
+    """Let the runner do something else, as often as a file outside the bundle says, before it answers."""
+    with zipfile.ZipFile(bundle / "run.pyz") as packed:
+        contents = {name: packed.read(name).decode() for name in packed.namelist()}
+    contents["own.py"] = contents["__main__.py"]
+    contents["__main__.py"] = (
+        "import os, pathlib, runpy, sys, time\n"
+        f"counter = pathlib.Path({str(counter)!r})\n"
+        "left = int(counter.read_text())\n"
+        "if left > 0:\n"
+        "    counter.write_text(str(left - 1))\n"
+        f"    {MOMENTS[moment][0]}\n"
+        "runpy.run_module('own', run_name='__main__')\n"
+    )
+    with zipfile.ZipFile(bundle / "run.pyz", "w") as packed:
+        for name, text in contents.items():
+            packed.writestr(name, text)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_gave_no_answer_is_tried_three_times_by_updates(
+    moment: str,
+    made: tuple[Shop, Path, Path],
+    shop: Shop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No memory for a moment says nothing of a bundle; what the self-test itself finds wrong does."""
+    counter, told = tmp_path / "counter", MOMENTS[moment][1]
+    root, publish = shop.device("edge"), ["--repository", "public", "--keys", "roles"]
+    with served(tmp_path / "public") as server:
+
+        def offer(archive: Path) -> None:
+            assert Project(tmp_path).bitferry("publish", str(archive), *publish).returncode == 0
+
+        def update() -> tuple[int, str]:
+            capsys.readouterr()
+            trusted = ["--trusted-root", str(tmp_path / "public/metadata/root.json")]
+            code = agent.main(["update", "--repository", server.url, "--root", str(root), *trusted])
+            return code, "".join(capsys.readouterr())
+
+        offer(made[1])
+        assert update()[0] == 0
+        offer(shop.archive("2.0.0", partial(troubled, moment=moment, counter=counter)))
+        counter.write_text("99")
+        monkeypatch.setattr("device.selftest.MINUTES", 0.02 if moment == "late" else 10)
+        for number in (1, 2, 3):
+            code, said = update()
+            assert (code, version(root)) == (2, "1.0.0")
+            assert told in said
+            assert f"; that was try {number} of 3, and " in said
+        code, said = update()
+        assert (code, version(root)) == (2, "1.0.0")
+        assert "was rejected here before: 3 tries ended without an answer, the last so: the self-test" in said
+        assert told in said
+        assert counter.read_text() == "96"  # it was not tried
+        offer(shop.archive("3.0.0", partial(troubled, moment=moment, counter=counter)))
+        counter.write_text("1")
+        assert update()[0] == 2
+        monkeypatch.setattr("device.selftest.MINUTES", 10)
+        assert update()[0] == 0
+        assert version(root) == "3.0.0"
+        assert len(json.loads((root / "rejected.json").read_text())) == 1  # of 3.0.0 nothing is held against it
+
+
+def test_what_runs_and_gives_no_answer_for_a_moment_may_come_again(shop: Shop, old: Path, tmp_path: Path) -> None:
+    root, counter = shop.device("moment"), tmp_path / "counter"
+    counter.write_text("0")
+    install.install(old, root)
+    new = shop.archive("2.0.0", partial(troubled, moment="killed", counter=counter))
+    install.install(new, root)
+    counter.write_text("1")
+    with pytest.raises(StageFailed, match="ended by SIGKILL"):
+        install.prove(root)
+    assert version(root) == "1.0.0"
+    install.install(new, root, allow_rejected=False)
+    assert version(root) == "2.0.0"
 
 
 def test_an_update_mends_a_damaged_copy_that_was_gone_back_from(root: Path, old: Path, new: Path) -> None:

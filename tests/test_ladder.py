@@ -108,7 +108,9 @@ def images(build: Cache, tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 def steps(model: FloatModel, images: Split, build: Cache) -> dict[str, Step]:
     """Build every step of the way for one model, with the pipeline's own stages."""
-    program = quantize(model, images, targets.get(TARGET).SCHEMES["int8"] or Scheme(), Quantization(), build)
+    target = targets.get(TARGET)
+    scheme = targets.scheme(target, "int8", target.Options()) or Scheme()
+    program = quantize(model, images, scheme, Quantization(), build)
     traced = trace(program, images, build)
     exported = export(program, images, build)
     simplified = simplify(exported, images, build)

@@ -48,3 +48,11 @@ def test_openvino_is_imported_without_its_telemetry(tmp_path: Path) -> None:
         assert "CPU" in done.stdout, done.stderr
         assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []  # no file about consent
+
+
+def test_ray_starts_without_a_home_to_write_to() -> None:
+    program = (
+        "from pipeline.nightly import ray_session as it; it.connect(None); print(len(it.listed())); it.disconnect()"
+    )
+    done = run(program, HOME="/dev/null/home")
+    assert done.stdout.split() == ["1"], done.stderr

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import targets
 from device.errors import TargetUnavailable
 from device.preprocess import Preprocessing
 from pipeline import dataset
@@ -24,7 +25,7 @@ from pipeline.recipe import Quantization
 from pipeline.statistics import sqnr_db
 from pipeline.verify import eager
 from targets import Precision, onnxruntime
-from targets.onnxruntime import SCHEMES, Options
+from targets.onnxruntime import Options
 from tests.conftest import subset
 
 CONTRACT = Preprocessing(height=16, width=16, mean=(0.286, 0.3, 0.25), std=(0.353, 0.3, 0.4))
@@ -76,7 +77,7 @@ def model() -> FloatModel:
 
 @pytest.fixture(scope="module")
 def exported(model: FloatModel, images: Split, build: Cache) -> dict[Precision, Path]:
-    scheme = SCHEMES["int8"]
+    scheme = targets.scheme(targets.get("onnxruntime"), "int8", Options())
     assert scheme is not None
     made = quantize(model, images, scheme, Quantization(observer="minmax"), build)
     programs: dict[Precision, FloatModel | object] = {"int8": made, "float32": model}
@@ -185,7 +186,7 @@ def test_a_gate_that_is_the_answer_stays_float(images: Split, build: Cache, tmp_
             return torch.sigmoid(9 * self.head(torch.relu(self.first(x)).mean((2, 3))))
 
     model = FloatModel(Deployable(Gated(), CONTRACT).eval(), CONTRACT, tuple("0123456789"), key="gated")
-    scheme = SCHEMES["int8"]
+    scheme = targets.scheme(targets.get("onnxruntime"), "int8", Options())
     assert scheme is not None
     made = simplify(export(quantize(model, images, scheme, Quantization(), build), images, build), images, build)
     onnxruntime.compile(made.path, tmp_path / "model.onnx", precision="int8", options=Options())

@@ -219,3 +219,34 @@ def test_weights_have_7_bits_where_kernels_saturate_with_8(
     if limit:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert targets.int8_weight_bits() == bits
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "bits"),
+    [
+        ("openvino", {}, 7),
+        ("openvino", {"device": "GPU"}, 8),
+        ("openvino", {"device": "NPU"}, 8),
+        ("openvino", {"device": "AUTO:GPU,CPU"}, 7),
+        ("openvino", {"device": "AUTO"}, 7),
+        ("onnxruntime", {}, 7),
+        ("onnxruntime", {"provider": "CUDA"}, 8),
+        ("torchscript", {}, 8),
+        ("executorch", {}, 8),
+        ("coreml", {}, 8),
+    ],
+)
+def test_only_kernels_of_the_processor_cost_weights_a_bit(
+    name: str, options: dict[str, str], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on a GPU, in float or by kernels that do not saturate keeps 8 bits; asked of the options, when asked."""
+    target = target_or_skip(name)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(targets, "cpu_isa", lambda: ("avx2",))
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    scheme = targets.scheme(target, "int8", target.Options(**options))
+    assert scheme is not None
+    assert scheme.weight_bits == bits
+    monkeypatch.setattr(targets, "cpu_isa", lambda: ("avx2", "avx_vnni"))
+    assert targets.scheme(target, "int8", target.Options(**options)) == target.SCHEMES["int8"]
+    assert targets.scheme(target, "float32", target.Options(**options)) is None

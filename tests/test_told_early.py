@@ -1,6 +1,8 @@
 """Messages of a command line and a recipe: what was expected, before anything is decoded or built."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 from PIL import Image
 
 from device.errors import InputError
-from device.preprocess import decode
-from pipeline import recipe
+from device.preprocess import Preprocessing, decode
+from pipeline import dataset, recipe
+from pipeline.cache import Cache
 from pipeline.data import labels
+from pipeline.data.split import Split
 from tests.conftest import Project
 
 
@@ -36,15 +40,40 @@ def png(largest: int) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("largest", [200, 1023, 4095])
-def test_values_of_fewer_bits_in_16_bits_are_refused(largest: int) -> None:
-    with pytest.raises(InputError, match=f"16-bit pixels of which the largest is {largest}, as of"):
-        decode(png(largest), "x.png")
-
-
-@pytest.mark.parametrize("largest", [0, 4096, 65535])
-def test_16_bits_and_black_are_taken(largest: int) -> None:
+@pytest.mark.parametrize("largest", [0, 200, 4095, 65535])
+def test_16_bits_keep_the_top_8_however_dark_a_frame_is(largest: int) -> None:
     assert np.asarray(decode(png(largest), "x.png")).max() == largest >> 8
+
+
+@pytest.mark.parametrize("largest", [(200, 1023), (4095, 0), (4096, 30), (0, 0)])
+def test_values_of_fewer_bits_in_16_bits_are_refused_in_a_split(largest: tuple[int, int], tmp_path: Path) -> None:
+    """By all of its images together: one that is dark is none of 12 bits."""
+    contract = Preprocessing(height=4, width=4)
+    (tmp_path / "photos").mkdir()
+    for place, one in enumerate(largest):
+        (tmp_path / f"photos/{place}.png").write_bytes(png(one))
+    (tmp_path / "photos/grey.png").write_bytes(png(0))
+    Image.new("RGB", (4, 4), (250, 9, 9)).save(tmp_path / "photos/eight.jpg")
+
+    def read() -> Split:
+        return dataset.split("calibration", tmp_path / "photos", ("a", "b"), contract, Cache(tmp_path / "build"))
+
+    if 0 < max(largest) < 4096:
+        told = f"the largest pixel of the 3 calibration images of 16 bits is {max(largest)}, as of {{}}-bit data"
+        with pytest.raises(InputError, match=told.format(max(largest).bit_length())):
+            read()
+    else:
+        assert len(read()) == 4
+
+
+def test_a_dark_frame_is_answered_in_the_field(deployed: Project, tmp_path: Path) -> None:
+    """A bundle reduces it as verification does; it is no fault of a frame that the night is dark."""
+    (tmp_path / "night.png").write_bytes(png(300))
+    bundle = deployed.folder / "dist/small-openvino-1.0.0"
+    done = subprocess.run(
+        [sys.executable, bundle / "run.pyz", "predict", tmp_path / "night.png"], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_mask_too_large_to_decode_is_refused() -> None:

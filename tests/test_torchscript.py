@@ -72,7 +72,7 @@ def split() -> Split:
 def program(precision: Precision, target: targets.Target[targets.Options], build: Cache) -> TorchProgram:
     """Give the small model as a target wants it."""
     torch.manual_seed(0)
-    model, scheme = float_model(Small(), split().images), target.SCHEMES[precision]
+    model, scheme = float_model(Small(), split().images), targets.scheme(target, precision, target.Options())
     return quantize(model, split(), scheme, Quantization(), build) if scheme else model
 
 

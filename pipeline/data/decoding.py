@@ -15,9 +15,9 @@ from PIL import Image
 
 from device.arrays import Images
 from device.errors import InputError
-from device.preprocess import Preprocessing
+from device.preprocess import Preprocessing, largest_of_16_bits
 from pipeline import progress
-from pipeline.data import broken, labels, near
+from pipeline.data import broken, labels, near, senseless
 from pipeline.data.sample import Sample
 from targets import usable_cpus
 
@@ -47,6 +47,8 @@ class Fitted:
     roomy_mask: NDArray[np.uint8] | None
     digest: str
     hashed: near.Hashes
+    largest: int | None
+    """Its largest pixel, where its file has 16 bits."""
 
 
 def roomier(contract: Preprocessing, room: float) -> Preprocessing:
@@ -67,6 +69,7 @@ def decode(job: Job, found: Sequence[Sample], root: Path, folder: Path) -> None:
     digests: list[str] = []
     hashes: list[near.Hashes] = []
     lost: dict[int, str] = {}
+    wide = list[int]()
     chunk = int(np.clip(CHUNK_BYTES // sum(one[0].nbytes for one in arrays.values()), 1, MOST_CHUNK))
     with ThreadPoolExecutor(usable_cpus()) as pool:
         chunks = range(0, len(found), chunk)
@@ -79,8 +82,10 @@ def decode(job: Job, found: Sequence[Sample], root: Path, folder: Path) -> None:
                 _put(arrays, len(digests), one)
                 digests.append(one.digest)
                 hashes.append(one.hashed)
+                wide += [] if one.largest is None else [one.largest]
     broken.refuse_many(job.name, len(found), lost, job.broken_share, root)
     broken.write(lost, folder)
+    senseless.refuse_few_bits(wide, job.name)
     if "masks" in arrays:
         labels.refuse_unmarked(arrays["masks"][: len(digests)], job.name, job.classes)
     for name, array in arrays.items():
@@ -127,7 +132,8 @@ def _shorten(path: Path, count: int) -> None:
 def _fitted_or_why(job: Job, sample: Sample) -> Fitted | str:
     """Give what the model takes, or why an image cannot be decoded; what is wrong with a mask is no such fault."""
     try:
-        views = [view.decode(view.content()) for view in sample.views]
+        contents = [view.content() for view in sample.views]
+        views = [view.decode(content) for view, content in zip(sample.views, contents, strict=True)]
         pixels = job.contract.join([job.contract.finish(image) for image in views])
         roomy = None if job.roomy is None else job.roomy.join([_enlarged(image, job.roomy) for image in views])
     except InputError as error:
@@ -135,7 +141,9 @@ def _fitted_or_why(job: Job, sample: Sample) -> Fitted | str:
     mask = _mask(sample, views[0])
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:32]
     masks = [_placed(mask, contract) for contract in (job.contract, job.roomy)]
-    return Fitted(pixels, masks[0], roomy, masks[1], digest, near.hash_of(pixels))
+    wide = [largest_of_16_bits(one) for one, view in zip(contents, sample.views, strict=True) if view.form == "file"]
+    largest = max((one for one in wide if one is not None), default=None)
+    return Fitted(pixels, masks[0], roomy, masks[1], digest, near.hash_of(pixels), largest)
 
 
 def fitted(contract: Preprocessing, sample: Sample) -> tuple[Images, NDArray[np.uint8] | None]:

@@ -1,4 +1,6 @@
-"""Calibration images from which no range can come: of one colour each, or of noise."""
+"""Images that say nothing: calibration images of one colour each or of noise, and values of few bits kept in 16."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -8,6 +10,8 @@ from pipeline.data.split import Split
 
 NOISE, APART, LOOKED_AT = 0.1, 2, 64
 """A correlation of pixels that far apart that no picture has, and how many images are looked at."""
+LEAST_OF_16_BITS = 4096
+"""What the largest pixel of all 16-bit images of a split must reach, unless all are black: 12-bit values do not."""
 
 
 def refuse(calibration: Split, evaluation: Split) -> None:
@@ -22,6 +26,20 @@ def refuse(calibration: Split, evaluation: Split) -> None:
         raise InputError(
             f"the calibration images look like random noise: pixels correlate with those nearby by {found:.2f}, in the "
             f"evaluation images by {usual:.2f}; {_REAL_IMAGES}"
+        )
+
+
+def refuse_few_bits(largest: Sequence[int], split: str) -> None:
+    """Raise InputError for a split whose 16-bit images, by the largest pixel of each, hold values of fewer bits.
+
+    Each alone may be dark; the top 8 bits of all of them would be next to nothing.
+    """
+    most = max(largest, default=0)
+    if 0 < most < LEAST_OF_16_BITS:
+        raise InputError(
+            f"the largest pixel of the {len(largest)} {split} images of 16 bits is {most}, as of "
+            f"{most.bit_length()}-bit data, of which {most >> 8} would be left in 8 bits; "
+            "scale the values to 0…65535, or save them with 8 bits"
         )
 
 

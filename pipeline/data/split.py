@@ -1,5 +1,7 @@
 """One purpose's images, decoded, with their labels: what every stage that looks at images is given."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device.arrays import Images
+from device.errors import InputError
+from pipeline.division import NotFinite
 
 Labels = NDArray[np.integer[Any]]
 """N class indices; for multi-label data N×K, 1 where an image is of the class and 0 where it is not; for segmentation
@@ -40,3 +44,16 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Name the image of this split, by where it came from, whose scores are found not finite in here."""
+        try:
+            yield
+        except NotFinite as error:
+            same = (self.images == error.image).reshape(len(self), -1).all(1)
+            place = int(same.argmax())  # of copies the first
+            raise InputError(
+                f"the float model's scores of {self.sources[place]}, number {place + 1} of {len(self)} {self.name} "
+                "images, are not finite; take it out"
+            ) from error

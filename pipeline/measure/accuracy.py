@@ -1,6 +1,6 @@
 """Compare the artifact's answers with the float model's on the same images: how many, which, and how surely."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -56,7 +56,7 @@ def measure(baseline: Outputs, scores: Outputs, evaluation: Split, recipe: Recip
 
     Raises StageFailed when the scores are not finite or of another shape, or the judged metric has no value.
     """
-    refuse_strange(baseline, scores)
+    refuse_strange(baseline, scores, evaluation.sources)
     labels, classes, task = evaluation.labels, recipe.classes, recipe.task
     before, after = answers(baseline, labels, task), answers(scores, labels, task)
     several = task == "multilabel"
@@ -125,12 +125,21 @@ def _further(accuracy: Accuracy, allowed_pp: float) -> int | None:
     return None if needed > MOST_IMAGES else max(int(np.ceil(needed)) - images, 1)
 
 
-def refuse_strange(baseline: Outputs, scores: Outputs) -> None:
-    """Raise StageFailed for scores that are not finite, not of one shape, or the same for every image."""
+def refuse_strange(baseline: Outputs, scores: Outputs, sources: Sequence[str] = ()) -> None:
+    """Raise StageFailed for scores that are not finite, not of one shape, or the same for every image.
+
+    `sources` say where each image came from.
+    """
     for whose, found in (("float model", baseline), ("artifact", scores)):
-        if found.shape != baseline.shape or not np.isfinite(found).all():
-            what = f"shape {found.shape}" if found.shape != baseline.shape else "NaN or infinity"
-            raise StageFailed(f"the {whose}'s scores have {what}; expected finite scores of shape {baseline.shape}")
+        if found.shape != baseline.shape:
+            raise StageFailed(f"the {whose}'s scores have shape {found.shape}; expected {baseline.shape}")
+        bad = np.flatnonzero(~np.isfinite(found).reshape(len(found), -1).all(1))
+        if len(bad):
+            first = f"{sources[bad[0]]}, " if sources else ""
+            raise StageFailed(
+                f"the {whose}'s scores of {len(bad)} of {len(found)} evaluation images have NaN or infinity (the first "
+                f"is {first}number {bad[0] + 1}); expected finite scores"
+            )
     if not baseline.any() or (len(baseline) > 1 and not np.ptp(baseline, axis=0).any()):
         raise StageFailed(
             "the float model's scores are the same for every image; expected scores that tell the images apart"

@@ -88,7 +88,7 @@ def measure(baseline: Kept, artifact: Kept, evaluation: Split, recipe: Recipe) -
 
     Raises StageFailed when the scores are not finite or of another shape, or no pixel counts.
     """
-    refuse_strange(baseline.scores, artifact.scores)
+    refuse_strange(baseline.scores, artifact.scores, evaluation.sources)
     maps, labels, classes = _maps(baseline, artifact), evaluation.labels, len(recipe.classes)
     before, after = (counts(one, labels, classes) for one in maps)
     changed = np.array([int(((a != b) & (m != IGNORED)).sum()) for a, b, m in zip(*maps, labels, strict=True)])

@@ -122,7 +122,8 @@ def _searched(planned: Planned) -> list[str]:
 def _built(planned: Planned, prepared: str) -> list[Task]:
     """Give the tasks from the float model to one compiled file."""
     target = targets.get(planned.cell.target)
-    scheme, form = target.SCHEMES[_precision(planned.cell.precision)], target.CONSUMES
+    options = planned.recipe.options(planned.cell.target)
+    scheme, form = targets.scheme(target, _precision(planned.cell.precision), options), target.CONSUMES
     made, last = [], prepared
     if scheme is not None:
         made.append(_task(planned, "quantize", asdict(scheme), (last,), work.quantize, cpus=2, memory=3))

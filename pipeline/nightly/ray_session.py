@@ -5,6 +5,7 @@
 
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,6 +90,9 @@ def _start() -> None:
     """Start Ray here, twice where it is too slow: it gives up after 30 s, and files that were read once are quick."""
     import ray
 
+    home = Path.home()
+    if not (home.is_dir() and os.access(home, os.W_OK)):  # else Ray keeps the token of this cluster there
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
     for last in (False, True):
         try:
             ray.init(

@@ -14,13 +14,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from device import pixels
+from device import arrays, pixels
 from device.arrays import Images, Outputs
 from device.errors import InputError, StageFailed, first_line
 from pipeline import cache, progress
 from pipeline.artifacts import Calibration, FloatOnnx, QuantizedOnnx, Simplified
 from pipeline.data.split import Split
-from pipeline.division import FEWEST, divide, on
+from pipeline.division import FEWEST, SEEN, divide, on, refuse_equal, refuse_infinite
 from pipeline.onnx_in.asked import OBSERVERS, usable
 from pipeline.onnx_in.looked import corrected
 from pipeline.onnx_in.plan import Plan, exact_elsewhere, plan
@@ -32,6 +32,7 @@ from targets import Scheme
 if TYPE_CHECKING:
     from onnxruntime.quantization.calibrate import TensorsData
 
+    Made = tuple[NDArray[np.float64], ModelProto, TensorsData]
 Noise = NDArray[np.float64]
 """Of the scores of each image, its power."""
 BATCH = 8
@@ -43,9 +44,11 @@ PERCENTILE = 99.98
 FIRST, FLAT = 16, 0.1
 """Images that are tried first for `images = "enough"`, and the dB that two doublings must bring to go on."""
 SOURCES = [
-    *(Path(__file__).with_name(f"{name}.py") for name in ("plan", "looked", "session")),
+    *(Path(__file__).with_name(f"{name}.py") for name in ("asked", "plan", "looked", "session")),
     *(Path(__file__).parents[1] / f"{name}.py" for name in ("division", "statistics")),
+    *(Path(str(module.__file__)) for module in (arrays, pixels)),
 ]
+"""Source files that decide what comes out, besides this one."""
 TOO_FEW = f"fewer than {2 * FEWEST} different calibration images are too few to judge it"
 LEFT_OUT = "equalization is left out: it is a step of PyTorch's way"
 
@@ -66,7 +69,7 @@ def quantize(
     key = cache.key(
         "quantize",
         code=__file__,
-        steps={path.name: cache.file_hash(path) for path in SOURCES},
+        steps=[cache.file_hash(path) for path in SOURCES],
         packages=("onnx", "onnxruntime"),
         model=simplified.key,
         data=calibration.key,
@@ -74,15 +77,15 @@ def quantize(
         settings=used.model_dump(),
     )
     make = partial(_quantize, simplified.path, calibration.images, scheme, used, equalize=settings.equalize)
-    done = build.folder("quantize", key, make)
+    with calibration.naming():
+        done = build.folder("quantize", key, make)
     found = json.loads((done / "calibration.json").read_text())
     calibrated = Calibration(found["images"], len(calibration), found["curve"], found["validation"])
     return QuantizedOnnx(done / "model.onnx", model, simplified.path, scheme, calibrated, key, kept=settings.keep)
 
 
 def _quantize(path: Path, images: Images, scheme: Scheme, settings: Quantization, out: Path, *, equalize: bool) -> None:
-    if len(images) > 1 and bool((images == images[:1]).all()):
-        raise InputError(f"all {len(images)} calibration images are the same picture; the ranges would mean nothing")
+    refuse_equal(images)
     if equalize:
         progress.stage("quantize", LEFT_OUT)
     try:
@@ -90,6 +93,7 @@ def _quantize(path: Path, images: Images, scheme: Scheme, settings: Quantization
         progress.stage("quantize", str(division))
         seen, judges = images[division.fitting], images[division.validation]
         work = _Work(path, scheme, settings, judges)
+        work.scores(path, seen)  # which refuses what is not finite
         seen, curve = work.enough(seen) if settings.images == "enough" and len(judges) else (seen, {})
         made = work.made(seen)
     except InputError:
@@ -106,9 +110,10 @@ class _Work:
 
     def __init__(self, path: Path, scheme: Scheme, settings: Quantization, judges: Images) -> None:
         self.path, self.scheme, self.settings, self.judges = path, scheme, settings, judges
+        self.judged = on(judges)
         self.model = onnx.shape_inference.infer_shapes(onnx.load(path))
         self.plan: Plan = plan(self.model, scheme, settings.keep)
-        self.wanted: Outputs = self.scores(path) if len(judges) else np.zeros((0, 1), np.float32)
+        self.wanted: Outputs = self.scores(path, judges) if len(judges) else np.zeros((0, 1), np.float32)
 
     def made(self, seen: Images) -> ModelProto:
         """Quantize with every observer asked for, keep the best, and correct its biases where that helps.
@@ -119,7 +124,7 @@ class _Work:
             return self.model
         names: tuple[str, ...] = OBSERVERS if self.settings.observer == "best" else (self.settings.observer,)
         names, best = names if len(self.judges) else names[:1], names[0]
-        tried: dict[str, tuple[Noise, ModelProto, TensorsData]] = {}
+        tried: dict[str, Made] = {}
         for name in progress.track(names, "observe", total=len(names)):
             ranges = self.ranges(seen, name)
             int8 = self.quantized(self.model, ranges)
@@ -127,8 +132,22 @@ class _Work:
             best = name if is_less(tried[name][0], tried[best][0]) else best
         if len(self.judges):
             told = ", ".join(f"{name} {self.db(noise):.1f} dB" for name, (noise, *_) in tried.items())
-            progress.stage("quantize", f"observer {best}: {told}, {on(self.judges)}")
+            progress.stage("quantize", f"observer {best}: {told}, {self.judged}")
+            return self.better(*self.of_all(seen, best, tried[best]), seen)
         return self.better(*tried[best], seen)
+
+    def of_all(self, seen: Images, observer: str, made: "Made") -> "Made":
+        """Quantize with the ranges of all images, of the judges too, unless these then answer worse."""
+        ranges = self.ranges(np.concatenate([seen, self.judges]), observer)
+        int8 = self.quantized(self.model, ranges)
+        before, after = made[0], self.noise(int8)
+        if after.sum() > before.sum():
+            progress.stage("quantize", "ranges of all images answer worse; those of the images fitted on stay")
+            return made
+        self.judged += SEEN
+        told = f"{self.db(before):.1f} → {self.db(after):.1f} dB {self.judged}"
+        progress.stage("quantize", f"ranges of all images in place of those fitted on: {told}")
+        return after, int8, ranges
 
     def better(self, before: Noise, int8: ModelProto, ranges: "TensorsData", seen: Images) -> ModelProto:
         """Correct the biases by what rounding shifts the mean of each layer, and keep that where it is better."""
@@ -147,9 +166,9 @@ class _Work:
         if not is_less(after, before):
             chance = ", no more than chance" if having > without else ""
             told = f"bias correction dropped: {without:.1f} dB without it, {having:.1f} with it{chance}"
-            progress.stage("quantize", f"{told}, {on(self.judges)}")
+            progress.stage("quantize", f"{told}, {self.judged}")
             return int8
-        progress.stage("quantize", f"bias correction: {without:.1f} → {having:.1f} dB {on(self.judges)}")
+        progress.stage("quantize", f"bias correction: {without:.1f} → {having:.1f} dB {self.judged}")
         return again
 
     def enough(self, seen: Images) -> tuple[Images, Mapping[int, float]]:
@@ -164,20 +183,28 @@ class _Work:
             count = min(2 * count, len(seen))
         told = ", ".join(f"{tried} {worth:.1f} dB" for tried, worth in found.items()) or f"{count}"
         end = "more bring nothing" if count < len(seen) else "more may be better"
-        progress.stage("quantize", f"calibration images to fit on: {told}, {on(self.judges)}; {end}")
+        progress.stage("quantize", f"calibration images to fit on: {told}, {self.judged}; {end}")
         return seen[:count], found
 
-    def scores(self, model: Path | bytes) -> Outputs:
-        """Answer the images that judge; of maps, the scores of a few pixels, as all of a hundred fill a memory."""
-        answer = predict(model)
-        split = (self.judges[start : start + BATCH] for start in range(0, len(self.judges), BATCH))
-        return np.concatenate([pixels.thin(answer(batch)) for batch in split])
+    def scores(self, model: Path | bytes, images: Images) -> Outputs:
+        """Answer images; of maps keep the scores of a few pixels, as all of a hundred fill a memory.
+
+        Raises NotFinite where the float model's answer is not.
+        """
+        answer, found = predict(model), list[Outputs]()
+        for start in range(0, len(images), BATCH):
+            batch = images[start : start + BATCH]
+            found.append(answer(batch))
+            if isinstance(model, Path):
+                refuse_infinite(found[-1], batch)
+            found[-1] = pixels.thin(found[-1])
+        return np.concatenate(found)
 
     def noise(self, int8: ModelProto) -> Noise:
         """Give the power of each image's difference from the float scores; none without images that judge."""
         if not len(self.judges):
             return np.zeros(0)
-        found = self.scores(int8.SerializeToString()).astype(np.float64) - self.wanted
+        found = self.scores(int8.SerializeToString(), self.judges).astype(np.float64) - self.wanted
         return np.asarray(np.square(found).reshape(len(found), -1).sum(1), np.float64)
 
     def db(self, noise: Noise) -> float:

@@ -1,6 +1,6 @@
 """The calibration images that judge what the others made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from device import pixels
-from pipeline.division import on
+from pipeline.division import SEEN, on
 from pipeline.quantization.graph import batches, grids, set_mode
 from pipeline.statistics import decibels
 
@@ -22,6 +22,12 @@ class Judges:
 
     images: Tensor
     teacher: Tensor
+    seen: bool = False
+    """Whether the ranges are of these images, too: figures on them then say more than of other images."""
+
+    def having_seen(self) -> "Judges":
+        """Give the same images, now that the ranges have seen them."""
+        return replace(self, seen=True)
 
     def noise(self, model: fx.GraphModule, *, weights: bool = True) -> Noise:
         """Give each image's noise, were the weights and activations int8, or the activations alone."""
@@ -41,7 +47,7 @@ class Judges:
         return float("inf") if found is None else found
 
     def __str__(self) -> str:
-        return on(self.images)
+        return f"{on(self.images)}{SEEN if self.seen else ''}"
 
 
 def scores(model: fx.GraphModule, images: Tensor) -> Tensor:

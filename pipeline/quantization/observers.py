@@ -10,9 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
-from device.errors import InputError
 from pipeline import progress
 from pipeline.capture import fixed_batch
+from pipeline.division import refuse_infinite
 from pipeline.quantization import correct, effects
 from pipeline.quantization.graph import activations, layers, mark_batches, set_mode
 from pipeline.quantization.grid import Grid
@@ -36,18 +36,12 @@ def candidates(settings: Quantization) -> Sequence[str]:
 
 
 def observe(
-    model: fx.GraphModule,
-    images: Tensor,
-    settings: Quantization,
-    numbers: Sequence[int] | None = None,
-    *,
-    further: bool = False,
+    model: fx.GraphModule, images: Tensor, settings: Quantization, *, further: bool = False
 ) -> tuple[Tensor, int]:
     """Run every image once and keep what the observers need; give float answers, and how many images went through.
 
     The answers are kept where ranges are learned from them, else none: those of a segmentation model are as large as
-    its images. `numbers` are the images' positions in the user's list, for a message. `further` adds to what was seen,
-    of the values alone and not of the mean inputs.
+    its images. `further` adds to what was seen, of the values alone and not of the mean inputs. Raises NotFinite.
     """
     look = not {"percentile", "mse", "histogram"}.isdisjoint(candidates(settings))
     mark_batches(model)
@@ -63,43 +57,49 @@ def observe(
         for grid in activations(model):
             grid.batch, grid.seen.calls = len(batch), 0
         found = model(batch)
-        refuse_infinite(found, (numbers or range(len(images)))[count:])
+        refuse_infinite(found.numpy(), batch.numpy())
         answers.append(found if settings.ranges == "learned" else found[:0])
         count += len(found)
     set_mode(model, "off")
     return torch.cat(answers), count
 
 
-def refuse_infinite(found: Tensor, numbers: Sequence[int]) -> None:
-    """Raise InputError for the first image whose scores are not finite; `numbers` are positions in the user's list."""
-    if not bool(torch.isfinite(found).all()):
-        bad = next(number for scores, number in zip(found, numbers, strict=False) if not torch.isfinite(scores).all())
-        raise InputError(f"the float model's scores of calibration image {bad + 1} are not finite; take it out")
-
-
-def set_ranges(model: fx.GraphModule, images: Tensor, judges: Judges | None, settings: Quantization) -> None:
+def set_ranges(model: fx.GraphModule, images: Tensor, judges: Judges | None, settings: Quantization) -> Judges | None:
     """Set each activation's range by the observer asked for, or by that one whose ranges answer best.
 
     Another than the first is chosen only where it answers better beyond chance on images that no range was made of;
     without such images the first is taken. Weights are rounded meanwhile and the means they shift corrected, as in what
     is shipped: ranges that are better with float weights can be worse with int8 ones. In the end the ranges are those
     of all images, of the judges too, where the judges find them no worse: a value that no image reached is cut off, and
-    with few images that costs more than all choices.
+    with few images that costs more than all choices. Gives the judges, which know what they have become.
     """
     names = candidates(settings) if judges else candidates(settings)[:1]
     if judges is None:
         _set(model, images, names[0])
     else:
         best, before = _choose(model, images, names, judges)
-        kept = [(grid, grid.scale, grid.zero_point) for grid in _ranged(model)]
-        observe(model, judges.images, settings.model_copy(update={"ranges": "observed"}), further=True)
-        _set(model, torch.cat([images, judges.images]), best)
-        if corrected_noise(model, judges).sum() > before.sum():
-            for grid, scale, zero_point in kept:
-                grid.scale, grid.zero_point = scale, zero_point
-            progress.stage("quantize", "ranges of all images answer worse; those of the images fitted on stay")
+        judges = _with_judges(model, images, best, before, judges, settings)
     for grid in _ranged(model):
         grid.seen.values.clear()
+    return judges
+
+
+def _with_judges(
+    model: fx.GraphModule, images: Tensor, observer: str, before: Noise, judges: Judges, settings: Quantization
+) -> Judges:
+    """Set the ranges of all images, and back where the judges answer worse."""
+    kept = [(grid, grid.scale, grid.zero_point) for grid in _ranged(model)]
+    observe(model, judges.images, settings.model_copy(update={"ranges": "observed"}), further=True)
+    _set(model, torch.cat([images, judges.images]), observer)
+    after = corrected_noise(model, judges)
+    if after.sum() > before.sum():
+        for grid, scale, zero_point in kept:
+            grid.scale, grid.zero_point = scale, zero_point
+        progress.stage("quantize", "ranges of all images answer worse; those of the images fitted on stay")
+        return judges
+    told = f"{judges.db(before):.1f} → {judges.db(after):.1f} dB {judges.having_seen()}"
+    progress.stage("quantize", f"ranges of all images in place of those fitted on: {told}")
+    return judges.having_seen()
 
 
 def _ranged(model: fx.GraphModule) -> list[Grid]:
@@ -117,7 +117,7 @@ def _choose(model: fx.GraphModule, images: Tensor, names: Sequence[str], judges:
     if best != names[-1]:
         _set(model, images, best)
     told = ", ".join(f"{name} {judges.db(noise):.1f} dB" for name, noise in tried.items())
-    progress.stage("quantize", f"ranges by {best}: {told} {judges}; these are then observed, too")
+    progress.stage("quantize", f"ranges by {best}: {told} {judges}")
     return best, tried[best]
 
 

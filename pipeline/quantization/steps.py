@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, fx
 
 from pipeline import progress
-from pipeline.division import FEWEST, divide
+from pipeline.division import FEWEST, divide, refuse_infinite
 from pipeline.quantization import correct, equalize, learned, rounding
 from pipeline.quantization.finetune import Course, finetune
 from pipeline.quantization.graph import grids, layers, own_tensors, set_mode, without_grids
 from pipeline.quantization.judges import Judges, Noise, scores
-from pipeline.quantization.observers import corrected_noise, observe, refuse_infinite, set_ranges
+from pipeline.quantization.observers import corrected_noise, observe, set_ranges
 from pipeline.recipe import Quantization
 from pipeline.statistics import is_less
 
@@ -57,18 +57,18 @@ def calibrate(
     set_mode(model, "off")
     division = divide(images.numpy(), settings.first_images)
     progress.stage("quantize", str(division))
-    fitting, numbers = images[torch.from_numpy(division.fitting)], division.fitting.tolist()
-    judges = _judges(model, images, division.validation.tolist()) if len(division.validation) else None
+    fitting = images[torch.from_numpy(division.fitting)]
+    judges = _judges(model, images[torch.from_numpy(division.validation)]) if len(division.validation) else None
     if settings.equalize:
         _equalize(model, fitting, judges)
     float_counterpart = without_grids(model)
     fitting, curve = _enough(model, fitting, settings, judges) if settings.images == "enough" else (fitting, {})
-    teacher, count = observe(model, fitting, settings, numbers)
-    set_ranges(model, fitting, judges, settings)
+    teacher, count = observe(model, fitting, settings)
+    judges = set_ranges(model, fitting, judges, settings)
     fit(model)
     _better(model, _steps(model, fitting, teacher, settings), judges)
     if course:
-        judge = judges or Judges(fitting, scores(model, fitting))  # training has images of its own to fit on
+        judge = judges or Judges(fitting, scores(model, fitting), seen=True)  # training has images of its own to fit on
         _better(model, {"fine-tuning": lambda: finetune(model, course)}, judge)
     for grid in grids(model):
         grid.forget()
@@ -76,10 +76,10 @@ def calibrate(
     return Calibrated(float_counterpart, count + held, held, curve)
 
 
-def _judges(model: fx.GraphModule, images: Tensor, numbers: list[int]) -> Judges:
-    teacher = scores(model, images[numbers])
-    refuse_infinite(teacher, numbers)
-    return Judges(images[numbers], teacher)
+def _judges(model: fx.GraphModule, images: Tensor) -> Judges:
+    teacher = scores(model, images)
+    refuse_infinite(teacher.numpy(), images.numpy())
+    return Judges(images, teacher)
 
 
 def _steps(

@@ -19,7 +19,7 @@ from pipeline.data.split import Split
 from pipeline.own_source import commit, own_commit, source_hash, version
 from pipeline.recipe import Quantization, Recipe
 from pipeline.verdict import Built, Verdict
-from targets import ISA, Needs
+from targets import ISA, X86, Needs
 
 RUNNER = ("numpy", "pillow")
 """What run.pyz imports besides the target's own packages."""
@@ -75,7 +75,7 @@ def provenance(origin: Origin, compiled: Compiled) -> dict[str, object]:
     }
 
 
-def tied(compiled: Compiled, found: Built) -> dict[str, object]:
+def tied(compiled: Compiled, found: Built, weight_bits: int | None) -> dict[str, object]:
     """Say what a device must have to run the artifact: as it was verified, and as its target states."""
     needs, environment = _needs(compiled), found.environment
     system, _, machine = environment.system.partition(" ")
@@ -83,6 +83,7 @@ def tied(compiled: Compiled, found: Built) -> dict[str, object]:
         "os": needs.system or system,
         "machine": None if needs.system else machine,
         "isa": [] if needs.gpus else _instructions(found),
+        "vnni": weight_bits == 8 and compiled.options.needs_vnni and machine.lower() in X86,
         "gpu": list(needs.gpus) or None,
         "python": _own("Requires-Python"),
         "packages": dict(needs.packages) | _runner_packages(),
