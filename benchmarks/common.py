@@ -10,8 +10,8 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-import targets
-from device.arrays import Images
+from bitferry import targets
+from bitferry.device.arrays import Images
 
 RESULTS = Path(__file__).with_name("results")
 

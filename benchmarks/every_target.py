@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import targets
-from device.arrays import Outputs
-from device.errors import BitferryError
-from pipeline import recipe
-from pipeline.artifacts import Compiled
-from pipeline.cache import Cache
-from pipeline.measure import accuracy, execution, latency
-from pipeline.run import Deployment, Run
-from pipeline.statistics import ratio_interval, sqnr_db
-from pipeline.verify import artifact_answers, eager, float_answers, load_artifact
+from bitferry import targets
+from bitferry.device.arrays import Outputs
+from bitferry.device.errors import BitferryError
+from bitferry.pipeline import recipe
+from bitferry.pipeline.artifacts import Compiled
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.measure import accuracy, execution, latency
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.statistics import ratio_interval, sqnr_db
+from bitferry.pipeline.verify import artifact_answers, eager, float_answers, load_artifact
 
 HERE = Path(__file__).parent
 EAGER = "eager PyTorch"

@@ -28,15 +28,15 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-import targets
-from device.machine import other_load
-from device.preprocess import Preprocessing
-from pipeline import dataset, loader
-from pipeline.augmentation import Augmentation
-from pipeline.cache import Cache
-from pipeline.data.formats.folder import image_files
-from pipeline.data.split import Split
-from pipeline.progress import console
+from bitferry import targets
+from bitferry.device.machine import other_load
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset, loader
+from bitferry.pipeline.augmentation import Augmentation
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data.formats.folder import image_files
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.progress import console
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs/data.md"

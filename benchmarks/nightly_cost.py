@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from device.footprint import peak_memory
-from pipeline.nightly import engine, ray_session
-from pipeline.nightly.graph import Task, ordered
-from pipeline.nightly.placement import GIB, Node, Placed, Placement
+from bitferry.device.footprint import peak_memory
+from bitferry.pipeline.nightly import engine, ray_session
+from bitferry.pipeline.nightly.graph import Task, ordered
+from bitferry.pipeline.nightly.placement import GIB, Node, Placed, Placement
 
 TARGETS = 10
 SECONDS = {"prepare": 60.0, "quantize": 20.0, "convert": 10.0, "compile": 15.0, "measure": 30.0}

@@ -20,11 +20,11 @@ import numpy as np
 from common import RESULTS, result_path
 from numpy.typing import NDArray
 
-from pipeline.nightly.apart import Apart, paired
-from pipeline.nightly.change_point import Step, follow
-from pipeline.nightly.pace import errors_of
-from pipeline.nightly.right_answers import step as step_of
-from pipeline.statistics import ratio_interval
+from bitferry.pipeline.nightly.apart import Apart, paired
+from bitferry.pipeline.nightly.change_point import Step, follow
+from bitferry.pipeline.nightly.pace import errors_of
+from bitferry.pipeline.nightly.right_answers import step as step_of
+from bitferry.pipeline.statistics import ratio_interval
 
 NIGHTS, BEFORE, WITHIN = 30, 24, 3
 BLOCKS, BLOCK_NOISE, NIGHT_NOISE, LOADING = 40, 0.05, 0.05, 0.01

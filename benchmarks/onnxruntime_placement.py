@@ -21,16 +21,16 @@ from pathlib import Path
 import numpy as np
 from common import batch_of_one, every_static, result_path, static
 
-import targets
-from device.arrays import Predict
-from device.timing import Call, Series
-from pipeline import recipe
-from pipeline.cache import Cache
-from pipeline.division import drawn
-from pipeline.measure import latency
-from pipeline.run import Deployment, Run
-from pipeline.statistics import ratio_interval, sqnr_db
-from pipeline.verify import eager
+from bitferry import targets
+from bitferry.device.arrays import Predict
+from bitferry.device.timing import Call, Series
+from bitferry.pipeline import recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.division import drawn
+from bitferry.pipeline.measure import latency
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.statistics import ratio_interval, sqnr_db
+from bitferry.pipeline.verify import eager
 
 NAME = "onnxruntime"
 OURS, FLOAT, REARRANGED = "bitferry int8", "float32", "quantize_static on our float graph"

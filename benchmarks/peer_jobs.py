@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from peer_ways import Peers, command, quiet
 
-from pipeline import cache
-from pipeline.data.split import Split
-from pipeline.run import Run
+from bitferry.pipeline import cache
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.run import Run
 
 JUDGED = (0, 1)
 """The exit codes of a `bitferry deploy` that measured: inside the budget, and not."""

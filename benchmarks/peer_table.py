@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.statistics import ratio_interval
+from bitferry.pipeline.statistics import ratio_interval
 
 Row = Mapping[str, Any]
 """One way as it is kept: peer, name, runtime, and either what was found of it or `why` there is nothing."""

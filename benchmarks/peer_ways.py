@@ -14,17 +14,17 @@ import onnx
 import torch
 from common import batch_of_one, every_static, static
 
-import targets
-from device.arrays import Images
-from device.errors import BitferryError, first_line
-from pipeline.artifacts import Calibration, FloatModel, Quantized
-from pipeline.cache import Cache
-from pipeline.capture import export_program
-from pipeline.division import drawn
-from pipeline.export import export, simplify
-from pipeline.run import Deployment, Run
-from pipeline.search import choose
-from targets import Precision
+from bitferry import targets
+from bitferry.device.arrays import Images
+from bitferry.device.errors import BitferryError, first_line
+from bitferry.pipeline.artifacts import Calibration, FloatModel, Quantized
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.capture import export_program
+from bitferry.pipeline.division import drawn
+from bitferry.pipeline.export import export, simplify
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.search import choose
+from bitferry.targets import Precision
 
 HERE = Path(__file__).parent
 OPENVINO, ONNXRUNTIME = "openvino", "onnxruntime"

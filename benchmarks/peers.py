@@ -38,18 +38,18 @@ from peer_jobs import rounds
 from peer_table import markdown, summary
 from peer_ways import ONNXRUNTIME, OPENVINO, Peers, Way, every_way
 
-import targets
-from device.arrays import Outputs, Predict
-from device.errors import InputError, first_line
-from device.timing import Call
-from pipeline import recipe
-from pipeline.cache import Cache
-from pipeline.division import drawn
-from pipeline.measure import accuracy, latency
-from pipeline.recipe import Recipe
-from pipeline.run import Run
-from pipeline.statistics import sqnr_db
-from pipeline.verify import float_answers
+from bitferry import targets
+from bitferry.device.arrays import Outputs, Predict
+from bitferry.device.errors import InputError, first_line
+from bitferry.device.timing import Call
+from bitferry.pipeline import recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.division import drawn
+from bitferry.pipeline.measure import accuracy, latency
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.run import Run
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import float_answers
 
 ROOT = Path(__file__).parents[1]
 OPEN, CLOSE = "<!-- peers -->\n", "<!-- /peers -->\n"

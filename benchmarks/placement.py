@@ -19,20 +19,20 @@ import openvino as ov
 import torch
 import torchvision
 
-import targets
-from device.arrays import Images, Outputs, Predict
-from device.preprocess import Preprocessing
-from pipeline import dataset
-from pipeline.artifacts import FloatModel
-from pipeline.cache import Cache
-from pipeline.compile import compile
-from pipeline.export import export, simplify
-from pipeline.load import Deployable
-from pipeline.measure import latency
-from pipeline.quantize import quantize
-from pipeline.recipe import Quantization
-from pipeline.statistics import sqnr_db
-from pipeline.verify import eager
+from bitferry import targets
+from bitferry.device.arrays import Images, Outputs, Predict
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset
+from bitferry.pipeline.artifacts import FloatModel
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.compile import compile
+from bitferry.pipeline.export import export, simplify
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.measure import latency
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import eager
 
 HERE = Path(__file__).parent
 CLASSES = tuple(str(index) for index in range(10))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from device.preprocess import Preprocessing
-from pipeline.data.formats.folder import image_files
-from pipeline.measure.golden import TORCHVISION_LIMIT, second_opinion
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline.data.formats.folder import image_files
+from bitferry.pipeline.measure.golden import TORCHVISION_LIMIT, second_opinion
 
 
 def main(folder: Path) -> None:

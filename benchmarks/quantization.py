@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-import targets
-from pipeline import recipe
-from pipeline.cache import Cache
-from pipeline.recipe import Quantization
-from pipeline.run import Deployment, Run
-from pipeline.statistics import sqnr_db
-from pipeline.verify import artifact_answers, eager, float_answers
+from bitferry import targets
+from bitferry.pipeline import recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import artifact_answers, eager, float_answers
 
 HERE = Path(__file__).parent
 PLAIN = {"observer": "mean-minmax", "equalize": False, "bias_correction": "none"}

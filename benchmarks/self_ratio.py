@@ -22,22 +22,22 @@ import numpy as np
 import torch
 import torchvision
 
-import targets
-from device.arrays import Images
-from device.machine import other_load
-from device.preprocess import Preprocessing
-from pipeline import dataset
-from pipeline.artifacts import Compiled, FloatModel
-from pipeline.cache import Cache
-from pipeline.compile import compile
-from pipeline.export import export, simplify
-from pipeline.load import Deployable
-from pipeline.measure import latency
-from pipeline.progress import console
-from pipeline.quantize import quantize
-from pipeline.recipe import Quantization
-from pipeline.statistics import RELOAD, ratio_interval
-from pipeline.verify import load_artifact
+from bitferry import targets
+from bitferry.device.arrays import Images
+from bitferry.device.machine import other_load
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset
+from bitferry.pipeline.artifacts import Compiled, FloatModel
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.compile import compile
+from bitferry.pipeline.export import export, simplify
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.measure import latency
+from bitferry.pipeline.progress import console
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import RELOAD, ratio_interval
+from bitferry.pipeline.verify import load_artifact
 
 HERE = Path(__file__).parent
 CLASSES = tuple(str(index) for index in range(10))

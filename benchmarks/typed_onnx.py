@@ -10,15 +10,15 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import targets
-from device.arrays import Outputs
-from pipeline import recipe
-from pipeline.cache import Cache
-from pipeline.export import answer
-from pipeline.run import Deployment, Run
-from pipeline.statistics import sqnr_db
-from pipeline.verify import eager
-from targets import Precision
+from bitferry import targets
+from bitferry.device.arrays import Outputs
+from bitferry.pipeline import recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.export import answer
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import eager
+from bitferry.targets import Precision
 
 IMAGES = 64
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from device import install, installed, trust, whole
-from device.errors import BitferryError, TargetUnavailable
+from bitferry.device import install, installed, trust, whole
+from bitferry.device.errors import BitferryError, TargetUnavailable
 
 
 def do_trust(options: argparse.Namespace) -> int:
@@ -34,7 +34,7 @@ def _install(options: argparse.Namespace, **allowed: bool) -> int:
 def do_update(options: argparse.Namespace) -> int:
     """Fetch the newest archive of a publisher and install it, unless it runs already or was rejected here."""
     try:
-        from device import update  # noqa: PLC0415 - python-tuf, which nothing else here needs
+        from bitferry.device import update  # noqa: PLC0415 - python-tuf, which nothing else here needs
     except ImportError as error:
         needed = "updating needs python-tuf: `pip install tuf`; `install` takes an archive without it"
         raise TargetUnavailable(needed) from error

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from device import strict
-from device.errors import InputError
-from device.signature import FILE as SIGNATURE
+from bitferry.device import strict
+from bitferry.device.errors import InputError
+from bitferry.device.signature import FILE as SIGNATURE
 
 MANIFEST = "manifest.json"
 BLOCK, PART = 512, 1 << 20

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from device import fit, golden, measure, rebuilt, whole
-from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable
-from device.runner import Runner, Runtime, check, fields, options_of, read_manifest, text
+from bitferry.device import fit, golden, measure, rebuilt, whole
+from bitferry.device.errors import BitferryError, InputError, StageFailed, TargetUnavailable
+from bitferry.device.runner import Runner, Runtime, check, fields, options_of, read_manifest, text
 
 
 def main(runtime: Runtime, bundle: Path, arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _check(bundle: Path, key: Path | None) -> int:
 def _check_signature(bundle: Path, key: Path) -> None:
     """Raise InputError unless this key signed every file."""
     try:
-        from device import signature  # noqa: PLC0415 - cryptography, which predicting does without
+        from bitferry.device import signature  # noqa: PLC0415 - cryptography, which predicting does without
     except ImportError as error:
         raise TargetUnavailable("a signature is checked with the Python package 'cryptography'") from error
     signature.check(bundle, [signature.public_key(key.read_bytes(), str(key))])

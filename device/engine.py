@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from device import gpu
-from device.arrays import Images, Outputs
-from device.errors import InputError, StageFailed, TargetUnavailable
+from bitferry.device import gpu
+from bitferry.device.arrays import Images, Outputs
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable
 
 try:
     trt: Any = import_module("tensorrt")

@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from device import versions
-from device.errors import InputError, TargetUnavailable
+from bitferry.device import versions
+from bitferry.device.errors import InputError, TargetUnavailable
 
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 """Instruction sets of x86 processors that add products of 8 bits without saturating."""
@@ -48,7 +48,7 @@ def _lacking(tied: Mapping[str, Any], gpu_index: int) -> Iterator[str]:
     for package, ranges in tied["packages"].items():
         yield from _package(package, ranges)
     if tied["gpu"]:
-        from device import gpu  # noqa: PLC0415 - it imports NumPy, which installing needs not
+        from bitferry.device import gpu  # noqa: PLC0415 - it imports NumPy, which installing needs not
 
         card = gpu.find(gpu_index)
         if isinstance(card, str):

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from device import pixels
-from device.arrays import Images
-from device.preprocess import Preprocessing
-from device.runner import Runtime, options_of
+from bitferry.device import pixels
+from bitferry.device.arrays import Images
+from bitferry.device.preprocess import Preprocessing
+from bitferry.device.runner import Runtime, options_of
 
 
 def measure(target: str, path: Path, precision: str, options: dict[str, Any], images: Images) -> dict[str, Any]:

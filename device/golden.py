@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from device import pixels
-from device.arrays import Outputs, Predict
-from device.errors import InputError
-from device.preprocess import Preprocessing
+from bitferry.device import pixels
+from bitferry.device.arrays import Outputs, Predict
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
 
 
 @dataclass(frozen=True)

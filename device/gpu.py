@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from device.errors import StageFailed
+from bitferry.device.errors import StageFailed
 
 try:
     cuda: Any = import_module("cuda.bindings.runtime")

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from device import archive, atomic, fit, installed, signature, strict, trust, versions, whole
-from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
-from device.installed import CURRENT, NOTE, VERSIONS, Installed, current, tell
-from device.selftest import AnswersOtherwise, selftest
-from device.signature import Key
+from bitferry.device import archive, atomic, fit, installed, signature, strict, trust, versions, whole
+from bitferry.device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
+from bitferry.device.installed import CURRENT, NOTE, VERSIONS, Installed, current, tell
+from bitferry.device.selftest import AnswersOtherwise, selftest
+from bitferry.device.signature import Key
 
 INCOMING = ".incoming"
 OURS = re.compile(r".+-[0-9a-f]{12}(-again)?(\.json)?|\..+\.json\.part")

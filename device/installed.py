@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device import archive, atomic, strict, trust
-from device.errors import BitferryError, InputError
-from device.signature import Key, public_key
+from bitferry.device import archive, atomic, strict, trust
+from bitferry.device.errors import BitferryError, InputError
+from bitferry.device.signature import Key, public_key
 
 VERSIONS, CURRENT, NOTE, REJECTED = "versions", "current", ".json", "rejected.json"
 MOST_REJECTED = 100

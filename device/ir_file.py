@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 from xml.parsers import expat
 
-from device.errors import InputError
+from bitferry.device.errors import InputError
 
 MOST_BYTES = 256_000_000
 """Of the XML; the constants are in the other file."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from device import pixels
-from device.arrays import Images, Outputs, Predict
-from device.pixels import Maps
+from bitferry.device import pixels
+from bitferry.device.arrays import Images, Outputs, Predict
+from bitferry.device.pixels import Maps
 
 Track = Callable[[Sequence[int]], Iterable[int]]
 """What goes through the batches, maybe with a bar that counts them."""

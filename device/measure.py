@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from device import kept, machine
-from device.arrays import Images
-from device.errors import InputError, first_line
-from device.machine import Conditions, Machine
-from device.runner import Runner, Runtime
-from device.timing import BLOCKS, Series, interleave
+from bitferry.device import kept, machine
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError, first_line
+from bitferry.device.machine import Conditions, Machine
+from bitferry.device.runner import Runner, Runtime
+from bitferry.device.timing import BLOCKS, Series, interleave
 
 QUICK_SECONDS = 0.2
 SECONDS = 1.5

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from device.errors import InputError
-from device.protobuf import fields, numbers, signed
+from bitferry.device.errors import InputError
+from bitferry.device.protobuf import fields, numbers, signed
 
 MOST_BYTES = 2**31
 """Of a file: protocol buffers have no more."""

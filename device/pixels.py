@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from device.arrays import Outputs
+from bitferry.device.arrays import Outputs
 
 Maps = NDArray[np.uint8]
 """H×W or N×H×W: the class of each pixel."""

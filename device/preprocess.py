@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from device import mistaken
-from device.arrays import Images
-from device.errors import InputError
+from bitferry.device import mistaken
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError
 
 MOST_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs (twice its warning threshold)
 RESAMPLING = {

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-from device import atomic, onnx_file
-from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
-from device.whole import REBUILT, sha256
+from bitferry.device import atomic, onnx_file
+from bitferry.device.errors import BitferryError, InputError, StageFailed, TargetUnavailable, first_line
+from bitferry.device.whole import REBUILT, sha256
 
 SOURCE = "model.onnx"
 OLD = ".rebuilt.old"

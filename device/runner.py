@@ -8,11 +8,11 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from device import pixels, rebuilt, strict, whole
-from device.arrays import Outputs, Predict
-from device.errors import BitferryError, InputError, StageFailed, first_line
-from device.pixels import IGNORED, Maps
-from device.preprocess import Preprocessing, decode
+from bitferry.device import pixels, rebuilt, strict, whole
+from bitferry.device.arrays import Outputs, Predict
+from bitferry.device.errors import BitferryError, InputError, StageFailed, first_line
+from bitferry.device.pixels import IGNORED, Maps
+from bitferry.device.preprocess import Preprocessing, decode
 
 FORMAT = "bitferry-bundle"
 SCHEMA = 3

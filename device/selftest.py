@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from device import strict
-from device.errors import InputError, StageFailed
+from bitferry.device import strict
+from bitferry.device.errors import InputError, StageFailed
 
 MINUTES = 10
 """Of a self-test, which is then taken for one that hangs."""

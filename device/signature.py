@@ -17,8 +17,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from device import strict, whole
-from device.errors import InputError
+from bitferry.device import strict, whole
+from bitferry.device.errors import InputError
 
 FILE = whole.SIGNATURE
 UNLIKE, REMEDY = "is not as it was signed", "take it anew from where it was published"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from device.errors import InputError
+from bitferry.device.errors import InputError
 
 MOST_BYTES = 8 << 20
 """Of a manifest or a signature; one of ten thousand files has two."""

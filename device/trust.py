@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device import atomic, signature, strict
-from device.errors import InputError
-from device.signature import Key
+from bitferry.device import atomic, signature, strict
+from bitferry.device.errors import InputError
+from bitferry.device.signature import Key
 
 FILE, LOCK = "keys.json", ".lock"
 KIND = "application/vnd.bitferry.keys+json"

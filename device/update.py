@@ -14,8 +14,8 @@ from tuf.api import exceptions
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, Updater
 
-from device import atomic, download, versions
-from device.errors import InputError, first_line
+from bitferry.device import atomic, download, versions
+from bitferry.device.errors import InputError, first_line
 
 try:
     import fcntl

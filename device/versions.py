@@ -2,7 +2,7 @@
 
 import re
 
-from device.errors import InputError
+from bitferry.device.errors import InputError
 
 VERSION = re.compile(
     r"(?=.{1,100}\Z)(?P<numbers>[0-9]+(\.[0-9]+)*)(?P<before>[A-Za-z0-9._-]*)(\+(?P<build>[A-Za-z0-9._+-]*))?"

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from device.errors import InputError
+from bitferry.device.errors import InputError
 
 SIGNATURE = "model.sig"
 REBUILT = "rebuilt"

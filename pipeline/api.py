@@ -8,15 +8,15 @@ way.ship(Path("dist"))
 
 from pathlib import Path
 
-import targets
-from device.errors import InputError
-from pipeline import memory
-from pipeline.cache import Cache
-from pipeline.deploy import way
-from pipeline.measure.latency import Effort
-from pipeline.recipe import read
-from pipeline.run import Deployment, Run
-from targets import Precision
+from bitferry import targets
+from bitferry.device.errors import InputError
+from bitferry.pipeline import memory
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.deploy import way
+from bitferry.pipeline.measure.latency import Effort
+from bitferry.pipeline.recipe import read
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.targets import Precision
 
 __all__ = ["open", "to"]
 

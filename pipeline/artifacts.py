@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import targets
-from device.arrays import Outputs
-from device.pixels import Maps
-from device.preprocess import Preprocessing
-from device.timing import Series
-from pipeline.data.split import Split
-from pipeline.verdict import Built, Verdict
-from targets import Options, Precision, Scheme
+from bitferry import targets
+from bitferry.device.arrays import Outputs
+from bitferry.device.pixels import Maps
+from bitferry.device.preprocess import Preprocessing
+from bitferry.device.timing import Series
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.verdict import Built, Verdict
+from bitferry.targets import Options, Precision, Scheme
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pipeline.training.record import Record
+    from bitferry.pipeline.training.record import Record
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class FloatOnnx:
         return self
 
     def module(self) -> "nn.Module":
-        from pipeline.onnx_in.session import Session  # noqa: PLC0415 - this file stays free of torch
+        from bitferry.pipeline.onnx_in.session import Session  # noqa: PLC0415 - this file stays free of torch
 
         return Session(self.path)
 
@@ -133,7 +133,7 @@ class Quantized:
     quantized = True
 
     def module(self) -> "nn.Module":
-        from pipeline.capture import read_program  # noqa: PLC0415 - this file stays free of torch
+        from bitferry.pipeline.capture import read_program  # noqa: PLC0415 - this file stays free of torch
 
         return read_program(self.path)
 
@@ -156,7 +156,7 @@ class QuantizedOnnx:
     quantized = True
 
     def module(self) -> "nn.Module":
-        from pipeline.onnx_in.session import Session  # noqa: PLC0415 - this file stays free of torch
+        from bitferry.pipeline.onnx_in.session import Session  # noqa: PLC0415 - this file stays free of torch
 
         return Session(self.path, rewritten=False)
 
@@ -290,7 +290,7 @@ class Bundle:
 
 def _shown(verified: Verified | Unmeasured, bundle: Bundle | None = None) -> str:
     """Give a verdict as HTML, with the images that changed most where one answer is about one image."""
-    from pipeline.report import fragment  # noqa: PLC0415 - which knows these nouns
+    from bitferry.pipeline.report import fragment  # noqa: PLC0415 - which knows these nouns
 
     found, images = verified.verdict, verified.evaluation.images
     shown = {one.index: images[one.index] for one in found.accuracy.worst} if isinstance(found, Verdict) else {}

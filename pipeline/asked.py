@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import targets
-from device.errors import InputError, TargetUnavailable
-from pipeline import progress
-from pipeline.onnx_in import asked as onnx_in
-from pipeline.recipe import Recipe, read
+from bitferry import targets
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.pipeline import progress
+from bitferry.pipeline.onnx_in import asked as onnx_in
+from bitferry.pipeline.recipe import Recipe, read
 
 
 def asked(

@@ -9,9 +9,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 from torchvision.transforms.v2.functional import InterpolationMode
 
-from device.arrays import Images
-from device.pixels import IGNORED
-from pipeline.augmentation import Augmentation
+from bitferry.device.arrays import Images
+from bitferry.device.pixels import IGNORED
+from bitferry.pipeline.augmentation import Augmentation
 
 NEAREST, BILINEAR = InterpolationMode.NEAREST, InterpolationMode.BILINEAR
 EXACT = InterpolationMode.NEAREST_EXACT

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.section import Section
+from bitferry.pipeline.section import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -9,18 +9,18 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import targets
-from device import rebuilt, runner, whole
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline import cache, progress
-from pipeline.artifacts import Bundle, Compiled, Program, Quantized, QuantizedOnnx, Unmeasured, Verified
-from pipeline.measure import golden
-from pipeline.recipe import Recipe
-from pipeline.report import record
-from pipeline.shipping import materials
-from pipeline.shipping.provenance import Origin, provenance, tied
-from pipeline.verdict import Built
+from bitferry import targets
+from bitferry.device import rebuilt, runner, whole
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import cache, progress
+from bitferry.pipeline.artifacts import Bundle, Compiled, Program, Quantized, QuantizedOnnx, Unmeasured, Verified
+from bitferry.pipeline.measure import golden
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.report import record
+from bitferry.pipeline.shipping import materials
+from bitferry.pipeline.shipping.provenance import Origin, provenance, tied
+from bitferry.pipeline.verdict import Built
 
 SOURCES = Path(__file__).parents[1]
 SHIPPED = ("device", "targets")
@@ -33,8 +33,8 @@ MAIN = """\"\"\"Wire the runner to this bundle's target.\"\"\"
 import sys
 from pathlib import Path
 
-from device.commands import main
-from targets import {target}
+from bitferry.device.commands import main
+from bitferry.targets import {target}
 
 sys.exit(main({target}, Path(__file__).resolve().parents[1]))
 """
@@ -43,7 +43,7 @@ AGENT = """\"\"\"Run the device's own program.\"\"\"
 import sys
 
 try:
-    from device.agent import main
+    from bitferry.device.agent import main
 except ImportError as error:
     print(f"error: this needs the Python package '{error.name}': pip install {error.name}", file=sys.stderr)
     sys.exit(2)

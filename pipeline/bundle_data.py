@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from device import runner
-from device.arrays import Images, Outputs
-from device.errors import InputError
-from device.kept import Kept
-from device.preprocess import Preprocessing
-from pipeline import cache, dataset, progress
-from pipeline.data.split import Labels, Split
-from pipeline.figures import Change
-from pipeline.measure import accuracy, segmentation
-from pipeline.measure.accuracy import Terms, paired_change, refuse_strange
-from pipeline.measure.answers import answers
-from pipeline.report import record
-from pipeline.verdict import Built
+from bitferry.device import runner
+from bitferry.device.arrays import Images, Outputs
+from bitferry.device.errors import InputError
+from bitferry.device.kept import Kept
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import cache, dataset, progress
+from bitferry.pipeline.data.split import Labels, Split
+from bitferry.pipeline.figures import Change
+from bitferry.pipeline.measure import accuracy, segmentation
+from bitferry.pipeline.measure.accuracy import Terms, paired_change, refuse_strange
+from bitferry.pipeline.measure.answers import answers
+from bitferry.pipeline.report import record
+from bitferry.pipeline.verdict import Built
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from device import atomic
-from device.errors import InputError
-from pipeline import failing, interrupt, progress
+from bitferry.device import atomic
+from bitferry.device.errors import InputError
+from bitferry.pipeline import failing, interrupt, progress
 
 if TYPE_CHECKING:
-    from pipeline.nightly.store import Store
+    from bitferry.pipeline.nightly.store import Store
 
 MARK = ".bitferry"
 MARK_TEXT = "This folder belongs to bitferry; it may replace what is in it.\n"

@@ -9,12 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from device.errors import StageFailed, first_line
-from pipeline import cache, progress, unsupported
-from pipeline.artifacts import Captured, Quantized, TorchProgram
-from pipeline.data.split import Split
-from pipeline.functional import functional
-from pipeline.rewrites import rewrite
+from bitferry.device.errors import StageFailed, first_line
+from bitferry.pipeline import cache, progress, unsupported
+from bitferry.pipeline.artifacts import Captured, Quantized, TorchProgram
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.functional import functional
+from bitferry.pipeline.rewrites import rewrite
 
 
 def capture(program: TorchProgram, calibration: Split, build: cache.Cache) -> Captured:

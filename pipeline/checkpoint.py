@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from device import mistaken
-from device.errors import COLOURS, InputError, first_line
-from pipeline import confined, progress, stored, unwrapped, zipped
+from bitferry.device import mistaken
+from bitferry.device.errors import COLOURS, InputError, first_line
+from bitferry.pipeline import confined, progress, stored, unwrapped, zipped
 
 PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DataParallel put before every key."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from device.errors import BitferryError, InputError, StageFailed
-from pipeline import cli_nightly, cli_ship, cli_train, completion, failing, interrupt, pages
-from pipeline.cli_more import commands
-from pipeline.cli_train import Processes
-from pipeline.cli_words import (
+from bitferry.device.errors import BitferryError, InputError, StageFailed
+from bitferry.pipeline import cli_nightly, cli_ship, cli_train, completion, failing, interrupt, pages
+from bitferry.pipeline.cli_more import commands
+from bitferry.pipeline.cli_train import Processes
+from bitferry.pipeline.cli_words import (
     AllowUnmeasured,
     BuildFolder,
     Host,
@@ -40,9 +40,9 @@ from pipeline.cli_words import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pipeline.measure.latency import Effort
-    from pipeline.recipe import Recipe
-    from pipeline.run import Deployment, Run
+    from bitferry.pipeline.measure.latency import Effort
+    from bitferry.pipeline.recipe import Recipe
+    from bitferry.pipeline.run import Deployment, Run
 
 DEFAULT_RECIPE = Path("recipes/fashion-resnet18.toml")
 
@@ -63,16 +63,16 @@ def options(
     download: Annotated[bool, typer.Option("--download", help="Let libraries fetch data and weights named.")] = False,
     version: Version = False,
 ) -> None:
-    from pipeline import progress
+    from bitferry.pipeline import progress
 
     progress.console.quiet = quiet
     Said.debug, Said.download = debug, download
 
 
 def _run(recipe: "Recipe", path: Path, build: Path, trust: bool, effort: "Effort" = "default") -> "Run":
-    from pipeline import memory
-    from pipeline.cache import Cache
-    from pipeline.run import Run
+    from bitferry.pipeline import memory
+    from bitferry.pipeline.cache import Cache
+    from bitferry.pipeline.run import Run
 
     memory.keep_freed()
     return Run(recipe, path, Cache(build / recipe.name), trust, effort, download=Said.download)
@@ -88,13 +88,13 @@ def _each(
     as_json: bool,
 ) -> None:
     """Print a path for each target; where the precision is left open, of its int8, or the first it has."""
-    import targets
-    from pipeline.asked import asked
+    from bitferry import targets
+    from bitferry.pipeline.asked import asked
 
     read, chosen = asked(recipe, names, precision=precision)  # faults in these are told before torch is imported
-    from pipeline.deploy import each
-    from pipeline.run import Deployment
-    from pipeline.verdict import Failed
+    from bitferry.pipeline.deploy import each
+    from bitferry.pipeline.run import Deployment
+    from bitferry.pipeline.verdict import Failed
 
     run = _run(read, recipe, build, trust)
     firsts = {name: next(iter(targets.get(name).SCHEMES)) for name in chosen}
@@ -132,13 +132,13 @@ def deploy(
 
     Example: bitferry deploy recipes/fashion-resnet18.toml --target openvino
     """
-    from pipeline.asked import asked
-    from pipeline.bundle import check_output
+    from bitferry.pipeline.asked import asked
+    from bitferry.pipeline.bundle import check_output
 
     chosen, names = asked(recipe, target, precision=precision, minutes=search_minutes)
     check_output(chosen, names, out)  # these faults are told before torch is imported
-    from pipeline.deploy import deploy as deploy_
-    from pipeline.report import terminal
+    from bitferry.pipeline.deploy import deploy as deploy_
+    from bitferry.pipeline.report import terminal
 
     run = _run(chosen, recipe, build, trust, _effort(quick, thorough))
     results = deploy_(replace(run, processes=processes), names, out)
@@ -242,11 +242,11 @@ def verify(
         raise typer.Exit(cli_ship.verify(subject, data, effort, (host, ssh, python), as_json=json_))
     if data is not None or host is not None:
         raise InputError(f"--{'host' if data is None else 'data'} is for a bundle; a recipe names its own data")
-    from pipeline.asked import asked
+    from bitferry.pipeline.asked import asked
 
     recipe, names = asked(subject, target, precision=precision, minutes=search_minutes)
-    from pipeline.deploy import verify as verify_
-    from pipeline.report import terminal
+    from bitferry.pipeline.deploy import verify as verify_
+    from bitferry.pipeline.report import terminal
 
     results = verify_(_run(recipe, subject, build, trust, effort), names)
     terminal.show(results, as_json=json_)

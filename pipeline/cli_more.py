@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline import completion as completed
-from pipeline.cli_words import Json
+from bitferry.pipeline import completion as completed
+from bitferry.pipeline.cli_words import Json
 
 commands = typer.Typer()
 
@@ -29,8 +29,8 @@ def predict(
 
     Example: bitferry predict dist/fashion-resnet18-openvino-1.0.0 photo.png
     """
-    import targets as registry
-    from device import runner
+    from bitferry import targets as registry
+    from bitferry.device import runner
 
     loaded = runner.Runner(bundle, registry.get(runner.read_manifest(bundle)["target"]))
     for answer in loaded.answers(images, top=top, out=out):
@@ -43,9 +43,9 @@ def targets(json_: Json = False) -> None:
 
     Example: bitferry targets
     """
-    from device.errors import TargetUnavailable
-    from pipeline import doctor as examined
-    from pipeline.report import doctor as report
+    from bitferry.device.errors import TargetUnavailable
+    from bitferry.pipeline import doctor as examined
+    from bitferry.pipeline.report import doctor as report
 
     try:
         found = examined.states()
@@ -65,8 +65,8 @@ def doctor(
 
     Example: bitferry doctor
     """
-    from pipeline import doctor as examined
-    from pipeline.report import doctor as report
+    from bitferry.pipeline import doctor as examined
+    from bitferry.pipeline.report import doctor as report
 
     found = examined.examine(build)
     report.show(found, as_json=json_)
@@ -96,7 +96,7 @@ def init(
 
     Example: bitferry init weights.pth photos/ --source torchvision:mobilenet_v2
     """
-    from pipeline import init as init_
+    from bitferry.pipeline import init as init_
 
     sides = init_.sides(size) if size is not None else None
     for written in init_.init(init_.Asked(model, images, output, source, sides, classes, trust)):
@@ -123,11 +123,11 @@ def quickstart(
     """
     import sys
 
-    import targets
+    from bitferry import targets
 
     targets.check_name(target)
     targets.get(target)  # told before torch is imported
-    from pipeline import tour
+    from bitferry.pipeline import tour
 
     def pause() -> None:
         if not yes and sys.stdin.isatty():
@@ -164,7 +164,7 @@ def pick(
 
     Example: bitferry pick recipes/imagenet-mobilenetv2.toml photos/ --count 256 -o calibration.tsv
     """
-    from pipeline.pick import pick as pick_
+    from bitferry.pipeline.pick import pick as pick_
 
     pick_(recipe, images, count, output, build=build, trust=trust)
 
@@ -179,6 +179,6 @@ def compare(
 
     Example: bitferry compare build/m/reports/openvino-int8 build/m/reports/onnxruntime-int8
     """
-    from pipeline.report import comparison
+    from bitferry.pipeline.report import comparison
 
     comparison.show(comparison.compare(first, second), as_json=json_)

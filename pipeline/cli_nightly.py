@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from device.errors import InputError
-from pipeline import completion
-from pipeline.cli_words import Json
+from bitferry.device.errors import InputError
+from bitferry.pipeline import completion
+from bitferry.pipeline.cli_words import Json
 
 if TYPE_CHECKING:
-    from pipeline.measure.latency import Effort
+    from bitferry.pipeline.measure.latency import Effort
 
 commands = typer.Typer()
 
@@ -82,9 +82,9 @@ def matrix(
     """
     if quick and thorough:
         raise InputError("--quick and --thorough exclude each other")
-    from pipeline.nightly.matrix import Asked
-    from pipeline.nightly.matrix import matrix as run
-    from pipeline.nightly.shown import show
+    from bitferry.pipeline.nightly.matrix import Asked
+    from bitferry.pipeline.nightly.matrix import matrix as run
+    from bitferry.pipeline.nightly.shown import show
 
     effort: Effort = "quick" if quick else "thorough" if thorough else "default"
     names, paths = _listed(precisions), tuple(recipes)
@@ -113,8 +113,8 @@ def history(
 
     Example: bitferry history fashion-resnet18 openvino --precision int8
     """
-    from pipeline.nightly import told
-    from pipeline.nightly.history import History
+    from bitferry.pipeline.nightly import told
+    from bitferry.pipeline.nightly.history import History
 
     with History(out / "history.sqlite", read_only=True) as kept:
         told.show_history(kept, told.chosen(kept.cells(), model, target, precision), last, as_json=json_)
@@ -131,7 +131,7 @@ def accept(
 
     Example: bitferry accept fashion-resnet18/openvino/int8 --why "OpenVINO 2026.5 is 4 % slower, and needed"
     """
-    from pipeline.nightly.accept import accept as accept_
+    from bitferry.pipeline.nightly.accept import accept as accept_
 
     for line in accept_(out, cells, night, why):
         typer.echo(line)
@@ -155,7 +155,7 @@ def bisect(
 
     Example: bitferry bisect fashion-resnet18/openvino/int8 recipes/fashion-resnet18.toml
     """
-    from pipeline.nightly import bisect as bisect_
+    from bitferry.pipeline.nightly import bisect as bisect_
 
     found = bisect_.bisect(cell, recipe, out, build, bad=night, good=good, trust=trust, agreed=yes or _agree)
     typer.echo(json.dumps(bisect_.fields(found), indent=2) if json_ else bisect_.text(found))

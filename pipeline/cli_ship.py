@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.measure.latency import Effort
+    from bitferry.pipeline.measure.latency import Effort
 
 commands = typer.Typer()
 keys = typer.Typer(help="Make the keys that sign bundles, and the lists of keys that devices trust.")
@@ -31,7 +31,7 @@ def new_key(
 
     Example: bitferry keys new keys/fleet
     """
-    from pipeline.shipping import keys as made
+    from bitferry.pipeline.shipping import keys as made
 
     for written in made.new(path, os.environ.get(PASSWORD)):
         typer.echo(written)
@@ -48,7 +48,7 @@ def list_keys(
 
     Example: bitferry keys list new.pub spare.pub --number 2 --key old.key -o keys-2.json
     """
-    from pipeline.shipping import keys as made
+    from bitferry.pipeline.shipping import keys as made
 
     typer.echo(made.sign_list(publics, number, key, output, os.environ.get(PASSWORD)))
 
@@ -62,7 +62,7 @@ def sign(
 
     Example: bitferry sign dist/fashion-resnet18-openvino-1.0.0 --key keys/fleet.key
     """
-    from pipeline.shipping import sign as signing
+    from bitferry.pipeline.shipping import sign as signing
 
     signing.sign(bundle, key, os.environ.get(PASSWORD))
     typer.echo(signing.archive(bundle))
@@ -82,7 +82,7 @@ def reproduce(
 
     Example: bitferry reproduce dist/fashion-resnet18-openvino-1.0.0 --recipe recipes/fashion-resnet18.toml
     """
-    from pipeline.shipping import reproduce as again
+    from bitferry.pipeline.shipping import reproduce as again
 
     raise typer.Exit(again.show(again.reproduce(bundle, recipe, build, trust=trust_), as_json=json_))
 
@@ -102,7 +102,7 @@ def publish(
 
     Example: bitferry publish dist/fashion-resnet18-openvino-1.0.0.tar.gz --repository public --keys repository-keys
     """
-    from pipeline.shipping import publish as publishing
+    from bitferry.pipeline.shipping import publish as publishing
 
     done = publishing.run(repository, keys_, archive, rotate)
     role, date = done.first
@@ -118,7 +118,7 @@ def device(
 
     Example: bitferry device -o bitferry-device.pyz
     """
-    from pipeline.bundle import write_agent
+    from bitferry.pipeline.bundle import write_agent
 
     write_agent(output)
     typer.echo(output)
@@ -128,12 +128,12 @@ def verify(
     bundle: Path, data: Path | None, effort: "Effort", there: tuple[str | None, str, str], *, as_json: bool
 ) -> int:
     """Prove a bundle anew, here or on another machine (its name, how to call ssh, its Python); give the exit code."""
-    from pipeline import recheck
+    from bitferry.pipeline import recheck
 
     host, ssh, python = there
     if host is None:
         return recheck.show(recheck.verify(bundle, data, effort=effort), as_json=as_json)
-    from pipeline.shipping import remote
+    from bitferry.pipeline.shipping import remote
 
     found = remote.verify(bundle, host, data, python=python, effort=effort, ssh=remote.command(ssh))
     return recheck.show(found, as_json=as_json)
@@ -212,6 +212,6 @@ def status(root: Root, json_: Annotated[bool, typer.Option("--json", help="Print
 
 def _agent(*words: str) -> None:
     """Do what the device's own program does."""
-    from device import agent
+    from bitferry.device import agent
 
     raise typer.Exit(agent.main(words))

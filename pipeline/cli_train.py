@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_words import BuildFolder, Json, RecipePath, Said
+from bitferry.pipeline.cli_words import BuildFolder, Json, RecipePath, Said
 
 DEFAULT_RECIPE = Path("recipes/fashion-resnet18.toml")
 Processes = Annotated[
@@ -27,10 +27,10 @@ def train(
 
     Example: bitferry train recipes/fashion-resnet18.toml --processes 2
     """
-    from pipeline import memory
-    from pipeline.cache import Cache
-    from pipeline.recipe import read
-    from pipeline.run import Run
+    from bitferry.pipeline import memory
+    from bitferry.pipeline.cache import Cache
+    from bitferry.pipeline.recipe import read
+    from bitferry.pipeline.run import Run
 
     asked = read(recipe)
     memory.keep_freed()
@@ -60,8 +60,8 @@ def tune(
 
     Example: bitferry tune recipes/fashion-resnet18.toml --trials 12 --space learning_rate=1e-4..1e-2 -o tuned.toml
     """
-    from pipeline.tune import Wanted
-    from pipeline.tune import tune as tune_
+    from bitferry.pipeline.tune import Wanted
+    from bitferry.pipeline.tune import tune as tune_
 
     found = tune_(recipe, Wanted(trials, minutes, tuple(space or ())), output, build=build, download=Said.download)
     typer.echo(found.json() if json_ else found.text())

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import completion
+from bitferry.pipeline import completion
 
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="The recipe to build.", autocompletion=completion.recipes)

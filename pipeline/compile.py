@@ -6,13 +6,13 @@ from pathlib import Path
 
 import onnx
 
-import targets
-from device import errors
-from device.errors import BitferryError, InputError, StageFailed, first_line
-from pipeline import cache, conditioning, fault, first_run, unsupported
-from pipeline.artifacts import Captured, Compiled, Program, Simplified, Source
-from pipeline.capture import fixed_batch, read_graph
-from pipeline.data.split import Split
+from bitferry import targets
+from bitferry.device import errors
+from bitferry.device.errors import BitferryError, InputError, StageFailed, first_line
+from bitferry.pipeline import cache, conditioning, fault, first_run, unsupported
+from bitferry.pipeline.artifacts import Captured, Compiled, Program, Simplified, Source
+from bitferry.pipeline.capture import fixed_batch, read_graph
+from bitferry.pipeline.data.split import Split
 
 CHECKS = [Path(str(module.__file__)) for module in (first_run, fault, conditioning)]
 

@@ -41,7 +41,7 @@ def bundles(incomplete: str) -> list[str]:
 
 def target_names(incomplete: str) -> list[str]:
     """Give targets by name, or `all`; after a comma those that were not named yet."""
-    import targets  # noqa: PLC0415 - NumPy with it, whose absence no other command should die of
+    from bitferry import targets  # noqa: PLC0415 - NumPy with it, whose absence no other command should die of
 
     before, comma, last = incomplete.rpartition(",")
     known = [name for name in [*targets.names(), *([] if comma else ["all"])] if name not in before.split(",")]
@@ -50,7 +50,7 @@ def target_names(incomplete: str) -> list[str]:
 
 def precisions(incomplete: str) -> list[str]:
     """Give the precisions that a recipe may name."""
-    import targets  # noqa: PLC0415 - as above
+    from bitferry import targets  # noqa: PLC0415 - as above
 
     return [name for name in ("auto", *targets.PRECISIONS) if name.startswith(incomplete)]
 

@@ -15,8 +15,8 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from device.arrays import Predict
-from pipeline.onnx_in import session
+from bitferry.device.arrays import Predict
+from bitferry.pipeline.onnx_in import session
 
 EPSILON = 2.0**-21
 DRAWS = 3

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from device.errors import BitferryError, InputError, first_line
+from bitferry.device.errors import BitferryError, InputError, first_line
 
 Work = Callable[[], list[str]]
 MOST_TOLD = 64_000_000

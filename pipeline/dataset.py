@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from device import preprocess
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline import cache
-from pipeline.data import broken, decoding, formats, labels, splitting
-from pipeline.data.sample import Sample, Wanted
-from pipeline.data.source import BROKEN_SHARE, Part, Source, title
-from pipeline.data.split import Labels, Roomy, Split
-from pipeline.measure.metrics import Task
-from targets import usable_cpus
+from bitferry.device import preprocess
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import cache
+from bitferry.pipeline.data import broken, decoding, formats, labels, splitting
+from bitferry.pipeline.data.sample import Sample, Wanted
+from bitferry.pipeline.data.source import BROKEN_SHARE, Part, Source, title
+from bitferry.pipeline.data.split import Labels, Roomy, Split
+from bitferry.pipeline.measure.metrics import Task
+from bitferry.targets import usable_cpus
 
 SEVERAL = 8
 """Calibration images that should not all be of one class."""

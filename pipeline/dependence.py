@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from device.errors import InputError
+from bitferry.device.errors import InputError
 
 Answer = Callable[[Tensor], Tensor]
 SHARE, LEAST = 1e-3, 1e-5

@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from device.errors import BitferryError
-from pipeline import failing, pages, progress
-from pipeline.artifacts import Bundle, Unmeasured, Verified
-from pipeline.bundle import check_output
-from pipeline.run import Deployment, Run
-from pipeline.search import choose
-from pipeline.shipping.provenance import epoch
-from pipeline.verdict import Failed
+from bitferry.device.errors import BitferryError
+from bitferry.pipeline import failing, pages, progress
+from bitferry.pipeline.artifacts import Bundle, Unmeasured, Verified
+from bitferry.pipeline.bundle import check_output
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.search import choose
+from bitferry.pipeline.shipping.provenance import epoch
+from bitferry.pipeline.verdict import Failed
 
 Made = TypeVar("Made")
 

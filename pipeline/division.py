@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from device.arrays import Images, Outputs
-from device.errors import InputError
+from bitferry.device.arrays import Images, Outputs
+from bitferry.device.errors import InputError
 
 LEAST, MOST = 128, 256
 """Validation images: half of what is given up to the first, a quarter up to the second."""

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import progress
+from bitferry.pipeline import progress
 
 Grade = Literal["ok", "note", "problem"]
 
@@ -34,7 +34,7 @@ import json, torch, torchvision
 torchvision.ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
 print(json.dumps({"torch": torch.__version__, "torchvision": torchvision.__version__}))
 """
-TARGET = "import sys; from pipeline.doctor import describe; describe(sys.argv[1])"
+TARGET = "import sys; from bitferry.pipeline.doctor import describe; describe(sys.argv[1])"
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def states() -> tuple[State, ...]:
 
 def describe(name: str) -> None:
     """Print the state of a target as JSON; run in a process that its runtime may end."""
-    import targets  # noqa: PLC0415 - imports NumPy, whose absence the doctor should survive
-    from device.errors import TargetUnavailable  # noqa: PLC0415
+    from bitferry import targets  # noqa: PLC0415 - imports NumPy, whose absence the doctor should survive
+    from bitferry.device.errors import TargetUnavailable  # noqa: PLC0415
 
     try:
         target = targets.get(name)
@@ -132,7 +132,7 @@ def describe(name: str) -> None:
 
 
 def _names() -> list[str]:
-    import targets  # noqa: PLC0415
+    from bitferry import targets  # noqa: PLC0415
 
     return targets.names()
 
@@ -205,7 +205,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _cpu() -> Iterator[Check]:
-    from targets import ISA, cpu_isa, usable_cpus  # noqa: PLC0415
+    from bitferry.targets import ISA, cpu_isa, usable_cpus  # noqa: PLC0415
 
     model = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
     able = cpu_isa()
@@ -271,9 +271,9 @@ def _variables() -> Iterator[Check]:
 
 def _quiet() -> Iterator[Check]:
     """Repeat what verification would suspect a timing of, measured now."""
-    from device import machine  # noqa: PLC0415
-    from pipeline.measure.suspicion import suspicions  # noqa: PLC0415
-    from targets import usable_cpus  # noqa: PLC0415
+    from bitferry.device import machine  # noqa: PLC0415
+    from bitferry.pipeline.measure.suspicion import suspicions  # noqa: PLC0415
+    from bitferry.targets import usable_cpus  # noqa: PLC0415
 
     with machine.other_load() as others:
         time.sleep(0.3)

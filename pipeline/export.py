@@ -16,15 +16,15 @@ import numpy as np
 import onnx
 import torch
 
-from device.arrays import Images, Outputs
-from device.errors import StageFailed, first_line
-from pipeline import cache, conditioning, unsupported
-from pipeline.artifacts import FloatOnnx, Onnx, Program, Simplified, TorchProgram
-from pipeline.capture import captured
-from pipeline.data.split import Split
-from pipeline.division import drawn
-from pipeline.onnx_in import session
-from pipeline.statistics import sqnr_db
+from bitferry.device.arrays import Images, Outputs
+from bitferry.device.errors import StageFailed, first_line
+from bitferry.pipeline import cache, conditioning, unsupported
+from bitferry.pipeline.artifacts import FloatOnnx, Onnx, Program, Simplified, TorchProgram
+from bitferry.pipeline.capture import captured
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.division import drawn
+from bitferry.pipeline.onnx_in import session
+from bitferry.pipeline.statistics import sqnr_db
 
 aten = torch.ops.aten
 OPSET = 18

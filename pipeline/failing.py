@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from device.errors import BitferryError, StageFailed, first_line
+from bitferry.device.errors import BitferryError, StageFailed, first_line
 
 if TYPE_CHECKING:
     from torch import fx
@@ -50,7 +50,7 @@ def place(error: BaseException) -> str:
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     for frame, line in reversed(frames):
         if frame.f_code.co_filename.startswith(GENERATED) and (node := _node(frame, line)) is not None:
-            from pipeline.unsupported import place as of_node  # noqa: PLC0415 - torch and onnx come with it
+            from bitferry.pipeline.unsupported import place as of_node  # noqa: PLC0415 - torch and onnx come with it
 
             return f"in {of_node(node)}"
     layer, source = _layer([frame for frame, _ in frames]), _source(frames)

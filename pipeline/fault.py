@@ -19,15 +19,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-import targets
-from device.arrays import Images, Outputs, Predict, in_batches
-from pipeline import conditioning, interrupt, progress, unsupported
-from pipeline.artifacts import Captured, Compiled, Simplified, Source, Traced
-from pipeline.capture import read
-from pipeline.onnx_in import session
-from pipeline.rewrites import open_axes
-from pipeline.trace import torchscript
-from pipeline.verify import eager
+from bitferry import targets
+from bitferry.device.arrays import Images, Outputs, Predict, in_batches
+from bitferry.pipeline import conditioning, interrupt, progress, unsupported
+from bitferry.pipeline.artifacts import Captured, Compiled, Simplified, Source, Traced
+from bitferry.pipeline.capture import read
+from bitferry.pipeline.onnx_in import session
+from bitferry.pipeline.rewrites import open_axes
+from bitferry.pipeline.trace import torchscript
+from bitferry.pipeline.verify import eager
 
 Alike = Callable[[Outputs, Outputs], bool]
 LONGEST = 120.0

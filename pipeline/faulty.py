@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from pipeline.data.source import written
+from bitferry.pipeline.data.source import written
 
 
 def _place(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:

@@ -11,16 +11,16 @@ from functools import partial
 
 import numpy as np
 
-import targets
-from device.arrays import Images, Outputs
-from device.errors import StageFailed, TargetUnavailable, first_line
-from pipeline import conditioning, fault, progress, unsupported
-from pipeline.artifacts import Compiled, Program
-from pipeline.data.split import Split
-from pipeline.export import MOST_DB, MOST_LOST_DB
-from pipeline.measure import suspicion
-from pipeline.statistics import sqnr_db
-from pipeline.verify import eager, load_artifact
+from bitferry import targets
+from bitferry.device.arrays import Images, Outputs
+from bitferry.device.errors import StageFailed, TargetUnavailable, first_line
+from bitferry.pipeline import conditioning, fault, progress, unsupported
+from bitferry.pipeline.artifacts import Compiled, Program
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.export import MOST_DB, MOST_LOST_DB
+from bitferry.pipeline.measure import suspicion
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import eager, load_artifact
 
 IMAGES = 8
 LEAST_DB = 60.0

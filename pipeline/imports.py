@@ -7,7 +7,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from pipeline.cache import MARK
+from bitferry.pipeline.cache import MARK
 
 
 def beside(folder: Path) -> list[Path]:

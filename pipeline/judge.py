@@ -7,16 +7,16 @@ from statistics import NormalDist
 
 import numpy as np
 
-from pipeline.data.split import Labels
-from pipeline.figures import Accuracy, Change, Latency, Ratio
-from pipeline.measure.accuracy import gained_pp, judge_accuracy
-from pipeline.measure.golden import LEAST_LIMIT
-from pipeline.measure.segmentation import constant_percent
-from pipeline.recipe import Budget
-from pipeline.statistics import binomial_tail
-from pipeline.training.record import Record
-from pipeline.verdict import Golden, Ladder, Outcome
-from targets import Layer, Precision
+from bitferry.pipeline.data.split import Labels
+from bitferry.pipeline.figures import Accuracy, Change, Latency, Ratio
+from bitferry.pipeline.measure.accuracy import gained_pp, judge_accuracy
+from bitferry.pipeline.measure.golden import LEAST_LIMIT
+from bitferry.pipeline.measure.segmentation import constant_percent
+from bitferry.pipeline.recipe import Budget
+from bitferry.pipeline.statistics import binomial_tail
+from bitferry.pipeline.training.record import Record
+from bitferry.pipeline.verdict import Golden, Ladder, Outcome
+from bitferry.targets import Layer, Precision
 
 GUESSING = 0.05
 """How likely as many right answers by guessing may be before a float model is said to know nothing."""

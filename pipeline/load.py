@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from device.errors import BitferryError, InputError, TargetUnavailable, first_line
-from device.preprocess import Preprocessing
-from pipeline import cache, checkpoint, imports, progress, stored, unwrapped
-from pipeline.artifacts import FloatModel
-from pipeline.measure.metrics import Task
-from pipeline.recipe import Recipe
-from pipeline.scores import check_scores
-from pipeline.training import record
+from bitferry.device.errors import BitferryError, InputError, TargetUnavailable, first_line
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import cache, checkpoint, imports, progress, stored, unwrapped
+from bitferry.pipeline.artifacts import FloatModel
+from bitferry.pipeline.measure.metrics import Task
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.scores import check_scores
+from bitferry.pipeline.training import record
 
 PACKAGES = {
     "torchvision": ("torch", "torchvision"),

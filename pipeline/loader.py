@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import augment
-from pipeline.augmentation import Augmentation
-from pipeline.data.split import Split
-from pipeline.measure.metrics import Task
-from targets import usable_cpus
+from bitferry.pipeline import augment
+from bitferry.pipeline.augmentation import Augmentation
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.measure.metrics import Task
+from bitferry.targets import usable_cpus
 
 Order = Sequence[int] | NDArray[np.integer[Any]]
 Batch = tuple[Tensor, Tensor]

@@ -4,11 +4,11 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TypedDict
 
-import targets
-from pipeline.artifacts import Compiled, Program
-from pipeline.data.split import Split
-from pipeline.recipe import Recipe
-from pipeline.verdict import SCHEMA
+from bitferry import targets
+from bitferry.pipeline.artifacts import Compiled, Program
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.verdict import SCHEMA
 
 PACKAGES = (
     "bitferry", "torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxsim", "onnxruntime", "torchmetrics",

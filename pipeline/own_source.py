@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from pipeline import cache
+from bitferry.pipeline import cache
 
 SOURCES = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "targets", "device")

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from device.errors import BitferryError
+from bitferry.device.errors import BitferryError
 
 FOLDER = "docs/"
 TARGETS = Path(__file__).parents[1] / "targets"

@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from device.arrays import Images
-from device.errors import InputError, first_line
-from device.preprocess import Preprocessing
-from pipeline import cache, progress, recipe
-from pipeline.artifacts import Baseline
-from pipeline.data import sample
-from pipeline.data.formats.folder import image_files
-from pipeline.load import load
-from pipeline.onnx_in.asked import is_onnx
-from pipeline.onnx_in.load import load as load_onnx
-from pipeline.run import Run
-from pipeline.verify import eager
-from targets import usable_cpus
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError, first_line
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import cache, progress, recipe
+from bitferry.pipeline.artifacts import Baseline
+from bitferry.pipeline.data import sample
+from bitferry.pipeline.data.formats.folder import image_files
+from bitferry.pipeline.load import load
+from bitferry.pipeline.onnx_in.asked import is_onnx
+from bitferry.pipeline.onnx_in.load import load as load_onnx
+from bitferry.pipeline.run import Run
+from bitferry.pipeline.verify import eager
+from bitferry.targets import usable_cpus
 
 CHUNK = 64
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline import interrupt
+from bitferry.pipeline import interrupt
 
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False, force_jupyter=False)  # a notebook shows stderr, line after line

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from device import arrays, pixels
-from device.arrays import Images
-from pipeline import cache
-from pipeline.artifacts import Calibration, FloatModel, Quantized
-from pipeline.capture import captured, export_program, fixed_batch, quiet_imports
-from pipeline.data.split import Split
-from pipeline.division import drawn, refuse_equal
-from pipeline.recipe import Quantization
-from pipeline.training.settings import Training
-from targets import Scheme, usable_cpus
+from bitferry.device import arrays, pixels
+from bitferry.device.arrays import Images
+from bitferry.pipeline import cache
+from bitferry.pipeline.artifacts import Calibration, FloatModel, Quantized
+from bitferry.pipeline.capture import captured, export_program, fixed_batch, quiet_imports
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.division import drawn, refuse_equal
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.training.settings import Training
+from bitferry.targets import Scheme, usable_cpus
 
 FLOAT_COUNTERPART = "float.pt2"
 HERE = Path(__file__).parent
@@ -91,11 +91,11 @@ def _quantize(
     quiet_imports()
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e  # noqa: PLC0415
 
-    from pipeline.quantization.annotate import SchemeQuantizer  # noqa: PLC0415
-    from pipeline.quantization.finetune import Course  # noqa: PLC0415
-    from pipeline.quantization.folding import fold_constants  # noqa: PLC0415
-    from pipeline.quantization.graph import round_before_pools  # noqa: PLC0415
-    from pipeline.quantization.steps import calibrate  # noqa: PLC0415
+    from bitferry.pipeline.quantization.annotate import SchemeQuantizer  # noqa: PLC0415
+    from bitferry.pipeline.quantization.finetune import Course  # noqa: PLC0415
+    from bitferry.pipeline.quantization.folding import fold_constants  # noqa: PLC0415
+    from bitferry.pipeline.quantization.graph import round_before_pools  # noqa: PLC0415
+    from bitferry.pipeline.quantization.steps import calibrate  # noqa: PLC0415
 
     refuse_equal(calibration)
     torch.set_num_threads(usable_cpus())  # else it is what ran before in this process, and sums depend on it

@@ -9,24 +9,24 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-import targets
-from device import golden, kept, measure, runner, whole
-from device.errors import StageFailed
-from device.kept import Kept
-from device.machine import Machine
-from device.measure import Measurement
-from device.timing import BLOCKS
-from pipeline import progress
-from pipeline.bundle_data import Shown, budget, change_of, show_again
-from pipeline.figures import Change, Suspicion, Timing
-from pipeline.judge import doubted
-from pipeline.measure import latency
-from pipeline.measure.latency import Effort
-from pipeline.measure.suspicion import suspicions
-from pipeline.report import record
-from pipeline.report.terminal import STYLES, suspicious
-from pipeline.verdict import Built, Outcome, Verdict
-from targets import Environment
+from bitferry import targets
+from bitferry.device import golden, kept, measure, runner, whole
+from bitferry.device.errors import StageFailed
+from bitferry.device.kept import Kept
+from bitferry.device.machine import Machine
+from bitferry.device.measure import Measurement
+from bitferry.device.timing import BLOCKS
+from bitferry.pipeline import progress
+from bitferry.pipeline.bundle_data import Shown, budget, change_of, show_again
+from bitferry.pipeline.figures import Change, Suspicion, Timing
+from bitferry.pipeline.judge import doubted
+from bitferry.pipeline.measure import latency
+from bitferry.pipeline.measure.latency import Effort
+from bitferry.pipeline.measure.suspicion import suspicions
+from bitferry.pipeline.report import record
+from bitferry.pipeline.report.terminal import STYLES, suspicious
+from bitferry.pipeline.verdict import Built, Outcome, Verdict
+from bitferry.targets import Environment
 
 ENVIRONMENTS = TypeAdapter(Environment)
 GAIN_PP = 1.0

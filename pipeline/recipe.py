@@ -20,19 +20,19 @@ from pydantic import (
     model_validator,
 )
 
-import targets
-from device.errors import InputError, TargetUnavailable
-from device.pixels import IGNORED
-from device.preprocess import Preprocessing
-from pipeline import faulty
-from pipeline.augmentation import Augmentation, with_alias
-from pipeline.data.source import Data, Part, Sizes, Table
-from pipeline.measure import metrics
-from pipeline.measure.metrics import COUNTED, TORCHMETRICS, Task
-from pipeline.section import Beside, Section, beside_recipe
-from pipeline.training import settings
-from pipeline.training.settings import Training
-from targets import Options, Precision
+from bitferry import targets
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.device.pixels import IGNORED
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import faulty
+from bitferry.pipeline.augmentation import Augmentation, with_alias
+from bitferry.pipeline.data.source import Data, Part, Sizes, Table
+from bitferry.pipeline.measure import metrics
+from bitferry.pipeline.measure.metrics import COUNTED, TORCHMETRICS, Task
+from bitferry.pipeline.section import Beside, Section, beside_recipe
+from bitferry.pipeline.training import settings
+from bitferry.pipeline.training.settings import Training
+from bitferry.targets import Options, Precision
 
 PRECISIONS = (*targets.PRECISIONS, "auto")
 

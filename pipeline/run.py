@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
-import targets
-from device.errors import InputError
-from pipeline import dataset, failing, progress, rungs
-from pipeline.artifacts import (
+from bitferry import targets
+from bitferry.device.errors import InputError
+from bitferry.pipeline import dataset, failing, progress, rungs
+from bitferry.pipeline.artifacts import (
     Baseline,
     Bundle,
     Captured,
@@ -28,28 +28,28 @@ from pipeline.artifacts import (
     Verified,
     Weights,
 )
-from pipeline.bundle import bundle
-from pipeline.cache import Cache
-from pipeline.capture import capture
-from pipeline.compile import compile
-from pipeline.data import leaks, near, senseless
-from pipeline.data import source as sources
-from pipeline.data.split import Split
-from pipeline.export import export, simplify
-from pipeline.load import architecture, load
-from pipeline.measure.latency import Effort
-from pipeline.onnx_in import asked as onnx_in
-from pipeline.onnx_in import way as onnx_way
-from pipeline.onnx_in.load import load as load_onnx
-from pipeline.quantize import Lessons, quantize
-from pipeline.recipe import Quantization, Recipe
-from pipeline.report import record
-from pipeline.shipping.provenance import Origin, epoch
-from pipeline.trace import trace
-from pipeline.train import train
-from pipeline.verdict import Search, searched
-from pipeline.verify import Way, evaluate, unmeasured, verify
-from targets import Precision
+from bitferry.pipeline.bundle import bundle
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.capture import capture
+from bitferry.pipeline.compile import compile
+from bitferry.pipeline.data import leaks, near, senseless
+from bitferry.pipeline.data import source as sources
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.export import export, simplify
+from bitferry.pipeline.load import architecture, load
+from bitferry.pipeline.measure.latency import Effort
+from bitferry.pipeline.onnx_in import asked as onnx_in
+from bitferry.pipeline.onnx_in import way as onnx_way
+from bitferry.pipeline.onnx_in.load import load as load_onnx
+from bitferry.pipeline.quantize import Lessons, quantize
+from bitferry.pipeline.recipe import Quantization, Recipe
+from bitferry.pipeline.report import record
+from bitferry.pipeline.shipping.provenance import Origin, epoch
+from bitferry.pipeline.trace import trace
+from bitferry.pipeline.train import train
+from bitferry.pipeline.verdict import Search, searched
+from bitferry.pipeline.verify import Way, evaluate, unmeasured, verify
+from bitferry.targets import Precision
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import targets
-from device.arrays import Predict
-from pipeline.artifacts import FloatOnnx, QuantizedOnnx
-from pipeline.capture import read_program
-from pipeline.export import answer
-from pipeline.measure.ladder import Step, Steps
-from pipeline.onnx_in import way as onnx_way
-from pipeline.trace import torchscript
-from pipeline.verify import eager, load_artifact
+from bitferry import targets
+from bitferry.device.arrays import Predict
+from bitferry.pipeline.artifacts import FloatOnnx, QuantizedOnnx
+from bitferry.pipeline.capture import read_program
+from bitferry.pipeline.export import answer
+from bitferry.pipeline.measure.ladder import Step, Steps
+from bitferry.pipeline.onnx_in import way as onnx_way
+from bitferry.pipeline.trace import torchscript
+from bitferry.pipeline.verify import eager, load_artifact
 
 if TYPE_CHECKING:
-    from pipeline.run import Deployment
+    from bitferry.pipeline.run import Deployment
 
 INT8 = "PyTorch int8"
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from device.errors import InputError, first_line
-from device.preprocess import Preprocessing
-from pipeline import dependence, progress
-from pipeline.recipe import Recipe
+from bitferry.device.errors import InputError, first_line
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dependence, progress
+from bitferry.pipeline.recipe import Recipe
 
 CHANNELS = (1, 2, 4, 5, 6, 8, 9, 12, 13)
 """Other numbers of channels that are tried where a model cannot take 3."""

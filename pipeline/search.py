@@ -16,21 +16,21 @@ from functools import partial
 import numpy as np
 import torch
 
-import targets
-from device import pixels
-from device.arrays import Images
-from device.errors import InputError, first_line
-from pipeline import interrupt, progress
-from pipeline.artifacts import FloatOnnx
-from pipeline.division import LEAST, divide
-from pipeline.judge import judge_answers
-from pipeline.measure import execution, latency, sensitivity
-from pipeline.run import Deployment, Run
-from pipeline.statistics import noise_share
-from pipeline.trial import Trial, by_worth, cost_of_float, reason, weighed, within
-from pipeline.verdict import Search
-from pipeline.verify import artifact_answers, compared, eager, float_answers, load_artifact
-from targets import Precision
+from bitferry import targets
+from bitferry.device import pixels
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline import interrupt, progress
+from bitferry.pipeline.artifacts import FloatOnnx
+from bitferry.pipeline.division import LEAST, divide
+from bitferry.pipeline.judge import judge_answers
+from bitferry.pipeline.measure import execution, latency, sensitivity
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.statistics import noise_share
+from bitferry.pipeline.trial import Trial, by_worth, cost_of_float, reason, weighed, within
+from bitferry.pipeline.verdict import Search
+from bitferry.pipeline.verify import artifact_answers, compared, eager, float_answers, load_artifact
+from bitferry.targets import Precision
 
 SHORT: Sequence[Precision] = ("float8", "float16", "bfloat16")
 BLAMED = 32

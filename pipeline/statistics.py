@@ -7,8 +7,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from device.arrays import Outputs
-from device.errors import InputError
+from bitferry.device.arrays import Outputs
+from bitferry.device.errors import InputError
 
 Indices = NDArray[np.int64]
 """Positions of images; one may come several times."""

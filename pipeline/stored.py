@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from device.errors import InputError
+from bitferry.device.errors import InputError
 
 AVERAGED = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema", "model_ema_state_dict", "ema_model",

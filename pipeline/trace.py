@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from device.errors import StageFailed, first_line
-from pipeline import cache, progress
-from pipeline.artifacts import TorchProgram, Traced
-from pipeline.capture import OneByOne, register_quantized_operators
-from pipeline.data.split import Split
-from pipeline.division import drawn
+from bitferry.device.errors import StageFailed, first_line
+from bitferry.pipeline import cache, progress
+from bitferry.pipeline.artifacts import TorchProgram, Traced
+from bitferry.pipeline.capture import OneByOne, register_quantized_operators
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.division import drawn
 
 TOLERANCE = 1e-5
 CHECKED_IMAGES = 16

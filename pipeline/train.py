@@ -4,14 +4,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipeline import augment, augmentation, cache, load, loader
-from pipeline.artifacts import Weights
-from pipeline.data.split import Split
-from pipeline.load import PACKAGES
-from pipeline.measure import accuracy, metrics, segmentation
-from pipeline.recipe import Recipe
-from pipeline.training import batch, course, machine, processes, start, state
-from pipeline.training.course import Job
+from bitferry.pipeline import augment, augmentation, cache, load, loader
+from bitferry.pipeline.artifacts import Weights
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.load import PACKAGES
+from bitferry.pipeline.measure import accuracy, metrics, segmentation
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.training import batch, course, machine, processes, start, state
+from bitferry.pipeline.training.course import Job
 
 CODE = [
     *sorted(Path(__file__).with_name("training").glob("*.py")),

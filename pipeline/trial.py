@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from device.timing import Series
-from pipeline.figures import Change, Ratio
-from pipeline.measure.execution import executed
-from pipeline.measure.speed import size
-from pipeline.run import Deployment
-from pipeline.statistics import decibels, ratio_interval
-from pipeline.verdict import Blame, Outcome, Weighed
+from bitferry.device.timing import Series
+from bitferry.pipeline.figures import Change, Ratio
+from bitferry.pipeline.measure.execution import executed
+from bitferry.pipeline.measure.speed import size
+from bitferry.pipeline.run import Deployment
+from bitferry.pipeline.statistics import decibels, ratio_interval
+from bitferry.pipeline.verdict import Blame, Outcome, Weighed
 
 LEAST_COST = 0.1
 """Of a typical layer's, for one that costs less or nothing: what is measured of a layer is no more exact."""

@@ -11,18 +11,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from device.errors import InputError, StageFailed, TargetUnavailable, first_line
-from pipeline import cache, progress
-from pipeline.measure.metrics import higher_is_better
-from pipeline.recipe import Recipe
-from pipeline.recipe import read as read_recipe
-from pipeline.training import rewrite, space
-from pipeline.training.space import Range, Space, Value
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable, first_line
+from bitferry.pipeline import cache, progress
+from bitferry.pipeline.measure.metrics import higher_is_better
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.recipe import read as read_recipe
+from bitferry.pipeline.training import rewrite, space
+from bitferry.pipeline.training.space import Range, Space, Value
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid, Tuner
 
-    from pipeline.training.course import Job
+    from bitferry.pipeline.training.course import Job
 
 INSTALL = "pip install 'bitferry[tune]'"
 HELD_OUT = 0.1
@@ -125,10 +125,10 @@ def _check_output(path: Path, output: Path | None) -> None:
 def _search(
     recipe: Recipe, path: Path, wanted: Wanted, tried: Space, build: cache.Cache, download: bool
 ) -> "ResultGrid":
-    from pipeline.nightly import ray_session
-    from pipeline.run import Run
-    from pipeline.train import prepare
-    from pipeline.training.processes import pack
+    from bitferry.pipeline.nightly import ray_session
+    from bitferry.pipeline.run import Run
+    from bitferry.pipeline.train import prepare
+    from bitferry.pipeline.training.processes import pack
 
     training = recipe.training
     share = training.validation or HELD_OUT
@@ -184,8 +184,8 @@ def _tuner(room: Path, recipe: Recipe, wanted: Wanted, tried: Space) -> "Tuner":
 
 def _share() -> tuple[int, int]:
     """Give the CPUs and GPUs of a trial."""
-    from pipeline.training import machine
-    from targets import usable_cpus
+    from bitferry.pipeline.training import machine
+    from bitferry.targets import usable_cpus
 
     gpu = machine.kind() == "cuda"
     return max(1, usable_cpus() // SHARES), int(gpu)
@@ -207,9 +207,9 @@ def _trial(config: dict[str, Any]) -> None:
     """Train with one choice of settings, in a process of Ray's, and tell each validation."""
     from ray import tune as ray_tune
 
-    from pipeline.training import curves
-    from pipeline.training.course import WEIGHTS
-    from pipeline.training.processes import teach, unpack
+    from bitferry.pipeline.training import curves
+    from bitferry.pipeline.training.course import WEIGHTS
+    from bitferry.pipeline.training.processes import teach, unpack
 
     settings = {key: _rounded(value) for key, value in config.items() if key not in (ROOM, CPUS)}
     job = _job(unpack(Path(config[ROOM], JOB).read_bytes()), settings, Path(config[ROOM]))

@@ -9,9 +9,9 @@ import onnx
 import torch
 from torch import fx
 
-import targets
-from device.errors import TargetUnavailable, first_line
-from pipeline import failing
+from bitferry import targets
+from bitferry.device.errors import TargetUnavailable, first_line
+from bitferry.pipeline import failing
 
 SHOWN = 3
 NO_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'")

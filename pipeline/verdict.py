@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.figures import Accuracy, Latency, Ratio
-from targets import Environment, Layer, Precision
+from bitferry.pipeline.figures import Accuracy, Latency, Ratio
+from bitferry.targets import Environment, Layer, Precision
 
 SCHEMA = 3
 """Of verdict.json; it rises when a field changes its meaning or goes (docs/verdict.md)."""
@@ -200,7 +200,7 @@ class Built:
 
     def _repr_html_(self) -> str:
         """Show it in a notebook."""
-        from pipeline.report import fragment  # noqa: PLC0415 - which knows verdicts
+        from bitferry.pipeline.report import fragment  # noqa: PLC0415 - which knows verdicts
 
         return fragment.html(self)
 

@@ -9,23 +9,23 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-import targets
-from device import kept, pixels
-from device.arrays import Images, Outputs, Predict
-from device.errors import BitferryError, StageFailed, first_line
-from device.kept import Kept
-from device.timing import Series
-from pipeline import cache, export, progress, statistics, trace, unsupported
-from pipeline.artifacts import Baseline, Compiled, Program, Unmeasured, Verified
-from pipeline.data.split import Split
-from pipeline.figures import Accuracy, Latency
-from pipeline.judge import Measured, judge
-from pipeline.made_from import PACKAGES, made_from
-from pipeline.measure import accuracy, execution, golden, ladder, layers, segmentation, speed, suspicion
-from pipeline.measure.latency import Effort
-from pipeline.onnx_in import looked
-from pipeline.recipe import Recipe
-from pipeline.verdict import Built, Execution, Ladder, LayerError, Outcome, Verdict, searched
+from bitferry import targets
+from bitferry.device import kept, pixels
+from bitferry.device.arrays import Images, Outputs, Predict
+from bitferry.device.errors import BitferryError, StageFailed, first_line
+from bitferry.device.kept import Kept
+from bitferry.device.timing import Series
+from bitferry.pipeline import cache, export, progress, statistics, trace, unsupported
+from bitferry.pipeline.artifacts import Baseline, Compiled, Program, Unmeasured, Verified
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.figures import Accuracy, Latency
+from bitferry.pipeline.judge import Measured, judge
+from bitferry.pipeline.made_from import PACKAGES, made_from
+from bitferry.pipeline.measure import accuracy, execution, golden, ladder, layers, segmentation, speed, suspicion
+from bitferry.pipeline.measure.latency import Effort
+from bitferry.pipeline.onnx_in import looked
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.verdict import Built, Execution, Ladder, LayerError, Outcome, Verdict, searched
 
 LAYER_IMAGES = 32
 KEPT = [cache.file_hash(Path(str(module.__file__))) for module in (kept, pixels)]

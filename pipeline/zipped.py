@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
-from device.errors import InputError
+from bitferry.device.errors import InputError
 
 HEAD = b"PK\x03\x04"
 EXPECTED = "expected the archive as torch.save writes it; get the file again from where it was made"

@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar, cast, get_args
 
-from device.arrays import Predict
-from device.errors import InputError, TargetUnavailable, first_line
-from device.machine import usable_cpus as usable_cpus
+from bitferry.device.arrays import Predict
+from bitferry.device.errors import InputError, TargetUnavailable, first_line
+from bitferry.device.machine import usable_cpus as usable_cpus
 
 Kind = Literal["convolution", "matrix product"]
 """Of the layers whose precision a target tells."""

@@ -17,10 +17,10 @@ from uuid import NAMESPACE_URL, uuid5
 
 import numpy as np
 
-import targets
-from device.arrays import Images, Outputs, Predict, in_batches
-from device.errors import InputError, StageFailed, TargetUnavailable, first_line
-from targets import MOST_BATCH, Environment, Form, Kind, Layer, Needs, Precision, Scheme, since, system
+from bitferry import targets
+from bitferry.device.arrays import Images, Outputs, Predict, in_batches
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable, first_line
+from bitferry.targets import MOST_BATCH, Environment, Form, Kind, Layer, Needs, Precision, Scheme, since, system
 
 if find_spec("coremltools") is None:  # found, but not imported: it takes seconds, and PyTorch along where that is
     raise ModuleNotFoundError("No module named 'coremltools'", name="coremltools")

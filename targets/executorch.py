@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import numpy as np
 from executorch import version
 
-import targets
-from device.arrays import Images, Outputs, Predict, in_batches
-from device.errors import StageFailed, first_line
-from device.respell import Node, operator, respelled
-from targets import (
+from bitferry import targets
+from bitferry.device.arrays import Images, Outputs, Predict, in_batches
+from bitferry.device.errors import StageFailed, first_line
+from bitferry.device.respell import Node, operator, respelled
+from bitferry.targets import (
     MOST_BATCH,
     Environment,
     Form,

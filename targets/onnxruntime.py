@@ -11,11 +11,11 @@ from typing import Any, Literal, cast
 import numpy as np
 import onnxruntime as ort
 
-import targets
-from device import onnx_file, rearrange
-from device.arrays import Images, Outputs, Predict, in_batches
-from device.errors import TargetUnavailable
-from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
+from bitferry import targets
+from bitferry.device import onnx_file, rearrange
+from bitferry.device.arrays import Images, Outputs, Predict, in_batches
+from bitferry.device.errors import TargetUnavailable
+from bitferry.targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".onnx"

@@ -21,11 +21,11 @@ cast(dict[str, Any], sys.modules).setdefault("openvino_telemetry", None)
 import openvino as ov
 from openvino import opset13 as opset
 
-import targets
-from device import ir_file, ir_names
-from device.arrays import Images, Outputs, Predict, in_batches
-from device.errors import TargetUnavailable
-from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
+from bitferry import targets
+from bitferry.device import ir_file, ir_names
+from bitferry.device.arrays import Images, Outputs, Predict, in_batches
+from bitferry.device.errors import TargetUnavailable
+from bitferry.targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
 
 CORE = ov.Core()
 """The only one of this process. OpenVINO 2026.4.1 gives the thread in which a Core loads its CPU plugin a stack for

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-import targets
-from device import engine, gpu
-from device.arrays import Images, Outputs, Predict, in_batches
-from device.engine import NAME, RTX, sm, sms, trt
-from device.errors import InputError, TargetUnavailable
-from targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, system
+from bitferry import targets
+from bitferry.device import engine, gpu
+from bitferry.device.arrays import Images, Outputs, Predict, in_batches
+from bitferry.device.engine import NAME, RTX, sm, sms, trt
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".engine"
@@ -185,7 +185,7 @@ def _typed(model: Path, precision: Precision) -> bytes:
         return content
     import onnx  # noqa: PLC0415 - only the engineer's machine has it
 
-    from device.retype import retype  # noqa: PLC0415 - likewise
+    from bitferry.device.retype import retype  # noqa: PLC0415 - likewise
 
     kind = onnx.TensorProto.DataType.Value(REST.get(precision, "FLOAT"))
     return retype(content, kind, float8=precision == "float8", producer=mark)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from device.arrays import Images, Outputs, Predict, in_batches
-from device.errors import InputError, StageFailed, first_line
-from targets import (
+from bitferry.device.arrays import Images, Outputs, Predict, in_batches
+from bitferry.device.errors import InputError, StageFailed, first_line
+from bitferry.targets import (
     Environment,
     Form,
     Kind,

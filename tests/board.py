@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from device.errors import BitferryError
+from bitferry.device.errors import BitferryError
 
 if TYPE_CHECKING:
-    from pipeline.recheck import Recheck
+    from bitferry.pipeline.recheck import Recheck
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin:/sbin")
 DAEMON = """
@@ -59,7 +59,7 @@ class Board:
 
     def verify(self, bundle: Path, data: Path | None = None, python: str | None = None) -> "Recheck":
         """Verify a bundle there; nothing may be left behind, whatever comes of it."""
-        from pipeline.shipping import remote  # noqa: PLC0415 - imports torch
+        from bitferry.pipeline.shipping import remote  # noqa: PLC0415 - imports torch
 
         try:
             return remote.verify(bundle, "board", data, python=python or self.python, effort="quick", ssh=self.ssh)

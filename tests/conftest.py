@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import cli
+from bitferry.pipeline import cli
 from tests.board import board, sshd  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from device.preprocess import Preprocessing
+from bitferry.device.preprocess import Preprocessing
 from tests.conftest import Project, subset, write_project
 
 SIZE, CLASSES = 16, 3

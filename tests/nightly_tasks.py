@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray
 
-from pipeline.nightly import perform
+from bitferry.pipeline.nightly import perform
 
 
 def stamp(folder: Path, name: str, seconds: float = 0.0) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.figures import (
+from bitferry.pipeline.figures import (
     Accuracy,
     Bin,
     Candidate,
@@ -23,11 +23,11 @@ from pipeline.figures import (
     Timing,
     WorstImage,
 )
-from pipeline.nightly.night import ARTIFACT, EAGER, RUNTIME_FLOAT, Cell, Inputs, Result, Samples
-from pipeline.report.record import Recorded
-from pipeline.statistics import mcnemar_mid_p, tango_interval
-from pipeline.verdict import SCHEMA, Built, Execution, Golden, GoldenFile, Ladder, LayerError, Rung, Verdict
-from targets import Environment, Layer
+from bitferry.pipeline.nightly.night import ARTIFACT, EAGER, RUNTIME_FLOAT, Cell, Inputs, Result, Samples
+from bitferry.pipeline.report.record import Recorded
+from bitferry.pipeline.statistics import mcnemar_mid_p, tango_interval
+from bitferry.pipeline.verdict import SCHEMA, Built, Execution, Golden, GoldenFile, Ladder, LayerError, Rung, Verdict
+from bitferry.targets import Environment, Layer
 
 KIND = "x86-64 avx512_vnni"
 BLOCKS, CALLS = 40, 8

@@ -10,10 +10,10 @@ from typing import Any
 
 from tuf.api.metadata import Metadata, Signed
 
-from device import update
-from pipeline.shipping import publish, roles
-from pipeline.shipping.repository import DAYS, Days
-from pipeline.shipping.roles import Role
+from bitferry.device import update
+from bitferry.pipeline.shipping import publish, roles
+from bitferry.pipeline.shipping.repository import DAYS, Days
+from bitferry.pipeline.shipping.roles import Role
 from tests.served import Server
 
 SIZE = 300_000

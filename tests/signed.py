@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device import whole
-from device.signature import FILE
-from pipeline.shipping import keys, sign
+from bitferry.device import whole
+from bitferry.device.signature import FILE
+from bitferry.pipeline.shipping import keys, sign
 
 TIED: dict[str, Any] = {
     "os": platform.system(),
@@ -69,7 +69,7 @@ class Shop:
 
     def device(self, name: str = "root") -> Path:
         """Give a device's root that trusts the key."""
-        from device import agent  # noqa: PLC0415
+        from bitferry.device import agent  # noqa: PLC0415
 
         root = self.folder / name
         assert agent.main(["trust", str(self.public), "--root", str(root)]) == 0

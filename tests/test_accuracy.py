@@ -12,19 +12,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from device.arrays import Outputs
-from device.errors import InputError, StageFailed
-from pipeline import dataset, recipe
-from pipeline.cache import Cache
-from pipeline.data import leaks
-from pipeline.data.split import Labels, Split
-from pipeline.figures import Bin, Change
-from pipeline.load import load
-from pipeline.measure import metrics
-from pipeline.measure.accuracy import judge_accuracy, measure, percent
-from pipeline.recipe import Recipe
-from pipeline.statistics import paired_bootstrap, tango_interval
-from pipeline.train import train
+from bitferry.device.arrays import Outputs
+from bitferry.device.errors import InputError, StageFailed
+from bitferry.pipeline import dataset, recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data import leaks
+from bitferry.pipeline.data.split import Labels, Split
+from bitferry.pipeline.figures import Bin, Change
+from bitferry.pipeline.load import load
+from bitferry.pipeline.measure import metrics
+from bitferry.pipeline.measure.accuracy import judge_accuracy, measure, percent
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.statistics import paired_bootstrap, tango_interval
+from bitferry.pipeline.train import train
 from tests.conftest import Project, subset
 
 

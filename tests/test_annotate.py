@@ -8,11 +8,11 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from pipeline.quantization.annotate import SchemeQuantizer
-from pipeline.quantization.steps import calibrate
-from pipeline.recipe import Quantization
-from pipeline.statistics import sqnr_db
-from targets import Scheme
+from bitferry.pipeline.quantization.annotate import SchemeQuantizer
+from bitferry.pipeline.quantization.steps import calibrate
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.targets import Scheme
 
 INPUT = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 4 - 1
 INT32 = Scheme(bias="int32")

@@ -81,7 +81,7 @@ def test_device_and_targets_import_no_torch_at_the_top(path: Path) -> None:
 
 
 def test_the_help_loads_no_torch() -> None:
-    code = "import sys; import pipeline.cli; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    code = "import sys; import bitferry.pipeline.cli; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 

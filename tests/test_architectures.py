@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-import targets
-from pipeline import recipe
-from pipeline.cache import Cache
-from pipeline.run import Deployment, Run
-from pipeline.statistics import sqnr_db
-from pipeline.verify import eager, load_artifact
+from bitferry import targets
+from bitferry.pipeline import recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import eager, load_artifact
 from tests.conftest import write_project
 from tests.test_targets import target_or_skip
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from device import archive, install, installed, strict
-from device.errors import InputError
+from bitferry.device import archive, install, installed, strict
+from bitferry.device.errors import InputError
 from tests.conftest import Project
 from tests.signed import Shop, open_shop
 
@@ -184,8 +184,8 @@ def test_36_manifests_of_every_wrong_kind_are_refused(shop: Shop, right: Path, r
 
 def shop_archive(shop: Shop, fields: dict[str, object]) -> Path:
     """Sign what no `bitferry sign` would."""
-    from device import signature, whole  # noqa: PLC0415
-    from pipeline.shipping import keys, sign  # noqa: PLC0415
+    from bitferry.device import signature, whole  # noqa: PLC0415
+    from bitferry.pipeline.shipping import keys, sign  # noqa: PLC0415
 
     bundle = shop.copy("5.0.0")
     manifest = json.loads((bundle / "manifest.json").read_text())

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import targets
-from device import runner
-from device.preprocess import Preprocessing
-from pipeline.bundle import write_runner
+from bitferry import targets
+from bitferry.device import runner
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline.bundle import write_runner
 from tests.conftest import EMBEDDED, ROOT, Project, plain_environment, subset, verdicts
 
 TARGETS = ("openvino", "onnxruntime")
@@ -219,7 +219,7 @@ def test_a_bundle_carries_the_very_file_that_was_verified(deployed: Project, tmp
 def test_an_unmeasured_bundle_is_completed_from_inside_its_own_folder(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import recheck  # noqa: PLC0415 - imports torch
+    from bitferry.pipeline import recheck  # noqa: PLC0415 - imports torch
 
     unmeasured = json.loads((copy / "verdict.json").read_text()) | {"outcome": "unmeasured"}
     kept = {name: value for name, value in unmeasured.items() if name not in ("accuracy", "latency", "execution")}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import pick, recipe
-from pipeline.cache import Cache
-from pipeline.data.senseless import likeness
-from pipeline.division import LEAST
-from pipeline.run import Run
+from bitferry.pipeline import pick, recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data.senseless import likeness
+from bitferry.pipeline.division import LEAST
+from bitferry.pipeline.run import Run
 from tests.conftest import Project, subset
 
 

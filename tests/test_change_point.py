@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pipeline.nightly import change_point
-from pipeline.nightly.change_point import BOUND, Figures, follow, measured, saved, scatter
+from bitferry.pipeline.nightly import change_point
+from bitferry.pipeline.nightly.change_point import BOUND, Figures, follow, measured, saved, scatter
 
 ERROR = 0.01
 

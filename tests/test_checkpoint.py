@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from device.errors import InputError
-from pipeline import checkpoint
+from bitferry.device.errors import InputError
+from bitferry.pipeline import checkpoint
 
 State = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import progress
+from bitferry.pipeline import progress
 from tests.conftest import BITFERRY, Project, subset
 
 COMMANDS = (

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.report import comparison, record
-from pipeline.report.comparison import Comparison
+from bitferry.pipeline.report import comparison, record
+from bitferry.pipeline.report.comparison import Comparison
 from tests.conftest import Project, plain_environment, subset
 
 RECORDED = "from each one's recorded ratio to eager float"

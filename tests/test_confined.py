@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from device.errors import InputError
-from pipeline import confined
+from bitferry.device.errors import InputError
+from bitferry.pipeline import confined
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these limits")
 NETWORK = Path("/proc/self/ns/net")

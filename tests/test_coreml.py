@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import targets
-from device.arrays import Images
-from device.errors import InputError, StageFailed, TargetUnavailable
-from pipeline.artifacts import TorchProgram
-from pipeline.cache import Cache
-from pipeline.capture import capture
-from targets import Layer
+from bitferry import targets
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable
+from bitferry.pipeline.artifacts import TorchProgram
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.capture import capture
+from bitferry.targets import Layer
 from tests.test_torchscript import LAYERS, float_model, program, split
 
 coreml = targets.get("coreml")

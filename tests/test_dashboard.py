@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.figures import Change
-from pipeline.nightly import dashboard
-from pipeline.nightly.night import Cell, Finding, Night, Point, Result
+from bitferry.pipeline.figures import Change
+from bitferry.pipeline.nightly import dashboard
+from bitferry.pipeline.nightly.night import Cell, Finding, Night, Point, Result
 from tests import nights as made
 from tests.browser import Page, chrome  # noqa: F401 - a fixture
 

@@ -18,14 +18,14 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline import dataset
-from pipeline.cache import Cache
-from pipeline.data import formats
-from pipeline.data.source import Source, Table
-from pipeline.data.split import Split
-from pipeline.measure.metrics import Task
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data import formats
+from bitferry.pipeline.data.source import Source, Table
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.measure.metrics import Task
 from tests.conftest import Project, subset
 
 NAMES = ("T-shirt", "Trouser", "Pullover")

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline import dataset
-from pipeline.cache import Cache
-from pipeline.data import labels, leaks
-from pipeline.data.split import Split
-from pipeline.measure.metrics import Task
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data import labels, leaks
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.measure.metrics import Task
 from tests.conftest import subset
 
 CLASSES = ("cat", "dog")

@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from device.arrays import Images
-from device.errors import InputError
-from pipeline import progress
-from pipeline.artifacts import FloatModel, FloatOnnx
-from pipeline.cache import Cache
-from pipeline.data.split import Split
-from pipeline.division import FEWEST, LEAST, divide, drawn
-from pipeline.export import export, simplify
-from pipeline.load import Deployable
-from pipeline.onnx_in import quantize as onnx_quantize
-from pipeline.quantization import correct, steps
-from pipeline.quantization.graph import answers, grids, layers, rounded_answers, set_mode
-from pipeline.quantize import quantize
-from pipeline.recipe import Quantization
-from pipeline.statistics import is_less
-from targets import Scheme
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError
+from bitferry.pipeline import progress
+from bitferry.pipeline.artifacts import FloatModel, FloatOnnx
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.division import FEWEST, LEAST, divide, drawn
+from bitferry.pipeline.export import export, simplify
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.onnx_in import quantize as onnx_quantize
+from bitferry.pipeline.quantization import correct, steps
+from bitferry.pipeline.quantization.graph import answers, grids, layers, rounded_answers, set_mode
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import is_less
+from bitferry.targets import Scheme
 from tests.conftest import subset
 from tests.given import CONTRACT as ONNX_CONTRACT
 from tests.given import MEAN, STD, exported, fitted

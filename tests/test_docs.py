@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-import targets
-from device.errors import InputError, TargetUnavailable
-from pipeline import cli, pages
+from bitferry import targets
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.pipeline import cli, pages
 from tests.conftest import ROOT, Project
 
 DOCUMENTS = sorted(path for path in (ROOT / "docs").rglob("*.md") if "decisions" not in path.parts)

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-import targets
-from pipeline import doctor
-from pipeline.doctor import Check, Report, State
-from pipeline.report import doctor as printed
+from bitferry import targets
+from bitferry.pipeline import doctor
+from bitferry.pipeline.doctor import Check, Report, State
+from bitferry.pipeline.report import doctor as printed
 from tests.conftest import BITFERRY, Project
 
 FINE = """
-from device.errors import TargetUnavailable
-from targets import Environment, Options
+from bitferry.device.errors import TargetUnavailable
+from bitferry.targets import Environment, Options
 CONSUMES, SUFFIX, SCHEMES = "onnx", ".x", {"float32": None, "float16": None}
 def environment(*, options):
     return Environment("mine", "1.2.3", "a board", (), "Linux", ("board 0", "board 1"), ("float16",), UNMEASURED)
@@ -83,7 +83,7 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(
     [
         ("raise OSError('libvendor.so.3: cannot open shared object file')", "OSError: libvendor.so.3: cannot open shared"),
         ("raise ImportError('libvendor.so.3: undefined symbol: f')", "ImportError: libvendor.so.3: undefined symbol: f"),
-        ("import pipeline.no_such_module", "ModuleNotFoundError: No module named 'pipeline.no_such_module'"),
+        ("import bitferry.pipeline.no_such_module", "ModuleNotFoundError: No module named 'bitferry.pipeline.no_such_module'"),
         ("def f(:", "SyntaxError: invalid syntax"),
         ("import sys; sys.exit(3)", "the process ended with 3 and said nothing"),
         ("import os; os.abort()", "the process was ended by SIGABRT"),
@@ -116,7 +116,7 @@ def test_a_target_from_another_folder_is_examined_alike(folder: Path, unmeasured
 
 def test_a_runtime_without_its_hardware_says_so_itself(folder: Path) -> None:
     (folder / "mine.py").write_text(
-        "from device.errors import TargetUnavailable\n"
+        "from bitferry.device.errors import TargetUnavailable\n"
         "def Options(): pass\ndef environment(*, options): raise TargetUnavailable('needs a licence file')"
     )
     assert state("mine") == State("mine", "no", reason="needs a licence file")

@@ -13,13 +13,13 @@ from queue import SimpleQueue
 import pytest
 from ray.cluster_utils import Cluster as RayCluster
 
-from device.errors import InputError
-from pipeline.nightly import engine, graph, live, ray_session
-from pipeline.nightly.engine import Cluster
-from pipeline.nightly.graph import Done, Task
-from pipeline.nightly.nodes import Answer, Nodes
-from pipeline.nightly.placement import Node
-from pipeline.nightly.ray_session import Listed, _importable
+from bitferry.device.errors import InputError
+from bitferry.pipeline.nightly import engine, graph, live, ray_session
+from bitferry.pipeline.nightly.engine import Cluster
+from bitferry.pipeline.nightly.graph import Done, Task
+from bitferry.pipeline.nightly.nodes import Answer, Nodes
+from bitferry.pipeline.nightly.placement import Node
+from bitferry.pipeline.nightly.ray_session import Listed, _importable
 from tests import nightly_tasks
 
 SERVER, BOARD, LATE = "server", "board", "late"
@@ -194,9 +194,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from functools import partial
-from pipeline import interrupt, progress
-from pipeline.nightly import engine, live
-from pipeline.nightly.graph import Task
+from bitferry.pipeline import interrupt, progress
+from bitferry.pipeline.nightly import engine, live
+from bitferry.pipeline.nightly.graph import Task
 from tests import nightly_tasks
 
 folder = Path(sys.argv[1])

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-import targets
-from device.arrays import Images
-from device.errors import StageFailed
-from device.respell import respelled
-from pipeline.artifacts import TorchProgram
-from pipeline.cache import Cache
-from pipeline.capture import capture, read_program
-from pipeline.quantize import quantize
-from pipeline.recipe import Quantization
-from pipeline.statistics import sqnr_db
-from targets import Scheme
+from bitferry import targets
+from bitferry.device.arrays import Images
+from bitferry.device.errors import StageFailed
+from bitferry.device.respell import respelled
+from bitferry.pipeline.artifacts import TorchProgram
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.capture import capture, read_program
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.targets import Scheme
 from tests.test_coreml import Odd
 from tests.test_torchscript import LAYERS, Small, answers, float_model, program, split
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import targets
-from device.errors import InputError, StageFailed
-from pipeline import failing
+from bitferry import targets
+from bitferry.device.errors import InputError, StageFailed
+from bitferry.pipeline import failing
 from tests.conftest import Project
 
 BROKEN = '''
 """ONNX Runtime whose compiler gives up, as a tool of its own kind would."""
-from targets.onnxruntime import *
+from bitferry.targets.onnxruntime import *
 
 def compile(model, out, *, precision, options):
     raise KeyError("no kernel")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from device.errors import StageFailed
-from pipeline.load import Deployable
-from pipeline.quantization import finetune
-from pipeline.quantization.finetune import Course
-from pipeline.quantization.graph import layers, quality, rounded_answers
-from pipeline.training.settings import Training
-from targets import Scheme
+from bitferry.device.errors import StageFailed
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.quantization import finetune
+from bitferry.pipeline.quantization.finetune import Course
+from bitferry.pipeline.quantization.graph import layers, quality, rounded_answers
+from bitferry.pipeline.training.settings import Training
+from bitferry.targets import Scheme
 from tests.conftest import Project, subset
 from tests.test_quantization import CONTRACT, Inverted, ready
 

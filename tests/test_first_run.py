@@ -12,25 +12,25 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-import targets
-from device.errors import StageFailed
-from pipeline import conditioning, fault, first_run, interrupt
-from pipeline.artifacts import Captured, Compiled, FloatModel, Simplified, Source
-from pipeline.cache import Cache
-from pipeline.capture import capture
-from pipeline.compile import compile
-from pipeline.export import export, simplify
-from pipeline.quantize import quantize
-from pipeline.recipe import Quantization
-from pipeline.statistics import sqnr_db
-from pipeline.trace import trace
-from targets import Scheme, openvino
+from bitferry import targets
+from bitferry.device.errors import StageFailed
+from bitferry.pipeline import conditioning, fault, first_run, interrupt
+from bitferry.pipeline.artifacts import Captured, Compiled, FloatModel, Simplified, Source
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.capture import capture
+from bitferry.pipeline.compile import compile
+from bitferry.pipeline.export import export, simplify
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.trace import trace
+from bitferry.targets import Scheme, openvino
 from tests.test_torchscript import float_model, split
 
 BROKEN = '''
 """ONNX Runtime, with what a test makes wrong in the graph it is given."""
-from targets.onnxruntime import *
-from targets import onnxruntime as right
+from bitferry.targets.onnxruntime import *
+from bitferry.targets import onnxruntime as right
 
 def compile(model, out, *, precision, options):
     import onnx

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from device.errors import InputError
-from pipeline import recipe
-from pipeline.cache import Cache
-from pipeline.measure import layers, sensitivity
-from pipeline.run import Deployment, Run
-from pipeline.statistics import sqnr_db
-from pipeline.verify import eager, load_artifact
+from bitferry.device.errors import InputError
+from bitferry.pipeline import recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.measure import layers, sensitivity
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import eager, load_artifact
 from tests.conftest import write_project
 from tests.test_targets import target_or_skip
 

@@ -11,11 +11,11 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, weight_norm
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from pipeline.capture import export_program
-from pipeline.quantization.annotate import WEIGHTED, SchemeQuantizer
-from pipeline.quantization.folding import fold_constants, fold_weights
-from pipeline.quantization.graph import layers, set_mode
-from targets import Scheme
+from bitferry.pipeline.capture import export_program
+from bitferry.pipeline.quantization.annotate import WEIGHTED, SchemeQuantizer
+from bitferry.pipeline.quantization.folding import fold_constants, fold_weights
+from bitferry.pipeline.quantization.graph import layers, set_mode
+from bitferry.targets import Scheme
 
 IMAGES = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
 Make = Callable[[], nn.Module]

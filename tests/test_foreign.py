@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from device.preprocess import Preprocessing
-from pipeline import dataset
-from pipeline.artifacts import FloatModel
-from pipeline.cache import Cache
-from pipeline.load import Deployable
-from pipeline.measure import layers
-from pipeline.quantize import quantize
-from pipeline.recipe import Quantization
-from targets import Scheme
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset
+from bitferry.pipeline.artifacts import FloatModel
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.measure import layers
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.targets import Scheme
 from tests.conftest import Project
 
 CONTRACT = Preprocessing(height=16, width=16)

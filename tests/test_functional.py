@@ -9,16 +9,16 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from pipeline.capture import export_program
-from pipeline.export import with_clamps
-from pipeline.functional import COMPUTED
-from pipeline.quantization.annotate import SchemeQuantizer
-from pipeline.quantization.folding import fold_constants
-from pipeline.quantization.graph import set_mode
-from pipeline.quantization.steps import calibrate
-from pipeline.recipe import Quantization
-from pipeline.statistics import sqnr_db
-from targets import Scheme
+from bitferry.pipeline.capture import export_program
+from bitferry.pipeline.export import with_clamps
+from bitferry.pipeline.functional import COMPUTED
+from bitferry.pipeline.quantization.annotate import SchemeQuantizer
+from bitferry.pipeline.quantization.folding import fold_constants
+from bitferry.pipeline.quantization.graph import set_mode
+from bitferry.pipeline.quantization.steps import calibrate
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.targets import Scheme
 
 IMAGES = torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from device import archive, ir_file, onnx_file, runner, signature, trust
-from device.errors import BitferryError
-from pipeline import checkpoint
-from pipeline.shipping import keys, sign
+from bitferry.device import archive, ir_file, onnx_file, runner, signature, trust
+from bitferry.device.errors import BitferryError
+from bitferry.pipeline import checkpoint
+from bitferry.pipeline.shipping import keys, sign
 from tests.conftest import Project
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))

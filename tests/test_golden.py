@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from device.arrays import Images, Outputs
-from device.preprocess import Preprocessing
-from pipeline.cache import Cache
-from pipeline.data.split import Split
-from pipeline.measure import golden
+from bitferry.device.arrays import Images, Outputs
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.measure import golden
 from tests.conftest import ROOT, Project
 
 CONTRACT = Preprocessing(height=48, width=64)

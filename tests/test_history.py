@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from device.errors import InputError
-from pipeline import verdict
-from pipeline.nightly import database, matrix
-from pipeline.nightly.history import Accepted, History
-from pipeline.nightly.matrix import Asked
-from pipeline.nightly.night import ARTIFACT, Cell, Finding, Point, Result
-from pipeline.nightly.store import Store
-from pipeline.report.record import Recorded
+from bitferry.device.errors import InputError
+from bitferry.pipeline import verdict
+from bitferry.pipeline.nightly import database, matrix
+from bitferry.pipeline.nightly.history import Accepted, History
+from bitferry.pipeline.nightly.matrix import Asked
+from bitferry.pipeline.nightly.night import ARTIFACT, Cell, Finding, Point, Result
+from bitferry.pipeline.nightly.store import Store
+from bitferry.pipeline.report.record import Recorded
 from tests import nights
 from tests.conftest import ROOT
 
@@ -441,7 +441,7 @@ def test_a_closed_file_may_be_copied_alone(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from pipeline.nightly.history import History
+from bitferry.pipeline.nightly.history import History
 from tests import nights
 
 with History(Path(sys.argv[1])) as history:

@@ -15,10 +15,10 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torch import Tensor, nn
 
-from device.errors import InputError
-from pipeline import checkpoint, unwrapped
-from pipeline.init import architecture, pictures
-from pipeline.recipe import read
+from bitferry.device.errors import InputError
+from bitferry.pipeline import checkpoint, unwrapped
+from bitferry.pipeline.init import architecture, pictures
+from bitferry.pipeline.recipe import read
 from tests.conftest import Project, subset
 
 SIDE = 32

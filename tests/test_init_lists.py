@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline import init, recipe
-from pipeline.init import contracts, pictures, trial
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import init, recipe
+from bitferry.pipeline.init import contracts, pictures, trial
 from tests.conftest import subset
 
 CLASSES = 7

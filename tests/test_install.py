@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from device import agent, archive, fit, gpu, install, installed, signature, trust, versions
-from device.errors import BitferryError, InputError, StageFailed, TargetUnavailable
-from pipeline.bundle import write_agent
-from pipeline.shipping import keys, sign
+from bitferry.device import agent, archive, fit, gpu, install, installed, signature, trust, versions
+from bitferry.device.errors import BitferryError, InputError, StageFailed, TargetUnavailable
+from bitferry.pipeline.bundle import write_agent
+from bitferry.pipeline.shipping import keys, sign
 from tests.conftest import Project
 from tests.served import served
 from tests.signed import TIED, Shop, open_shop
@@ -376,7 +376,7 @@ def test_46_a_corrupt_state_file_changes_nothing(root: Path, old: Path, new: Pat
 def test_47_two_installers_at_once_are_one_after_the_other(root: Path, old: Path, new: Path) -> None:
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", "import sys; from device.agent import main; sys.exit(main())", "install", path,
+            [sys.executable, "-c", "import sys; from bitferry.device.agent import main; sys.exit(main())", "install", path,
              "--root", root, "--allow-downgrade"],
             stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
         )
@@ -493,7 +493,7 @@ KILL = """
 import os, signal, sys
 from pathlib import Path
 at, what, archive, root = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
-from device import install
+from bitferry.device import install
 install.selftest = lambda folder: {"passed": True}
 count = 0
 def counted(real):

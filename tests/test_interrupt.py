@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import api, interrupt, progress
+from bitferry.pipeline import api, interrupt, progress
 from tests.conftest import BITFERRY, Project, begun, plain_environment
 
 STOPPED = "stopped; what was finished is kept, run the same command to go on"
@@ -19,7 +19,7 @@ STOPPED = "stopped; what was finished is kept, run the same command to go on"
 
 def program(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
     """Run Python that says `ready` when Ctrl-C is handled, in a session of its own."""
-    head = "import sys, time\nfrom pipeline import interrupt, progress\ninterrupt.end_on_interrupt()\n"
+    head = "import sys, time\nfrom bitferry.pipeline import interrupt, progress\ninterrupt.end_on_interrupt()\n"
     (tmp_path / "body.py").write_text(head + body)
     path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     running = subprocess.Popen(
@@ -61,7 +61,7 @@ def test_runtimes_that_came_and_went_leave_a_signal_a_stack(tmp_path: Path) -> N
 from pathlib import Path
 import numpy as np
 from onnx import TensorProto, helper, save
-import targets
+from bitferry import targets
 
 nodes = [
     helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),

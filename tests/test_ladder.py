@@ -9,25 +9,25 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-import targets
-from device.arrays import Predict
-from device.errors import StageFailed
-from device.preprocess import Preprocessing
-from pipeline import dataset
-from pipeline.artifacts import FloatModel
-from pipeline.cache import Cache
-from pipeline.compile import compile
-from pipeline.data.split import Split
-from pipeline.export import answer, export, simplify
-from pipeline.load import Deployable
-from pipeline.measure import ladder, layers
-from pipeline.measure.ladder import Step
-from pipeline.quantize import quantize
-from pipeline.recipe import Quantization
-from pipeline.trace import torchscript, trace
-from pipeline.verdict import Ladder
-from pipeline.verify import eager, load_artifact
-from targets import Scheme
+from bitferry import targets
+from bitferry.device.arrays import Predict
+from bitferry.device.errors import StageFailed
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset
+from bitferry.pipeline.artifacts import FloatModel
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.compile import compile
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.export import answer, export, simplify
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.measure import ladder, layers
+from bitferry.pipeline.measure.ladder import Step
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.trace import torchscript, trace
+from bitferry.pipeline.verdict import Ladder
+from bitferry.pipeline.verify import eager, load_artifact
+from bitferry.targets import Scheme
 
 CONTRACT = Preprocessing(height=32, width=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLASSES = ("warm", "cold", "green")

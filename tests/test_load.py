@@ -11,9 +11,9 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from device.errors import InputError
-from pipeline import checkpoint, recipe
-from pipeline.load import load
+from bitferry.device.errors import InputError
+from bitferry.pipeline import checkpoint, recipe
+from bitferry.pipeline.load import load
 from tests.conftest import Project
 
 Recipe = recipe.Recipe

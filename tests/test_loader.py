@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from device.preprocess import Preprocessing
-from pipeline import augment, dataset, loader, recipe
-from pipeline.augmentation import Augmentation
-from pipeline.cache import Cache
-from pipeline.data.split import Split
-from pipeline.measure.metrics import Task
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import augment, dataset, loader, recipe
+from bitferry.pipeline.augmentation import Augmentation
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.measure.metrics import Task
 from tests.conftest import Project, subset
 
 EVERYTHING = Augmentation(

@@ -14,9 +14,9 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
-from device.errors import InputError
-from pipeline.report import record
-from pipeline.shipping import materials, provenance
+from bitferry.device.errors import InputError
+from bitferry.pipeline.report import record
+from bitferry.pipeline.shipping import materials, provenance
 from tests.conftest import ROOT, Project
 
 TARGETS = ("openvino", "onnxruntime")

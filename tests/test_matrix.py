@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-import targets
-from device.errors import InputError
-from pipeline.nightly import bisect, inputs, plan
-from pipeline.nightly.history import History
-from pipeline.nightly.night import Cell
-from pipeline.nightly.ray_session import _importable
-from pipeline.nightly.work import Order
-from pipeline.recipe import read
+from bitferry import targets
+from bitferry.device.errors import InputError
+from bitferry.pipeline.nightly import bisect, inputs, plan
+from bitferry.pipeline.nightly.history import History
+from bitferry.pipeline.nightly.night import Cell
+from bitferry.pipeline.nightly.ray_session import _importable
+from bitferry.pipeline.nightly.work import Order
+from bitferry.pipeline.recipe import read
 from tests import nights
 from tests.conftest import BITFERRY, Project, plain_environment, write_project
 

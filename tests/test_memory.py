@@ -7,7 +7,7 @@ import pytest
 
 SCRIPT = """
 import ctypes, resource, sys
-from pipeline import memory
+from bitferry.pipeline import memory
 if sys.argv[1] == "keep":
     assert memory.keep_freed()
 libc = ctypes.CDLL("libc.so.6")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from device.errors import StageFailed, TargetUnavailable
-from pipeline import verdict
-from pipeline.nightly import mlflow_log
-from pipeline.nightly.night import Night
+from bitferry.device.errors import StageFailed, TargetUnavailable
+from bitferry.pipeline import verdict
+from bitferry.pipeline.nightly import mlflow_log
+from bitferry.pipeline.nightly.night import Night
 from tests import nights
 from tests.conftest import plain_environment
 

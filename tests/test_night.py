@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from device.timing import Series
-from pipeline.artifacts import Verified
-from pipeline.nightly import work
-from pipeline.verify import judged_again
+from bitferry.device.timing import Series
+from bitferry.pipeline.artifacts import Verified
+from bitferry.pipeline.nightly import work
+from bitferry.pipeline.verify import judged_again
 from tests.test_accuracy import a_recipe, a_split
 from tests.test_page import verdict
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from device.errors import InputError
-from pipeline.shipping import keys, publish, sign
+from bitferry.device.errors import InputError
+from bitferry.pipeline.shipping import keys, publish, sign
 from tests.conftest import Project
 from tests.signed import rehash
 

@@ -27,24 +27,24 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_user_without_a_name_or_a_home_gets_both() -> None:
     done = run(
-        "import device; from pathlib import Path; print(getpass.getuser(), Path.home(), os.path.expanduser('~/x'))"
+        "from bitferry import device; from pathlib import Path; print(getpass.getuser(), Path.home(), os.path.expanduser('~/x'))"
     )
     assert done.stdout.split() == ["uid-54321", "/nonexistent", "/nonexistent/x"], done.stderr
 
 
 def test_what_the_environment_tells_is_kept() -> None:
-    done = run("import device; print(getpass.getuser(), os.environ['HOME'])", USER="robot", HOME="/srv")
+    done = run("from bitferry import device; print(getpass.getuser(), os.environ['HOME'])", USER="robot", HOME="/srv")
     assert done.stdout.split() == ["robot", "/srv"], done.stderr
 
 
 def test_a_home_that_is_set_to_nothing_is_none() -> None:
-    done = run("import device; print(os.environ['HOME'])", HOME="")
+    done = run("from bitferry import device; print(os.environ['HOME'])", HOME="")
     assert done.stdout.split() == ["/nonexistent"], done.stderr
 
 
 def test_openvino_is_imported_without_its_telemetry(tmp_path: Path) -> None:
     for home in ({}, {"HOME": str(tmp_path)}):
-        done = run("from targets import openvino; print(openvino._found())", **home)
+        done = run("from bitferry.targets import openvino; print(openvino._found())", **home)
         assert "CPU" in done.stdout, done.stderr
         assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []  # no file about consent
@@ -52,7 +52,7 @@ def test_openvino_is_imported_without_its_telemetry(tmp_path: Path) -> None:
 
 def test_ray_starts_without_a_home_to_write_to() -> None:
     program = (
-        "from pipeline.nightly import ray_session as it; it.connect(None); print(len(it.listed())); it.disconnect()"
+        "from bitferry.pipeline.nightly import ray_session as it; it.connect(None); print(len(it.listed())); it.disconnect()"
     )
     done = run(program, HOME="/dev/null/home")
     assert done.stdout.split() == ["1"], done.stderr

@@ -10,8 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from device.errors import InputError
-from pipeline import api
+from bitferry.device.errors import InputError
+from bitferry.pipeline import api
 from tests.conftest import ROOT, Project, plain_environment
 
 NOTEBOOK = ROOT / "docs/notebook.ipynb"

@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from device.errors import InputError
-from pipeline import recipe
-from pipeline.cache import Cache
-from pipeline.onnx_in.load import load
+from bitferry.device.errors import InputError
+from bitferry.pipeline import recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.onnx_in.load import load
 
 RECIPE = {
     "name": "t", "classes": 5, "model": {"source": "onnx:m.onnx"}, "preprocessing": {"height": 16, "width": 16},

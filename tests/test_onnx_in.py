@@ -14,20 +14,20 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from device.arrays import Images, Outputs
-from device.errors import InputError
-from pipeline.artifacts import FloatOnnx, QuantizedOnnx
-from pipeline.cache import Cache, file_hash
-from pipeline.measure import layers, sensitivity
-from pipeline.nightly import inputs, parcel
-from pipeline.nightly.night import Cell
-from pipeline.nightly.store import Store
-from pipeline.onnx_in.load import as_given, load
-from pipeline.recipe import read
-from pipeline.run import Deployment, Run
-from pipeline.statistics import sqnr_db
-from pipeline.verify import eager, load_artifact
-from targets import Precision
+from bitferry.device.arrays import Images, Outputs
+from bitferry.device.errors import InputError
+from bitferry.pipeline.artifacts import FloatOnnx, QuantizedOnnx
+from bitferry.pipeline.cache import Cache, file_hash
+from bitferry.pipeline.measure import layers, sensitivity
+from bitferry.pipeline.nightly import inputs, parcel
+from bitferry.pipeline.nightly.night import Cell
+from bitferry.pipeline.nightly.store import Store
+from bitferry.pipeline.onnx_in.load import as_given, load
+from bitferry.pipeline.recipe import read
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import eager, load_artifact
+from bitferry.targets import Precision
 from tests.conftest import Project, subset
 from tests.given import CONTRACT, MEAN, STD, Fitted, changed, exported, fitted, project, written
 

@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import targets
-from device.errors import TargetUnavailable
-from device.preprocess import Preprocessing
-from pipeline import dataset
-from pipeline.artifacts import FloatModel
-from pipeline.cache import Cache
-from pipeline.data.split import Split
-from pipeline.export import answer, export, simplify
-from pipeline.load import Deployable
-from pipeline.quantize import quantize
-from pipeline.recipe import Quantization
-from pipeline.statistics import sqnr_db
-from pipeline.verify import eager
-from targets import Precision, onnxruntime
-from targets.onnxruntime import Options
+from bitferry import targets
+from bitferry.device.errors import TargetUnavailable
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset
+from bitferry.pipeline.artifacts import FloatModel
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.export import answer, export, simplify
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import eager
+from bitferry.targets import Precision, onnxruntime
+from bitferry.targets.onnxruntime import Options
 from tests.conftest import subset
 
 CONTRACT = Preprocessing(height=16, width=16, mean=(0.286, 0.3, 0.25), std=(0.353, 0.3, 0.4))

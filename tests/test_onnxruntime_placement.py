@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from targets import onnxruntime
-from targets.onnxruntime import Options
+from bitferry.targets import onnxruntime
+from bitferry.targets.onnxruntime import Options
 
 Grid = tuple[float, int]
 SIXTH: Grid = (6 / 255, 0)

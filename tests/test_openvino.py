@@ -13,13 +13,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-import targets
-from device.arrays import Images
-from device.errors import InputError, TargetUnavailable
-from pipeline.export import answer
-from pipeline.recipe import read
-from pipeline.statistics import sqnr_db
-from targets.openvino import CORE
+from bitferry import targets
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.pipeline.export import answer
+from bitferry.pipeline.recipe import read
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.targets.openvino import CORE
 from tests.conftest import Project
 
 openvino = targets.get("openvino")

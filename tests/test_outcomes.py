@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from device import runner
-from targets import Scheme, openvino
+from bitferry.device import runner
+from bitferry.targets import Scheme, openvino
 from tests.conftest import Project, subset, write_project
 
 

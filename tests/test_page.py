@@ -14,8 +14,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from device.arrays import Images
-from pipeline.figures import (
+from bitferry.device.arrays import Images
+from bitferry.pipeline.figures import (
     Accuracy,
     Bin,
     Candidate,
@@ -33,9 +33,9 @@ from pipeline.figures import (
     Timing,
     WorstImage,
 )
-from pipeline.report import charts, page, terminal
-from pipeline.verdict import Execution, Golden, GoldenFile, Ladder, LayerError, Rung, Verdict
-from targets import Environment, Layer
+from bitferry.pipeline.report import charts, page, terminal
+from bitferry.pipeline.verdict import Execution, Golden, GoldenFile, Ladder, LayerError, Rung, Verdict
+from bitferry.targets import Environment, Layer
 from tests.conftest import EMBEDDED, ROOT
 
 NAMES = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from pipeline import search
+from bitferry.pipeline import search
 from tests.conftest import ROOT, Project
 
 BENCHMARKS = ROOT / "benchmarks"

@@ -6,8 +6,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.nightly.graph import Task
-from pipeline.nightly.placement import GIB, Node, Placed, Placement
+from bitferry.pipeline.nightly.graph import Task
+from bitferry.pipeline.nightly.placement import GIB, Node, Placed, Placement
 
 KINDS = ("x86-64 avx512_vnni", "x86-64 avx2", "aarch64 asimddp")
 

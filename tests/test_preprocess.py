@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from torchvision.transforms import v2
 
-from device.errors import InputError
-from device.preprocess import Preprocessing
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
-from pipeline import load, recipe
+from bitferry.pipeline import load, recipe
 from tests.conftest import Project, write_project
 
 FACTORY = '''

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from tuf.api.metadata import Metadata, Root, Targets
 
-from device.errors import InputError
-from pipeline.shipping import publish
-from pipeline.shipping.repository import Days
-from pipeline.shipping.roles import ROLES, Role
+from bitferry.device.errors import InputError
+from bitferry.pipeline.shipping import publish
+from bitferry.pipeline.shipping.repository import Days
+from bitferry.pipeline.shipping.roles import ROLES, Role
 from tests.conftest import ROOT
 from tests.publisher import Late, Publisher, write_archive
 from tests.served import served
@@ -24,7 +24,7 @@ from tests.served import served
 KILLING = """
 import os, shutil, signal, sys
 from pathlib import Path
-from pipeline.shipping import publish
+from bitferry.pipeline.shipping import publish
 
 def deadly(real, left):
     def call(*arguments, **options):
@@ -246,7 +246,7 @@ def test_two_publishers_take_turns(shop: Publisher) -> None:
     code = """
 import sys
 from pathlib import Path
-from pipeline.shipping import publish
+from bitferry.pipeline.shipping import publish
 for path in map(Path, sys.argv[3:]):
     fields = {"name": "small", "target": "openvino", "version": path.name[15:-7]}
     publish.add(Path(sys.argv[1]), Path(sys.argv[2]), path, fields)

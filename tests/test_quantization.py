@@ -10,16 +10,16 @@ import torchvision
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline import progress
-from pipeline.capture import export_program
-from pipeline.load import Deployable
-from pipeline.measure.layers import counterparts
-from pipeline.quantization import correct, effects, equalize, learned, steps
-from pipeline.quantization.annotate import SchemeQuantizer
-from pipeline.quantization.folding import fold_constants
-from pipeline.quantization.graph import (
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import progress
+from bitferry.pipeline.capture import export_program
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.measure.layers import counterparts
+from bitferry.pipeline.quantization import correct, effects, equalize, learned, steps
+from bitferry.pipeline.quantization.annotate import SchemeQuantizer
+from bitferry.pipeline.quantization.folding import fold_constants
+from bitferry.pipeline.quantization.graph import (
     activations,
     answers,
     layers,
@@ -29,10 +29,10 @@ from pipeline.quantization.graph import (
     rounded_answers,
     set_mode,
 )
-from pipeline.quantization.grid import Grid
-from pipeline.quantization.observers import observe, set_ranges
-from pipeline.recipe import Quantization
-from targets import Scheme
+from bitferry.pipeline.quantization.grid import Grid
+from bitferry.pipeline.quantization.observers import observe, set_ranges
+from bitferry.pipeline.recipe import Quantization
+from bitferry.targets import Scheme
 from tests.conftest import subset
 
 CONTRACT = Preprocessing(height=28, width=28, mean=(0.286,) * 3, std=(0.353,) * 3)

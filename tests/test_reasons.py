@@ -13,12 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.artifacts import FloatOnnx, Program, QuantizedOnnx
-from pipeline.cache import Cache
-from pipeline.measure import execution, reasons
-from pipeline.quantize import quantize
-from pipeline.recipe import Quantization
-from targets import Kind, Layer, Scheme
+from bitferry.pipeline.artifacts import FloatOnnx, Program, QuantizedOnnx
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.measure import execution, reasons
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.targets import Kind, Layer, Scheme
 from tests.given import CONTRACT
 from tests.test_torchscript import float_model, split
 

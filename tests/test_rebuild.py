@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-import targets
-from device import commands, rebuilt, runner
-from device.errors import InputError, StageFailed, TargetUnavailable
-from device.whole import sha256
-from pipeline.bundle import write_runner
+from bitferry import targets
+from bitferry.device import commands, rebuilt, runner
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable
+from bitferry.device.whole import sha256
+from bitferry.pipeline.bundle import write_runner
 from tests.conftest import Project
 
 NAMES = ("openvino", "onnxruntime")

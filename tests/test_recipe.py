@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from device.errors import InputError
-from pipeline import recipe
-from pipeline.data import source as sources
+from bitferry.device.errors import InputError
+from bitferry.pipeline import recipe
+from bitferry.pipeline.data import source as sources
 from tests.conftest import ROOT, Project
 
 

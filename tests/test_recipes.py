@@ -16,14 +16,14 @@ import torch
 from torchvision import models
 from torchvision.models import vgg
 
-import targets
-from device.arrays import Outputs
-from pipeline import recipe as recipes
-from pipeline.cache import Cache
-from pipeline.data import source as sources
-from pipeline.measure import accuracy
-from pipeline.recipe import Recipe
-from pipeline.run import Deployment, Run
+from bitferry import targets
+from bitferry.device.arrays import Outputs
+from bitferry.pipeline import recipe as recipes
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data import source as sources
+from bitferry.pipeline.measure import accuracy
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.run import Deployment, Run
 from recipes import chexpert
 from tests import originals
 from tests.conftest import ROOT, Project, subset

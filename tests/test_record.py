@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from device.errors import InputError
-from pipeline import verdict
-from pipeline.artifacts import Verified
-from pipeline.data.split import Split
-from pipeline.report import record
-from pipeline.verdict import Verdict
+from bitferry.device.errors import InputError
+from bitferry.pipeline import verdict
+from bitferry.pipeline.artifacts import Verified
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.report import record
+from bitferry.pipeline.verdict import Verdict
 from tests.conftest import ROOT, Project
 
 DOCUMENT = (ROOT / "docs/verdict.md").read_text()

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.nightly.apart import apart
-from pipeline.nightly.changes import MOST_PACKAGES, changed
-from pipeline.nightly.night import Finding, Point, Result
-from pipeline.nightly.regressions import findings
-from pipeline.report.record import Recorded
-from pipeline.statistics import newcombe_interval
+from bitferry.pipeline.nightly.apart import apart
+from bitferry.pipeline.nightly.changes import MOST_PACKAGES, changed
+from bitferry.pipeline.nightly.night import Finding, Point, Result
+from bitferry.pipeline.nightly.regressions import findings
+from bitferry.pipeline.report.record import Recorded
+from bitferry.pipeline.statistics import newcombe_interval
 from tests.nights import answers, cell, digest, failed, inputs, nights, result, reused, unmeasured
 
 NAME = "small/openvino/int8"

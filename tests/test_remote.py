@@ -15,14 +15,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 
-import targets
-from device import commands
-from device.errors import InputError, StageFailed, TargetUnavailable
-from device.preprocess import Preprocessing
-from pipeline import recheck
-from pipeline.report import record
-from pipeline.shipping import remote
-from pipeline.shipping.ssh import Device, Login, command
+from bitferry import targets
+from bitferry.device import commands
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import recheck
+from bitferry.pipeline.report import record
+from bitferry.pipeline.shipping import remote
+from bitferry.pipeline.shipping.ssh import Device, Login, command
 from tests.board import Board, keygen
 from tests.conftest import ROOT, Project, plain_environment, subset
 from tests.test_compare import expect, rewrite
@@ -212,7 +212,7 @@ def test_ctrl_c_ends_what_runs_there_and_takes_its_folder_away(bundle: Path, boa
     held = board.folder / "held"
     hold = f'if [ "$2" = selftest ]; then echo $$ > {shlex.quote(str(held))}; exec sleep 600; fi'
     python = board.program("holds", f'{hold}\nexec {shlex.quote(board.python)} "$@"')
-    code = "import signal, sys; from pathlib import Path; from pipeline.shipping import remote; "
+    code = "import signal, sys; from pathlib import Path; from bitferry.pipeline.shipping import remote; "
     code += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job of a shell ignores it
     code += "remote.verify(Path(sys.argv[1]), 'board', python=sys.argv[2], ssh=sys.argv[3:])"
     words = [sys.executable, "-c", code, str(bundle), python, *board.ssh]

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-import targets
-from device.errors import InputError
-from pipeline import own_source
-from pipeline.cache import file_hash
-from pipeline.report import record
-from pipeline.shipping import provenance, reproduce
-from pipeline.shipping.reproduce import File, Reproduction
+from bitferry import targets
+from bitferry.device.errors import InputError
+from bitferry.pipeline import own_source
+from bitferry.pipeline.cache import file_hash
+from bitferry.pipeline.report import record
+from bitferry.pipeline.shipping import provenance, reproduce
+from bitferry.pipeline.shipping.reproduce import File, Reproduction
 from tests.conftest import ROOT, Project, plain_environment
 
 FRESH = """
 import sys
 from pathlib import Path
-from pipeline.shipping.reproduce import reproduce, show
+from bitferry.pipeline.shipping.reproduce import reproduce, show
 sys.exit(show(reproduce(Path(sys.argv[1]), Path(sys.argv[2])), as_json=True))
 """
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from device import atomic, runner
-from pipeline import cache
+from bitferry.device import atomic, runner
+from bitferry.pipeline import cache
 from tests.conftest import BITFERRY, ROOT, Project, begun, plain_environment, write_project
 
 STAGES = (
@@ -62,8 +62,8 @@ def test_killed_at_every_stage_the_result_is_the_same(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from device import atomic
-from pipeline import cache
+from bitferry.device import atomic
+from bitferry.pipeline import cache
 
 if sys.argv[1] == "two renames":
     atomic._exchange = lambda one, other: False

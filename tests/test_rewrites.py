@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import targets
-from pipeline.cache import Cache
-from pipeline.capture import captured
-from pipeline.compile import compile
-from pipeline.export import answer, export, simplify
-from pipeline.rewrites import rewrite
-from pipeline.statistics import sqnr_db
-from pipeline.verify import eager, load_artifact
+from bitferry import targets
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.capture import captured
+from bitferry.pipeline.compile import compile
+from bitferry.pipeline.export import answer, export, simplify
+from bitferry.pipeline.rewrites import rewrite
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import eager, load_artifact
 from tests.test_torchscript import float_model, split
 
 POOLS = [

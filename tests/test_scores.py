@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from device.errors import InputError
-from pipeline.load import load
+from bitferry.device.errors import InputError
+from bitferry.pipeline.load import load
 from tests.test_load import of
 
 NETS = """

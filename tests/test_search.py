@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from torch import fx
 
-from device.arrays import Predict
-from device.timing import Series
-from pipeline import progress, recipe, search
-from pipeline.artifacts import Compiled, Quantized
-from pipeline.cache import Cache
-from pipeline.capture import layer_name
-from pipeline.measure import layers, sensitivity
-from pipeline.run import Deployment, Run
-from pipeline.search import _Searching
-from pipeline.statistics import noise_share
-from pipeline.trial import Trial, by_worth, cost_of_float
-from pipeline.verdict import Blame
-from pipeline.verify import eager, load_artifact
+from bitferry.device.arrays import Predict
+from bitferry.device.timing import Series
+from bitferry.pipeline import progress, recipe, search
+from bitferry.pipeline.artifacts import Compiled, Quantized
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.capture import layer_name
+from bitferry.pipeline.measure import layers, sensitivity
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.search import _Searching
+from bitferry.pipeline.statistics import noise_share
+from bitferry.pipeline.trial import Trial, by_worth, cost_of_float
+from bitferry.pipeline.verdict import Blame
+from bitferry.pipeline.verify import eager, load_artifact
 from tests.conftest import Project
 
 LAYERS = ["first.0", "second.0", "head"]

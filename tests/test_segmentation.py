@@ -12,18 +12,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from device import kept, pixels
-from device.arrays import Outputs
-from device.errors import InputError, StageFailed
-from device.kept import Kept
-from device.preprocess import Preprocessing
-from pipeline import dataset, load, recheck
-from pipeline.cache import Cache
-from pipeline.data.split import Split
-from pipeline.measure import segmentation
-from pipeline.recipe import Recipe
-from pipeline.report import record
-from pipeline.statistics import paired_bootstrap
+from bitferry.device import kept, pixels
+from bitferry.device.arrays import Outputs
+from bitferry.device.errors import InputError, StageFailed
+from bitferry.device.kept import Kept
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset, load, recheck
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.measure import segmentation
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.report import record
+from bitferry.pipeline.statistics import paired_bootstrap
 from tests.board import Board
 from tests.conftest import Project, subset
 

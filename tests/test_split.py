@@ -11,14 +11,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline import dataset, recipe
-from pipeline.cache import Cache
-from pipeline.data import near, splitting
-from pipeline.data.sample import Sample, pixels
-from pipeline.data.source import Part, Sizes
-from pipeline.data.split import Split
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset, recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data import near, splitting
+from bitferry.pipeline.data.sample import Sample, pixels
+from bitferry.pipeline.data.source import Part, Sizes
+from bitferry.pipeline.data.split import Split
 from tests.conftest import EMBEDDED, Project, subset
 
 CONTRACT = Preprocessing(height=32, width=32)

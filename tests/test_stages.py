@@ -10,20 +10,20 @@ import torch
 import torchvision
 from onnx import numpy_helper
 
-from device.errors import InputError, StageFailed
-from device.preprocess import Preprocessing
-from pipeline import dataset, progress
-from pipeline.artifacts import FloatModel, Quantized
-from pipeline.cache import Cache
-from pipeline.data.split import Split
-from pipeline.export import answer, export, simplify
-from pipeline.load import Deployable
-from pipeline.quantize import quantize
-from pipeline.recipe import Quantization
-from pipeline.statistics import sqnr_db
-from pipeline.trace import trace
-from pipeline.verify import eager
-from targets import Scheme
+from bitferry.device.errors import InputError, StageFailed
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset, progress
+from bitferry.pipeline.artifacts import FloatModel, Quantized
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.export import answer, export, simplify
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.trace import trace
+from bitferry.pipeline.verify import eager
+from bitferry.targets import Scheme
 from tests.conftest import subset
 
 CONTRACT = Preprocessing(height=32, width=32, mean=(0.286,) * 3, std=(0.353,) * 3)

@@ -6,8 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from device.errors import InputError
-from pipeline.statistics import (
+from bitferry.device.errors import InputError
+from bitferry.pipeline.statistics import (
     RELOAD,
     Indices,
     binomial_tail,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from device.errors import InputError, TargetUnavailable
-from pipeline.cache import Cache
-from pipeline.nightly import parcel
-from pipeline.nightly.store import Store
-from pipeline.recipe import read
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.nightly import parcel
+from bitferry.pipeline.nightly.store import Store
+from bitferry.pipeline.recipe import read
 from tests.conftest import Project
 
 

@@ -7,9 +7,9 @@ from itertools import product
 
 import pytest
 
-from pipeline.nightly.heatmap import duration, sentence
-from pipeline.nightly.night import Cell, Finding, Night, Point
-from pipeline.nightly.summary import junit, markdown, plain
+from bitferry.pipeline.nightly.heatmap import duration, sentence
+from bitferry.pipeline.nightly.night import Cell, Finding, Night, Point
+from bitferry.pipeline.nightly.summary import junit, markdown, plain
 from tests import nights as made
 
 BEFORE, TONIGHT = made.nights(2)

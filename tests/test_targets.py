@@ -20,15 +20,15 @@ import numpy as np
 import pytest
 from packaging.specifiers import SpecifierSet
 
-import targets
-from device.errors import InputError, TargetUnavailable
-from pipeline import recipe
-from pipeline.artifacts import Quantized
-from pipeline.cache import Cache
-from pipeline.compile import compile
-from pipeline.run import Deployment, Run
-from pipeline.statistics import sqnr_db
-from pipeline.verify import eager, load_artifact
+from bitferry import targets
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.pipeline import recipe
+from bitferry.pipeline.artifacts import Quantized
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.compile import compile
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import eager, load_artifact
 from tests.conftest import Project, verdicts
 
 FAKE = Path(__file__).with_name("fake")

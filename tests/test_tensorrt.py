@@ -14,15 +14,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import targets
-from device.errors import InputError, StageFailed, TargetUnavailable
-from device.gpu import Gpu
-from pipeline import recipe
-from pipeline.cache import Cache
-from pipeline.compile import compile
-from pipeline.export import answer
-from pipeline.run import Deployment, Run
-from pipeline.statistics import sqnr_db
+from bitferry import targets
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable
+from bitferry.device.gpu import Gpu
+from bitferry.pipeline import recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.compile import compile
+from bitferry.pipeline.export import answer
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.statistics import sqnr_db
 from tests.conftest import Project
 from tests.test_targets import target_or_skip
 
@@ -205,7 +205,7 @@ def test_operators_that_it_does_not_take_are_all_named(rtx: Any, run: Run, tmp_p
 def test_the_inspector_s_words_are_read_as_documented() -> None:
     """Excerpts as NVIDIA prints them: of TensorRT 10, and with 11's `DataType` of its own."""
     pytest.importorskip("tensorrt_rtx")
-    from device.engine import ran  # noqa: PLC0415
+    from bitferry.device.engine import ran  # noqa: PLC0415
 
     engine = [
         {"Name": "Reformatting CopyNode for Input Tensor 0 to conv1", "LayerType": "Reformat",
@@ -236,7 +236,7 @@ def test_an_unmeasured_bundle_says_so_and_cannot_be_built_again_here(
     assert "not measured: no NVIDIA GPU" in found["headline"]
     bundle = again.folder / "dist/small-tensorrt-1.0.0"
     assert {path.name for path in bundle.glob("model.*")} == {"model.engine", "model.json", "model.onnx"}
-    from device import commands  # noqa: PLC0415
+    from bitferry.device import commands  # noqa: PLC0415
 
     assert commands.main(rtx, bundle, ["check"]) == 2
     assert "does not fit this machine: no NVIDIA GPU" in capsys.readouterr().err

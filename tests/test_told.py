@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from device.errors import InputError
-from pipeline.nightly import shown, told
-from pipeline.nightly.history import History
-from pipeline.nightly.night import Night
+from bitferry.device.errors import InputError
+from bitferry.pipeline.nightly import shown, told
+from bitferry.pipeline.nightly.history import History
+from bitferry.pipeline.nightly.night import Night
 from tests import nights
 
 NIGHTS = nights.nights(5)

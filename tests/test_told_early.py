@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from device.errors import InputError
-from device.preprocess import Preprocessing, decode
-from pipeline import dataset, recipe
-from pipeline.cache import Cache
-from pipeline.data import labels
-from pipeline.data.split import Split
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing, decode
+from bitferry.pipeline import dataset, recipe
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data import labels
+from bitferry.pipeline.data.split import Split
 from tests.conftest import Project
 
 

@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import targets
-from device.arrays import Images, Outputs
-from device.errors import InputError, StageFailed
-from device.preprocess import Preprocessing
-from pipeline.artifacts import FloatModel, TorchProgram
-from pipeline.cache import Cache
-from pipeline.data.split import Split
-from pipeline.load import Deployable
-from pipeline.quantize import quantize
-from pipeline.recipe import Quantization
-from pipeline.statistics import sqnr_db
-from pipeline.trace import trace
-from pipeline.verify import eager
-from targets import Precision, Scheme
+from bitferry import targets
+from bitferry.device.arrays import Images, Outputs
+from bitferry.device.errors import InputError, StageFailed
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline.artifacts import FloatModel, TorchProgram
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.trace import trace
+from bitferry.pipeline.verify import eager
+from bitferry.targets import Precision, Scheme
 from tests.conftest import subset
 
 torchscript = targets.get("torchscript")

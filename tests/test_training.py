@@ -20,27 +20,27 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from device.errors import InputError, StageFailed, TargetUnavailable
-from device.preprocess import Preprocessing
-from pipeline import cache
-from pipeline.artifacts import Weights
-from pipeline.figures import Change
-from pipeline.judge import _recorded
-from pipeline.load import Deployable
-from pipeline.nightly.inputs import _settings
-from pipeline.recipe import Recipe, read
-from pipeline.run import Run
-from pipeline.train import train
-from pipeline.training import batch, freezing, holdout, losses, machine, start
-from pipeline.training.optimizer import Average, optimizer, schedule
-from pipeline.training.record import Record
-from pipeline.training.settings import Training
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import cache
+from bitferry.pipeline.artifacts import Weights
+from bitferry.pipeline.figures import Change
+from bitferry.pipeline.judge import _recorded
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.nightly.inputs import _settings
+from bitferry.pipeline.recipe import Recipe, read
+from bitferry.pipeline.run import Run
+from bitferry.pipeline.train import train
+from bitferry.pipeline.training import batch, freezing, holdout, losses, machine, start
+from bitferry.pipeline.training.optimizer import Average, optimizer, schedule
+from bitferry.pipeline.training.record import Record
+from bitferry.pipeline.training.settings import Training
 from tests.conftest import EMBEDDED, FACTORY, ROOT, Project, subset, write_project
 
 KILLED = """
 import sys
-from pipeline import cli
-from pipeline.training import course
+from bitferry.pipeline import cli
+from bitferry.pipeline.training import course
 course.SECONDS = float(sys.argv.pop(1))
 cli.main()
 """
@@ -589,7 +589,7 @@ def test_a_training_that_diverges_says_where(project: Project) -> None:
 
 def test_a_broken_checkpoint_is_named(project: Project) -> None:
     recipe, run = made(project, *QUICK)
-    from pipeline.train import prepare  # noqa: PLC0415
+    from bitferry.pipeline.train import prepare  # noqa: PLC0415
 
     job, _ = prepare(recipe, run.training, run.build, folder=project.folder)
     job.checkpoint.write_bytes(b"half")

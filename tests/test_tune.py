@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from device.errors import InputError
-from pipeline.recipe import read
-from pipeline.training import rewrite, space
-from pipeline.training.space import Range
+from bitferry.device.errors import InputError
+from bitferry.pipeline.recipe import read
+from bitferry.pipeline.training import rewrite, space
+from bitferry.pipeline.training.space import Range
 from tests.conftest import BITFERRY, Project
 
 

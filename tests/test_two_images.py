@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline import dataset
-from pipeline.augmentation import Augmentation
-from pipeline.cache import Cache
-from pipeline.data import leaks
-from pipeline.data.split import Split
-from pipeline.load import Deployable
-from pipeline.loader import _flipped
-from pipeline.measure.metrics import Task
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import dataset
+from bitferry.pipeline.augmentation import Augmentation
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data import leaks
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.load import Deployable
+from bitferry.pipeline.loader import _flipped
+from bitferry.pipeline.measure.metrics import Task
 from tests.conftest import Project, subset
 
 FACTORY = '''

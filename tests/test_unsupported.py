@@ -7,10 +7,10 @@ import pytest
 from onnx import TensorProto, helper
 from torch import nn
 
-from device.errors import StageFailed
-from pipeline import unsupported
-from pipeline.cache import Cache
-from pipeline.export import export
+from bitferry.device.errors import StageFailed
+from bitferry.pipeline import unsupported
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.export import export
 from tests.test_coreml import Odd
 from tests.test_torchscript import float_model, split
 

@@ -16,10 +16,10 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, Timestamp
 
-from device import download, update, versions
-from device.errors import InputError
-from pipeline.shipping import publish, roles
-from pipeline.shipping.roles import Role
+from bitferry.device import download, update, versions
+from bitferry.device.errors import InputError
+from bitferry.pipeline.shipping import publish, roles
+from bitferry.pipeline.shipping.roles import Role
 from tests.conftest import ROOT
 from tests.publisher import SIZE, Late, Publisher
 from tests.served import Handler, served
@@ -522,7 +522,7 @@ def test_a_killed_update_goes_on_where_it_was(shop: Publisher) -> None:
 
     shop.server.fault = stand_still
     code = (
-        "import sys; from pathlib import Path; from device import update; update.fetch(sys.argv[1], Path(sys.argv[2]))"
+        "import sys; from pathlib import Path; from bitferry.device import update; update.fetch(sys.argv[1], Path(sys.argv[2]))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, shop.server.url, shop.device], cwd=ROOT)
     while not any(part.stat().st_size > 100_000 for part in shop.device.glob("download/*.part")):

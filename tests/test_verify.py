@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from device import machine, timing
-from device.timing import Series
-from pipeline.data.split import Labels
-from pipeline.figures import Accuracy, Flips, Footprint, Latency, Ratio, Reliability, Suspicion
-from pipeline.judge import Measured, judge
-from pipeline.measure import accuracy, execution, latency, suspicion
-from pipeline.measure.accuracy import paired_change
-from pipeline.measure.speed import EAGER
-from pipeline.recipe import Budget
-from pipeline.statistics import order_statistic_bound, ratio_interval
-from pipeline.verdict import Golden, GoldenFile, Ladder
-from targets import Layer, usable_cpus
+from bitferry.device import machine, timing
+from bitferry.device.timing import Series
+from bitferry.pipeline.data.split import Labels
+from bitferry.pipeline.figures import Accuracy, Flips, Footprint, Latency, Ratio, Reliability, Suspicion
+from bitferry.pipeline.judge import Measured, judge
+from bitferry.pipeline.measure import accuracy, execution, latency, suspicion
+from bitferry.pipeline.measure.accuracy import paired_change
+from bitferry.pipeline.measure.speed import EAGER
+from bitferry.pipeline.recipe import Budget
+from bitferry.pipeline.statistics import order_statistic_bound, ratio_interval
+from bitferry.pipeline.verdict import Golden, GoldenFile, Ladder
+from bitferry.targets import Layer, usable_cpus
 from tests.test_page import candidate
 
 GOLDEN = Golden((GoldenFile("golden-1.jpg", "JPEG", 0.0, 0.4, 3.0),), 0.01, 2.0)
@@ -316,7 +316,7 @@ def test_a_clock_that_moves_is_suspicious(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_footprint_is_of_a_process_of_its_own() -> None:
     held = np.ones(60_000_000)  # 480 MB here must not show in the child
     done = subprocess.run(
-        [sys.executable, "-c", "from device.footprint import peak_memory; print(peak_memory())"],
+        [sys.executable, "-c", "from bitferry.device.footprint import peak_memory; print(peak_memory())"],
         capture_output=True,
         text=True,
         check=True,

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from device.errors import InputError, first_line
-from pipeline import cache, progress
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline import cache, progress
 
 FILE = "broken.json"
 

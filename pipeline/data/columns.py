@@ -9,11 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from device.errors import InputError
-from pipeline.data import labels, sample
-from pipeline.data.records import GROUP, LABELS, MASKS, Record, to_sample
-from pipeline.data.sample import Picture, Sample, Wanted
-from pipeline.data.source import Table
+from bitferry.device.errors import InputError
+from bitferry.pipeline.data import labels, sample
+from bitferry.pipeline.data.records import GROUP, LABELS, MASKS, Record, to_sample
+from bitferry.pipeline.data.sample import Picture, Sample, Wanted
+from bitferry.pipeline.data.source import Table
 
 IMAGES = ("image", "img", "images")
 HF = b"huggingface"

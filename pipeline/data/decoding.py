@@ -13,13 +13,13 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from PIL import Image
 
-from device.arrays import Images
-from device.errors import InputError
-from device.preprocess import Preprocessing, largest_of_16_bits
-from pipeline import progress
-from pipeline.data import broken, labels, near, senseless
-from pipeline.data.sample import Sample
-from targets import usable_cpus
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing, largest_of_16_bits
+from bitferry.pipeline import progress
+from bitferry.pipeline.data import broken, labels, near, senseless
+from bitferry.pipeline.data.sample import Sample
+from bitferry.targets import usable_cpus
 
 CHUNK_BYTES, MOST_CHUNK = 256_000_000, 256
 MOST_SIDE = 8192

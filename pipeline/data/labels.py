@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from device.errors import InputError
-from device.pixels import IGNORED
-from device.preprocess import refuse_large
-from pipeline import progress
-from pipeline.data.split import Labels
-from pipeline.measure.metrics import Task
+from bitferry.device.errors import InputError
+from bitferry.device.pixels import IGNORED
+from bitferry.device.preprocess import refuse_large
+from bitferry.pipeline import progress
+from bitferry.pipeline.data.split import Labels
+from bitferry.pipeline.measure.metrics import Task
 
 Found = tuple[int, ...]
 """The indices of an image's classes."""

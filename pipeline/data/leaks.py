@@ -1,7 +1,7 @@
 """Images that are in two splits, or too often in one: the same by their pixels."""
 
-from device.errors import InputError
-from pipeline.data.split import Split
+from bitferry.device.errors import InputError
+from bitferry.pipeline.data.split import Split
 
 MOST_COPIES = 0.01
 """Share of a split's images that may be copies of others in it; each counts as evidence, and a copy is none."""

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from device.arrays import Images
-from device.errors import InputError
-from pipeline import cache, progress
-from pipeline.data.split import Split
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError
+from bitferry.pipeline import cache, progress
+from bitferry.pipeline.data.split import Split
 
 MOST = 0.01
 """Share of a split's images that may look like images of another."""

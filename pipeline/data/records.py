@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from device.errors import InputError
-from pipeline.data import labels, sample
-from pipeline.data.sample import Picture, Sample, Wanted
+from bitferry.device.errors import InputError
+from bitferry.pipeline.data import labels, sample
+from bitferry.pipeline.data.sample import Picture, Sample, Wanted
 
 LABELS = ("label", "labels")
 MASKS = ("mask", "seg", "annotation")

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from device import preprocess
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline.data import labels
-from pipeline.measure.metrics import Task
+from bitferry.device import preprocess
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline.data import labels
+from bitferry.pipeline.measure.metrics import Task
 
 VIEWS_JOINED = " + "
 UNREADABLE = "unreadable"

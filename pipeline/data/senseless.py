@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from device.arrays import Images
-from device.errors import InputError
-from pipeline.data.split import Split
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError
+from bitferry.pipeline.data.split import Split
 
 NOISE, APART, LOOKED_AT = 0.1, 2, 64
 """A correlation of pixels that far apart that no picture has, and how many images are looked at."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
-from pipeline.section import Beside, Section
+from bitferry.pipeline.section import Beside, Section
 
 SPLITS = ("calibration", "evaluation", "train")
 BROKEN_SHARE = 0.01

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from device.arrays import Images
-from device.errors import InputError
-from pipeline.division import NotFinite
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError
+from bitferry.pipeline.division import NotFinite
 
 Labels = NDArray[np.integer[Any]]
 """N class indices; for multi-label data N×K, 1 where an image is of the class and 0 where it is not; for segmentation

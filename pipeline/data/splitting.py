@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from device.errors import InputError, first_line
-from pipeline import cache, progress
-from pipeline.data.sample import Sample
-from pipeline.data.source import Part, Sizes, title
-from pipeline.section import Section
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline import cache, progress
+from bitferry.pipeline.data.sample import Sample
+from bitferry.pipeline.data.source import Part, Sizes, title
+from bitferry.pipeline.section import Section
 
 NAMES = ("evaluation", "calibration", "train")
 UNUSED = "unused"

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline import checkpoint, dataset, load, progress
-from pipeline.init import answers, architecture, contracts, names, pictures, trial, whole, written
-from pipeline.init.pictures import Pictures
-from pipeline.measure.metrics import Task
-from pipeline.recipe import Recipe
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import checkpoint, dataset, load, progress
+from bitferry.pipeline.init import answers, architecture, contracts, names, pictures, trial, whole, written
+from bitferry.pipeline.init.pictures import Pictures
+from bitferry.pipeline.measure.metrics import Task
+from bitferry.pipeline.recipe import Recipe
 
 TRIED = 4
 """How many architectures with the same names and shapes are tried at most."""

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from device.errors import InputError
-from pipeline import checkpoint, load, scores, unwrapped
-from pipeline.init import architecture, trial
-from pipeline.measure.metrics import Task
-from pipeline.recipe import Recipe
+from bitferry.device.errors import InputError
+from bitferry.pipeline import checkpoint, load, scores, unwrapped
+from bitferry.pipeline.init import architecture, trial
+from bitferry.pipeline.measure.metrics import Task
+from bitferry.pipeline.recipe import Recipe
 
 SIDES = (224, 32, 64, 28, 96, 128, 256, 299, 384)
 """Sizes that a model is tried with to see what it gives."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from device.errors import InputError, TargetUnavailable
-from pipeline import progress, unwrapped
-from pipeline.measure.metrics import Task
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.pipeline import progress, unwrapped
+from bitferry.pipeline.measure.metrics import Task
 
 Shapes = Mapping[str, tuple[int, ...]]
 EXTRA_SHARE, EXTRA = 1.5, 16

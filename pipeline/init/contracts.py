@@ -8,10 +8,10 @@ from statistics import median_low
 import numpy as np
 from PIL import Image
 
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline.init.architecture import Interpolation, Usual
-from pipeline.init.pictures import Pictures
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline.init.architecture import Interpolation, Usual
+from bitferry.pipeline.init.pictures import Pictures
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

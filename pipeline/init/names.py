@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from device.errors import InputError
-from pipeline import progress
-from pipeline.init.pictures import Pictures
+from bitferry.device.errors import InputError
+from bitferry.pipeline import progress
+from bitferry.pipeline.init.pictures import Pictures
 
 Classes = tuple[str, ...] | int | str
 WNID = re.compile(r"n\d{8}")

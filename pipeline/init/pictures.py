@@ -11,11 +11,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from device.errors import InputError
-from pipeline import cache
-from pipeline.data.formats.folder import ENDINGS, image_files
-from pipeline.init import tables
-from pipeline.measure.metrics import Task
+from bitferry.device.errors import InputError
+from bitferry.pipeline import cache
+from bitferry.pipeline.data.formats.folder import ENDINGS, image_files
+from bitferry.pipeline.init import tables
+from bitferry.pipeline.measure.metrics import Task
 
 CALIBRATION_SHARE, MOST_CALIBRATION = 0.25, 512
 TRAIN, JUDGED = ("train", "training"), ("test", "val", "valid", "validation")

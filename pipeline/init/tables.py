@@ -4,8 +4,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from device.errors import InputError
-from pipeline import progress
+from bitferry.device.errors import InputError
+from bitferry.pipeline import progress
 
 FILES = ("file", "path", "image", "filename", "file_name", "filepath", "image_path", "img", "image_id", "id", "name")
 LABELS = (

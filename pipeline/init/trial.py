@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from device.arrays import Images
-from device.errors import InputError, first_line
-from device.pixels import IGNORED
-from device.preprocess import Preprocessing
-from pipeline import progress
-from pipeline.data.decoding import fitted
-from pipeline.data.sample import Sample
-from pipeline.measure.metrics import Task
-from pipeline.scores import other_input
-from pipeline.statistics import binomial_tail, mcnemar_mid_p
-from targets import usable_cpus
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError, first_line
+from bitferry.device.pixels import IGNORED
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import progress
+from bitferry.pipeline.data.decoding import fitted
+from bitferry.pipeline.data.sample import Sample
+from bitferry.pipeline.measure.metrics import Task
+from bitferry.pipeline.scores import other_input
+from bitferry.pipeline.statistics import binomial_tail, mcnemar_mid_p
+from bitferry.targets import usable_cpus
 
 Variants = Callable[[Preprocessing], list[tuple[str, Preprocessing]]]
 Model = Callable[[Tensor], Tensor]

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from device.errors import InputError, first_line
-from pipeline.init.trial import Model
-from pipeline.onnx_in import given
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline.init.trial import Model
+from bitferry.pipeline.onnx_in import given
 
 
 @dataclass(frozen=True)

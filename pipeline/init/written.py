@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device.preprocess import Preprocessing
-from pipeline.init.trial import Trial
-from pipeline.measure.metrics import Task
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline.init.trial import Trial
+from bitferry.pipeline.measure.metrics import Task
 
 SHOWN = 8
 

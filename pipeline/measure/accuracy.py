@@ -6,12 +6,12 @@ from statistics import NormalDist
 
 import numpy as np
 
-from device.arrays import Outputs
-from device.errors import StageFailed
-from pipeline.data.split import Labels, Split
-from pipeline.figures import Accuracy, Change
-from pipeline.measure import metrics
-from pipeline.measure.answers import (
+from bitferry.device.arrays import Outputs
+from bitferry.device.errors import StageFailed
+from bitferry.pipeline.data.split import Labels, Split
+from bitferry.pipeline.figures import Accuracy, Change
+from bitferry.pipeline.measure import metrics
+from bitferry.pipeline.measure.answers import (
     Answers,
     Flags,
     answers,
@@ -22,10 +22,10 @@ from pipeline.measure.answers import (
     reliability,
     worst,
 )
-from pipeline.measure.metrics import COUNTED, Task
-from pipeline.recipe import Recipe
-from pipeline.statistics import images_to_decide, paired_bootstrap, sqnr_db, tango_interval
-from pipeline.verdict import Outcome
+from bitferry.pipeline.measure.metrics import COUNTED, Task
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.statistics import images_to_decide, paired_bootstrap, sqnr_db, tango_interval
+from bitferry.pipeline.verdict import Outcome
 
 PLACES = {"top-1": 1, "top-5": 5}
 SURE, LEAST_SURE = 0.995, 0.75

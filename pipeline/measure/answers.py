@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from device.arrays import Outputs
-from device.pixels import IGNORED
-from device.runner import softmax
-from pipeline.data.split import Labels, Split
-from pipeline.figures import Bin, ClassChange, Confusion, Flips, Reliability, WorstImage
-from pipeline.measure import metrics
-from pipeline.measure.metrics import Task
-from pipeline.statistics import mcnemar_mid_p
+from bitferry.device.arrays import Outputs
+from bitferry.device.pixels import IGNORED
+from bitferry.device.runner import softmax
+from bitferry.pipeline.data.split import Labels, Split
+from bitferry.pipeline.figures import Bin, ClassChange, Confusion, Flips, Reliability, WorstImage
+from bitferry.pipeline.measure import metrics
+from bitferry.pipeline.measure.metrics import Task
+from bitferry.pipeline.statistics import mcnemar_mid_p
 
 BINS = 15
 MOST_CONFUSIONS = 20

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import onnx
 
-import targets
-from pipeline import export
-from pipeline.artifacts import Compiled, Program
-from pipeline.measure import reasons
-from pipeline.verdict import Execution
-from targets import Layer, Precision
+from bitferry import targets
+from bitferry.pipeline import export
+from bitferry.pipeline.artifacts import Compiled, Program
+from bitferry.pipeline.measure import reasons
+from bitferry.pipeline.verdict import Execution
+from bitferry.targets import Layer, Precision
 
 MOST_NAMED = 3
 

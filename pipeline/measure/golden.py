@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from device import pixels
-from device.arrays import Images, Outputs, Predict
-from device.errors import StageFailed
-from device.preprocess import Preprocessing
-from pipeline import cache
-from pipeline.data.split import Split
-from pipeline.verdict import Golden, GoldenFile
+from bitferry.device import pixels
+from bitferry.device.arrays import Images, Outputs, Predict
+from bitferry.device.errors import StageFailed
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import cache
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.verdict import Golden, GoldenFile
 
 KINDS = {
     "golden-1.jpg": "JPEG",

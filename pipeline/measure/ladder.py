@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from device import pixels
-from device.arrays import Images, Outputs, Predict
-from device.errors import first_line
-from pipeline import progress
-from pipeline.data.split import Labels, Split
-from pipeline.measure.answers import Answers, answers, flips, of_pixels
-from pipeline.statistics import noise_share, sqnr_db
-from pipeline.verdict import Ladder, LayerError, Rung
+from bitferry.device import pixels
+from bitferry.device.arrays import Images, Outputs, Predict
+from bitferry.device.errors import first_line
+from bitferry.pipeline import progress
+from bitferry.pipeline.data.split import Labels, Split
+from bitferry.pipeline.measure.answers import Answers, answers, flips, of_pixels
+from bitferry.pipeline.statistics import noise_share, sqnr_db
+from bitferry.pipeline.verdict import Ladder, LayerError, Rung
 
 PIXELS, FEWEST, MOST = 3_200_000, 64, 512
 """How many images are taken: as many as have this many pixels together, within bounds."""

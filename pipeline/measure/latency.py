@@ -6,11 +6,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from device import timing as timer
-from device.timing import BLOCKS, Call, Series
-from pipeline import progress
-from pipeline.figures import Percentile, Timing
-from pipeline.statistics import order_statistic_bound
+from bitferry.device import timing as timer
+from bitferry.device.timing import BLOCKS, Call, Series
+from bitferry.pipeline import progress
+from bitferry.pipeline.figures import Percentile, Timing
+from bitferry.pipeline.statistics import order_statistic_bound
 
 Effort = Literal["quick", "default", "thorough"]
 SECONDS: Mapping[Effort, float] = {"quick": 1.5, "default": 3.0, "thorough": 60.0}

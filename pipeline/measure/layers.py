@@ -7,12 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from device.arrays import Images
-from pipeline.artifacts import Program, QuantizedOnnx, TorchProgram
-from pipeline.capture import captured, fixed_batch, float_counterpart, layer_name
-from pipeline.onnx_in import looked
-from pipeline.statistics import decibels
-from pipeline.verdict import LayerError
+from bitferry.device.arrays import Images
+from bitferry.pipeline.artifacts import Program, QuantizedOnnx, TorchProgram
+from bitferry.pipeline.capture import captured, fixed_batch, float_counterpart, layer_name
+from bitferry.pipeline.onnx_in import looked
+from bitferry.pipeline.statistics import decibels
+from bitferry.pipeline.verdict import LayerError
 
 aten = torch.ops.aten
 LAYERS = {aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.linear.default}

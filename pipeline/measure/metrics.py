@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from device.arrays import Outputs
-from device.errors import InputError, first_line
-from pipeline.data.split import Labels
-from pipeline.statistics import Indices
+from bitferry.device.arrays import Outputs
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline.data.split import Labels
+from bitferry.pipeline.statistics import Indices
 
 if TYPE_CHECKING:
     from torch import Tensor

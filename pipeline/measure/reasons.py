@@ -7,9 +7,9 @@ from typing import Any
 import onnx
 from onnx import NodeProto
 
-from pipeline.artifacts import Program, Quantized, QuantizedOnnx
-from pipeline.onnx_in.plan import Wiring
-from targets import Kind, Layer, Precision
+from bitferry.pipeline.artifacts import Program, Quantized, QuantizedOnnx
+from bitferry.pipeline.onnx_in.plan import Wiring
+from bitferry.targets import Kind, Layer, Precision
 
 QUANTIZE, DEQUANTIZE = "quantize", "dequantize"
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution"}
@@ -97,7 +97,7 @@ def _beyond(node: Node) -> Iterator[Node]:
 
 
 def _of_torch(program: Quantized) -> Iterator[Node]:
-    from pipeline.capture import layer_name, read  # noqa: PLC0415 - torch, which a run that finds all cached is spared
+    from bitferry.pipeline.capture import layer_name, read  # noqa: PLC0415 - torch, which a run that finds all cached is spared
 
     exported = read(program.path)
     given = {*exported.graph_signature.user_inputs}

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from device import kept
-from device.errors import StageFailed
-from device.kept import Kept
-from device.pixels import IGNORED, Maps, thin_masks
-from pipeline.data.split import Labels, Split
-from pipeline.figures import Accuracy, Change, ClassChange, Flips, WorstImage
-from pipeline.measure import metrics
-from pipeline.measure.accuracy import judge_accuracy, refuse_strange, resampled
-from pipeline.measure.answers import of_pixels, reliability
-from pipeline.measure.metrics import COUNTED, Values
-from pipeline.recipe import Recipe
-from pipeline.statistics import Indices, mcnemar_mid_p, sqnr_db
+from bitferry.device import kept
+from bitferry.device.errors import StageFailed
+from bitferry.device.kept import Kept
+from bitferry.device.pixels import IGNORED, Maps, thin_masks
+from bitferry.pipeline.data.split import Labels, Split
+from bitferry.pipeline.figures import Accuracy, Change, ClassChange, Flips, WorstImage
+from bitferry.pipeline.measure import metrics
+from bitferry.pipeline.measure.accuracy import judge_accuracy, refuse_strange, resampled
+from bitferry.pipeline.measure.answers import of_pixels, reliability
+from bitferry.pipeline.measure.metrics import COUNTED, Values
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.statistics import Indices, mcnemar_mid_p, sqnr_db
 
 WORST_IMAGES = 12
 MOST_NAMED = 3

@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from device import pixels
-from device.arrays import Images, Outputs
-from pipeline import progress
-from pipeline.artifacts import Program, QuantizedOnnx, TorchProgram
-from pipeline.capture import captured, layer_name
-from pipeline.measure.layers import LAYERS, batches_of, counterparts, graphs, rounds
-from pipeline.onnx_in import looked
-from pipeline.statistics import noise_share
-from pipeline.verdict import Blame
+from bitferry.device import pixels
+from bitferry.device.arrays import Images, Outputs
+from bitferry.pipeline import progress
+from bitferry.pipeline.artifacts import Program, QuantizedOnnx, TorchProgram
+from bitferry.pipeline.capture import captured, layer_name
+from bitferry.pipeline.measure.layers import LAYERS, batches_of, counterparts, graphs, rounds
+from bitferry.pipeline.onnx_in import looked
+from bitferry.pipeline.statistics import noise_share
+from bitferry.pipeline.verdict import Blame
 
 Layer = Callable[[Tensor], Tensor]
 

@@ -14,18 +14,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-import targets
-from device import machine
-from device.arrays import Images, Outputs, Predict
-from device.errors import StageFailed
-from device.preprocess import Preprocessing
-from device.timing import Call, Series
-from pipeline.artifacts import Compiled
-from pipeline.figures import Candidate, Footprint, Latency, Ratio, Throughput
-from pipeline.measure import execution, latency
-from pipeline.measure.latency import Effort
-from pipeline.measure.suspicion import contradiction, suspicions
-from pipeline.statistics import ratio_interval
+from bitferry import targets
+from bitferry.device import machine
+from bitferry.device.arrays import Images, Outputs, Predict
+from bitferry.device.errors import StageFailed
+from bitferry.device.preprocess import Preprocessing
+from bitferry.device.timing import Call, Series
+from bitferry.pipeline.artifacts import Compiled
+from bitferry.pipeline.figures import Candidate, Footprint, Latency, Ratio, Throughput
+from bitferry.pipeline.measure import execution, latency
+from bitferry.pipeline.measure.latency import Effort
+from bitferry.pipeline.measure.suspicion import contradiction, suspicions
+from bitferry.pipeline.statistics import ratio_interval
 
 EAGER = "eager PyTorch"
 BATCHES = (1, 8)

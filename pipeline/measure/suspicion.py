@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from device.machine import Conditions
-from device.timing import Series
-from pipeline.figures import Candidate, Ratio, Suspicion
-from pipeline.verdict import Ladder
-from targets import Environment
+from bitferry.device.machine import Conditions
+from bitferry.device.timing import Series
+from bitferry.pipeline.figures import Candidate, Ratio, Suspicion
+from bitferry.pipeline.verdict import Ladder
+from bitferry.targets import Environment
 
 MOST_OTHER_LOAD = 0.1
 """Of all CPUs. PyTorch's threads spin while they wait for each other, so one busy neighbour slows it manyfold."""

@@ -6,9 +6,9 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from device.errors import InputError
-from pipeline.nightly.history import History
-from pipeline.nightly.night import Cell
+from bitferry.device.errors import InputError
+from bitferry.pipeline.nightly.history import History
+from bitferry.pipeline.nightly.night import Cell
 
 HISTORY = "history.sqlite"
 

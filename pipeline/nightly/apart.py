@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.measure import segmentation
-from pipeline.report.record import Recorded
-from pipeline.statistics import mcnemar_mid_p, newcombe_interval, tango_interval
+from bitferry.pipeline.measure import segmentation
+from bitferry.pipeline.report.record import Recorded
+from bitferry.pipeline.statistics import mcnemar_mid_p, newcombe_interval, tango_interval
 
 ALPHA = 0.005
 """Two-sided, so that 1 in 400 changed cells is said to have lost what it lost by chance. One that did not change

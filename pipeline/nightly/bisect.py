@@ -11,19 +11,19 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from device.errors import InputError, StageFailed
-from pipeline import progress
-from pipeline.cache import own
-from pipeline.nightly import inputs, perform
-from pipeline.nightly.accept import HISTORY
-from pipeline.nightly.changes import changed
-from pipeline.nightly.history import History
-from pipeline.nightly.night import Cell, Result, disturbed
-from pipeline.nightly.work import TRIALS
-from pipeline.recipe import read
-from pipeline.report import record
-from pipeline.verdict import Built
-from pipeline.verdict import Verdict as Measured
+from bitferry.device.errors import InputError, StageFailed
+from bitferry.pipeline import progress
+from bitferry.pipeline.cache import own
+from bitferry.pipeline.nightly import inputs, perform
+from bitferry.pipeline.nightly.accept import HISTORY
+from bitferry.pipeline.nightly.changes import changed
+from bitferry.pipeline.nightly.history import History
+from bitferry.pipeline.nightly.night import Cell, Result, disturbed
+from bitferry.pipeline.nightly.work import TRIALS
+from bitferry.pipeline.recipe import read
+from bitferry.pipeline.report import record
+from bitferry.pipeline.verdict import Built
+from bitferry.pipeline.verdict import Verdict as Measured
 
 Verdict = Literal["good", "bad", "unsure", "does not run"]
 """unsure: other processes were busy whenever it was timed."""
@@ -282,7 +282,7 @@ def _verified(case: Case, overlay: Path | None) -> Built:
     paths = [str(overlay)] if overlay else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", "from pipeline.cli import main; main()", *words],
+        [sys.executable, "-P", "-c", "from bitferry.pipeline.cli import main; main()", *words],
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     try:

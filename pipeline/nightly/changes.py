@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
-from pipeline.nightly.night import Inputs
+from bitferry.pipeline.nightly.night import Inputs
 
 STACK = (
     "torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino", "executorch",

@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.nightly.heatmap import OUTCOMES, SEVERITIES, duration, heatmap, ranked, sentence, slowest, tonight
-from pipeline.nightly.night import Cell, Finding, Night, Point
-from pipeline.report import charts, page
+from bitferry.pipeline.nightly.heatmap import OUTCOMES, SEVERITIES, duration, heatmap, ranked, sentence, slowest, tonight
+from bitferry.pipeline.nightly.night import Cell, Finding, Night, Point
+from bitferry.pipeline.report import charts, page
 
 INDEX, SCRIPT = "index.html", "nightly.js"
 KEPT = 2

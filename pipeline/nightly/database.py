@@ -6,8 +6,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from device.errors import InputError, first_line
-from pipeline.nightly import packed
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline.nightly import packed
 
 MIGRATIONS = sorted((Path(__file__).parent / "migrations").glob("*.sql"), key=lambda path: int(path.stem))
 """Each `N.sql` turns schema N − 1 into N; a new file runs them all."""

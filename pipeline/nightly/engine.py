@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from device.errors import InputError
-from pipeline import progress
-from pipeline.nightly import ray_session
-from pipeline.nightly.execution import Execution
-from pipeline.nightly.graph import Done, Task, unique
-from pipeline.nightly.nodes import Answer, Nodes, Say
-from pipeline.nightly.placement import Node
+from bitferry.device.errors import InputError
+from bitferry.pipeline import progress
+from bitferry.pipeline.nightly import ray_session
+from bitferry.pipeline.nightly.execution import Execution
+from bitferry.pipeline.nightly.graph import Done, Task, unique
+from bitferry.pipeline.nightly.nodes import Answer, Nodes, Say
+from bitferry.pipeline.nightly.placement import Node
 
 JOIN_SECONDS = 180.0
 """How long a cluster's nodes may take to answer at the start."""

@@ -10,12 +10,12 @@ from functools import partial
 from queue import Empty
 from typing import TYPE_CHECKING
 
-from device.errors import first_line
-from pipeline.nightly import ray_session
-from pipeline.nightly.graph import Done, Task, after, dependents, ordered
-from pipeline.nightly.nodes import Answer, Nodes
-from pipeline.nightly.perform import Outcome, log_file, perform
-from pipeline.nightly.placement import Node, Placed, Placement
+from bitferry.device.errors import first_line
+from bitferry.pipeline.nightly import ray_session
+from bitferry.pipeline.nightly.graph import Done, Task, after, dependents, ordered
+from bitferry.pipeline.nightly.nodes import Answer, Nodes
+from bitferry.pipeline.nightly.perform import Outcome, log_file, perform
+from bitferry.pipeline.nightly.placement import Node, Placed, Placement
 
 if TYPE_CHECKING:
     from ray import ObjectRef

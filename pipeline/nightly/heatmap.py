@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from pipeline.nightly.night import Cell, Finding, Night, Point
-from targets import PRECISIONS
+from bitferry.pipeline.nightly.night import Cell, Finding, Night, Point
+from bitferry.targets import PRECISIONS
 
 OUTCOMES = {"pass": "✓", "fail": "✗", "undecided": "?", "unmeasured": "–", "failed": "!"}
 """Each outcome's symbol, so that none is told by its colour alone."""

@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from device.errors import InputError
-from pipeline.nightly import packed
-from pipeline.nightly.database import PATIENCE_SECONDS, Database
-from pipeline.nightly.night import Cell, Finding, Inputs, Night, Point, Result, Samples, Status
-from pipeline.report.record import Recorded
+from bitferry.device.errors import InputError
+from bitferry.pipeline.nightly import packed
+from bitferry.pipeline.nightly.database import PATIENCE_SECONDS, Database
+from bitferry.pipeline.nightly.night import Cell, Finding, Inputs, Night, Point, Result, Samples, Status
+from bitferry.pipeline.report.record import Recorded
 
 # Statements are put together from the column names here and in packed.py, never from what was read.
 # ruff: noqa: S608

@@ -10,16 +10,16 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-import targets
-from device import machine
-from pipeline import dataset
-from pipeline.cache import file_hash
-from pipeline.data.source import Source
-from pipeline.imports import beside, imported, normal, providing
-from pipeline.measure.latency import Effort
-from pipeline.nightly.night import Cell, Inputs
-from pipeline.own_source import own_commit, source_hash
-from pipeline.recipe import Recipe
+from bitferry import targets
+from bitferry.device import machine
+from bitferry.pipeline import dataset
+from bitferry.pipeline.cache import file_hash
+from bitferry.pipeline.data.source import Source
+from bitferry.pipeline.imports import beside, imported, normal, providing
+from bitferry.pipeline.measure.latency import Effort
+from bitferry.pipeline.nightly.night import Cell, Inputs
+from bitferry.pipeline.own_source import own_commit, source_hash
+from bitferry.pipeline.recipe import Recipe
 
 BESIDES = (
     "pipeline/nightly/", "pipeline/report/", "pipeline/shipping/", "pipeline/cli", "pipeline/doctor", "pipeline/init",

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.nightly.change_point import Step
-from pipeline.nightly.changes import changed
-from pipeline.nightly.night import Finding, Inputs, Point, Result
+from bitferry.pipeline.nightly.change_point import Step
+from bitferry.pipeline.nightly.changes import changed
+from bitferry.pipeline.nightly.night import Finding, Inputs, Point, Result
 
 InputsOf = Callable[[str], Inputs | None]
 Kind = Literal["accuracy", "float accuracy", "latency", "size", "memory", "verdict", "failure"]

@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import progress
-from pipeline.nightly.graph import Done, Task
-from pipeline.nightly.placement import Node
+from bitferry.pipeline import progress
+from bitferry.pipeline.nightly.graph import Done, Task
+from bitferry.pipeline.nightly.placement import Node
 
 LINES = 20
 """Of running tasks; a terminal shows no more anyway."""

@@ -7,20 +7,20 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-import targets
-from device.errors import BitferryError, InputError, TargetUnavailable
-from pipeline import interrupt, progress
-from pipeline.cache import locked
-from pipeline.measure.latency import Effort
-from pipeline.nightly import engine, inputs, live, mlflow_log, perform, regressions, reports
-from pipeline.nightly.graph import Done
-from pipeline.nightly.history import History
-from pipeline.nightly.night import Cell, Finding, Inputs, Night, Result
-from pipeline.nightly.parcel import pack
-from pipeline.nightly.plan import Planned, cells, graph, kind_for
-from pipeline.nightly.store import Store
-from pipeline.nightly.work import Made, Order
-from pipeline.recipe import Recipe
+from bitferry import targets
+from bitferry.device.errors import BitferryError, InputError, TargetUnavailable
+from bitferry.pipeline import interrupt, progress
+from bitferry.pipeline.cache import locked
+from bitferry.pipeline.measure.latency import Effort
+from bitferry.pipeline.nightly import engine, inputs, live, mlflow_log, perform, regressions, reports
+from bitferry.pipeline.nightly.graph import Done
+from bitferry.pipeline.nightly.history import History
+from bitferry.pipeline.nightly.night import Cell, Finding, Inputs, Night, Result
+from bitferry.pipeline.nightly.parcel import pack
+from bitferry.pipeline.nightly.plan import Planned, cells, graph, kind_for
+from bitferry.pipeline.nightly.store import Store
+from bitferry.pipeline.nightly.work import Made, Order
+from bitferry.pipeline.recipe import Recipe
 
 HISTORY = "history.sqlite"
 STAMP = "%Y-%m-%dT%H:%M:%SZ"

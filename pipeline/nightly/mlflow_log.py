@@ -8,10 +8,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from device.errors import StageFailed, TargetUnavailable, first_line
-from pipeline import verdict
-from pipeline.nightly.night import Night, Point, Result
-from pipeline.report.record import VERDICT
+from bitferry.device.errors import StageFailed, TargetUnavailable, first_line
+from bitferry.pipeline import verdict
+from bitferry.pipeline.nightly.night import Night, Point, Result
+from bitferry.pipeline.report.record import VERDICT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

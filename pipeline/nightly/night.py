@@ -7,9 +7,9 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from device.errors import InputError
-from pipeline.report.record import Recorded
-from pipeline.verdict import Built, Verdict
+from bitferry.device.errors import InputError
+from bitferry.pipeline.report.record import Recorded
+from bitferry.pipeline.verdict import Built, Verdict
 
 Samples = Mapping[str, NDArray[np.float32]]
 """Each candidate's name → the seconds of its timed calls, blocks × calls, as they were measured."""

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from device.errors import first_line
-from pipeline.nightly import ray_session
-from pipeline.nightly.perform import Probed, probe, whole
-from pipeline.nightly.placement import Node
-from pipeline.nightly.ray_session import Listed
+from bitferry.device.errors import first_line
+from bitferry.pipeline.nightly import ray_session
+from bitferry.pipeline.nightly.perform import Probed, probe, whole
+from bitferry.pipeline.nightly.placement import Node
+from bitferry.pipeline.nightly.ray_session import Listed
 
 Say = Callable[[str], None]
 

@@ -6,11 +6,11 @@ from statistics import NormalDist
 
 import numpy as np
 
-from pipeline.nightly import change_point
-from pipeline.nightly.change_point import Figures, Step
-from pipeline.nightly.judged import Change, Judged, day, finding, since
-from pipeline.nightly.night import Finding, Point, disturbed
-from pipeline.statistics import RELOAD
+from bitferry.pipeline.nightly import change_point
+from bitferry.pipeline.nightly.change_point import Figures, Step
+from bitferry.pipeline.nightly.judged import Change, Judged, day, finding, since
+from bitferry.pipeline.nightly.night import Finding, Point, disturbed
+from bitferry.pipeline.statistics import RELOAD
 
 REACH = NormalDist().inv_cdf(0.975)
 SPIKE, SPIKE_NIGHTS = 0.05, 5

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from device.errors import InputError, first_line
-from pipeline import verdict
-from pipeline.nightly.night import Cell, Finding, Inputs, Point, Result, Samples
-from pipeline.report import record
-from pipeline.report.record import Recorded
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline import verdict
+from bitferry.pipeline.nightly.night import Cell, Finding, Inputs, Point, Result, Samples
+from bitferry.pipeline.report import record
+from bitferry.pipeline.report.record import Recorded
 
 Scalar = str | float | int | None
 

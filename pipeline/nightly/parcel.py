@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from device.errors import InputError
-from pipeline import cache, dataset
-from pipeline.imports import beside
-from pipeline.nightly.store import Store
-from pipeline.recipe import Recipe
-from pipeline.training.settings import LIBRARY
+from bitferry.device.errors import InputError
+from bitferry.pipeline import cache, dataset
+from bitferry.pipeline.imports import beside
+from bitferry.pipeline.nightly.store import Store
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.training.settings import LIBRARY
 
 PATHS = ("path", "images", "labels", "root")
 """Keys of a table of [data] that name a file or a folder."""

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import targets
-from device import gpu
-from device.errors import first_line
-from device.footprint import peak_memory
-from pipeline.nightly import inputs
-from pipeline.nightly.ray_session import unpacked
-from pipeline.own_source import source_hash
+from bitferry import targets
+from bitferry.device import gpu
+from bitferry.device.errors import first_line
+from bitferry.device.footprint import peak_memory
+from bitferry.pipeline.nightly import inputs
+from bitferry.pipeline.nightly.ray_session import unpacked
+from bitferry.pipeline.own_source import source_hash
 
 MACHINE = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 """A full or broken disk is not the task's fault."""

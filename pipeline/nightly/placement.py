@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from pipeline.nightly.graph import Task
+from bitferry.pipeline.nightly.graph import Task
 
 GIB = 1 << 30
 Shape = tuple[str | None, float, int]

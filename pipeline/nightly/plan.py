@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import targets
-from device.errors import InputError
-from pipeline import progress
-from pipeline.asked import choose_targets
-from pipeline.nightly import work
-from pipeline.nightly.graph import Task
-from pipeline.nightly.night import Cell, Inputs
-from pipeline.nightly.work import Order
-from pipeline.recipe import Recipe, read
-from targets import PRECISIONS, Precision
+from bitferry import targets
+from bitferry.device.errors import InputError
+from bitferry.pipeline import progress
+from bitferry.pipeline.asked import choose_targets
+from bitferry.pipeline.nightly import work
+from bitferry.pipeline.nightly.graph import Task
+from bitferry.pipeline.nightly.night import Cell, Inputs
+from bitferry.pipeline.nightly.work import Order
+from bitferry.pipeline.recipe import Recipe, read
+from bitferry.targets import PRECISIONS, Precision
 
 GIB = 1 << 30
 SHORT = ("float8", "float16", "bfloat16")

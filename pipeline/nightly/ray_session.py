@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from device.errors import InputError, StageFailed, TargetUnavailable, first_line
-from device.machine import usable_cpus
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable, first_line
+from bitferry.device.machine import usable_cpus
 
 if TYPE_CHECKING:
     from threading import Event

@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
-from pipeline.nightly import pace, right_answers
-from pipeline.nightly.judged import Change, InputsOf, Judged, Kind, Severity, day, finding
-from pipeline.nightly.night import Finding, Point, Result
+from bitferry.pipeline.nightly import pace, right_answers
+from bitferry.pipeline.nightly.judged import Change, InputsOf, Judged, Kind, Severity, day, finding
+from bitferry.pipeline.nightly.night import Finding, Point, Result
 
 SIZE_SHARE, SIZE_BYTES = 0.01, 4_000
 """A file is larger where it is so by more than both: a compiler's next version moves a few bytes."""

@@ -6,11 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import quote
 
-from pipeline import progress
-from pipeline.nightly import dashboard, summary
-from pipeline.nightly.changes import changed
-from pipeline.nightly.history import History
-from pipeline.nightly.night import Cell, Night, Point
+from bitferry.pipeline import progress
+from bitferry.pipeline.nightly import dashboard, summary
+from bitferry.pipeline.nightly.changes import changed
+from bitferry.pipeline.nightly.history import History
+from bitferry.pipeline.nightly.night import Cell, Night, Point
 
 SUMMARY, JUNIT, REPORTS = "summary.md", "junit.xml", "reports"
 SHOWN = 365

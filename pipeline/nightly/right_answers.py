@@ -6,11 +6,11 @@ from statistics import NormalDist
 
 import numpy as np
 
-from pipeline.nightly import change_point
-from pipeline.nightly.apart import Apart, Who, apart
-from pipeline.nightly.change_point import Figures, Step
-from pipeline.nightly.judged import Change, Judged, Kind, day, finding, since
-from pipeline.nightly.night import Finding, Point
+from bitferry.pipeline.nightly import change_point
+from bitferry.pipeline.nightly.apart import Apart, Who, apart
+from bitferry.pipeline.nightly.change_point import Figures, Step
+from bitferry.pipeline.nightly.judged import Change, Judged, Kind, day, finding, since
+from bitferry.pipeline.nightly.night import Finding, Point
 
 REACH = NormalDist().inv_cdf(0.975)
 WIDER = 1.08

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.nightly.night import Finding, Night, Point
-from pipeline.report.terminal import STYLES
+from bitferry.pipeline.nightly.night import Finding, Night, Point
+from bitferry.pipeline.report.terminal import STYLES
 
 SEVERITIES = {"regression": "red", "improvement": "green", "notice": "yellow"}
 PIPED_WIDTH = 120

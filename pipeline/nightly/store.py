@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-from device.errors import BitferryError, InputError, TargetUnavailable, first_line
-from pipeline import progress
+from bitferry.device.errors import BitferryError, InputError, TargetUnavailable, first_line
+from bitferry.pipeline import progress
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from xml.etree import ElementTree as ET
 
-from pipeline.nightly.heatmap import OUTCOMES, count, duration, heatmap, ranked, sentence, slowest, tonight
-from pipeline.nightly.night import Cell, Finding, Night, Point, Result
-from pipeline.report.page import number, times
+from bitferry.pipeline.nightly.heatmap import OUTCOMES, count, duration, heatmap, ranked, sentence, slowest, tonight
+from bitferry.pipeline.nightly.night import Cell, Finding, Night, Point, Result
+from bitferry.pipeline.report.page import number, times
 
 LIMIT_BYTES = 1_000_000
 """GitHub refuses a job summary above 1 MiB; the rest is room for what other steps of the job write."""

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from device.errors import InputError
-from pipeline.nightly.history import Accepted, History
-from pipeline.nightly.night import Cell, Point
+from bitferry.device.errors import InputError
+from bitferry.pipeline.nightly.history import Accepted, History
+from bitferry.pipeline.nightly.night import Cell, Point
 
 STYLES = {"pass": "green", "fail": "red", "undecided": "yellow", "unmeasured": "yellow", "failed": "red"}
 BARS = "▁▂▃▄▅▆▇█"
@@ -64,7 +64,7 @@ def _nearest(wanted: str, known: Sequence[str]) -> str:
 
 def read(history: History, cell: Cell, last: int) -> Past:
     """Read the last nights of a cell, and what changed from each to the next."""
-    from pipeline.nightly.changes import changed  # noqa: PLC0415
+    from bitferry.pipeline.nightly.changes import changed  # noqa: PLC0415
 
     points = history.points(cell)[-last - 1 :]
     inputs = [history.inputs(point.night, cell) for point in points]

@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import progress
-from pipeline.cache import file_hash
-from pipeline.figures import Ratio
-from pipeline.measure.latency import Effort
-from pipeline.nightly.inputs import here, installed
-from pipeline.nightly.night import ARTIFACT, EAGER, RUNTIME_FLOAT, Samples, disturbed
-from pipeline.nightly.parcel import unpack
-from pipeline.nightly.store import Store
-from pipeline.recipe import read
-from pipeline.report.record import REPORT, Recorded
-from pipeline.statistics import ratio_interval
-from pipeline.verdict import Built
+from bitferry.pipeline import progress
+from bitferry.pipeline.cache import file_hash
+from bitferry.pipeline.figures import Ratio
+from bitferry.pipeline.measure.latency import Effort
+from bitferry.pipeline.nightly.inputs import here, installed
+from bitferry.pipeline.nightly.night import ARTIFACT, EAGER, RUNTIME_FLOAT, Samples, disturbed
+from bitferry.pipeline.nightly.parcel import unpack
+from bitferry.pipeline.nightly.store import Store
+from bitferry.pipeline.recipe import read
+from bitferry.pipeline.report.record import REPORT, Recorded
+from bitferry.pipeline.statistics import ratio_interval
+from bitferry.pipeline.verdict import Built
 
 if TYPE_CHECKING:
-    from device.timing import Series
-    from pipeline.artifacts import Unmeasured, Verified
-    from pipeline.figures import Latency
-    from pipeline.run import Deployment, Run
+    from bitferry.device.timing import Series
+    from bitferry.pipeline.artifacts import Unmeasured, Verified
+    from bitferry.pipeline.figures import Latency
+    from bitferry.pipeline.run import Deployment, Run
 
 
 BUILD = "BITFERRY_BUILD"
@@ -79,7 +79,7 @@ class Made:
 
 def prepare(order: Order) -> None:
     """Read the data, train or load the float model, and answer every evaluation image with it."""
-    from pipeline.verify import float_answers
+    from bitferry.pipeline.verify import float_answers
 
     run = _run(order)
     float_answers(run.model, run.evaluation, run.build)
@@ -107,9 +107,9 @@ def evaluate(order: Order) -> None:
 
 def measure(order: Order) -> Made:
     """Time the artifact beside its baselines, and judge it; nothing else may run on this machine meanwhile."""
-    from pipeline.artifacts import Unmeasured
-    from pipeline.deploy import way
-    from pipeline.report import record
+    from bitferry.pipeline.artifacts import Unmeasured
+    from bitferry.pipeline.deploy import way
+    from bitferry.pipeline.report import record
 
     run = _run(order)
     chosen = way(run, order.target) if order.precision == "auto" else _deployment(order)
@@ -135,9 +135,9 @@ def _together(chosen: "Deployment", runs: "Sequence[Verified | Unmeasured]") -> 
 
     The report is that of the whole.
     """
-    from pipeline.artifacts import Verified
-    from pipeline.report import record
-    from pipeline.verify import judged_again
+    from bitferry.pipeline.artifacts import Verified
+    from bitferry.pipeline.report import record
+    from bitferry.pipeline.verify import judged_again
 
     measured = [one for one in runs if isinstance(one, Verified)]
     if len(measured) < len(runs) or len(runs) == 1:
@@ -155,7 +155,7 @@ def _together(chosen: "Deployment", runs: "Sequence[Verified | Unmeasured]") -> 
 
 def _latency(measured: "Sequence[Verified]", series: "Sequence[Series]") -> "Latency":
     """Summarize the times of several measurements; what disturbed any of them may have disturbed the whole."""
-    from pipeline.measure.latency import timing
+    from bitferry.pipeline.measure.latency import timing
 
     last, medians = measured[-1].verdict.latency, [one.block_medians for one in series]
     ratios = [Ratio(*ratio_interval(one, medians[-1])) for one in medians[:-1]]
@@ -176,8 +176,8 @@ def _samples(found: "Verified") -> Samples:
 
 
 def _deployment(order: Order) -> "Deployment":
-    from pipeline.run import Deployment
-    from targets import PRECISIONS
+    from bitferry.pipeline.run import Deployment
+    from bitferry.targets import PRECISIONS
 
     precision = next(one for one in PRECISIONS if one == order.precision)
     return Deployment(_run(order), order.target, precision)
@@ -211,9 +211,9 @@ def _forget_modules_beside(folder: Path) -> None:
 
 @lru_cache(maxsize=1)  # of several, one could import another's modules
 def _opened(path: Path, digest: str, order: Order) -> "Run":
-    from pipeline import memory
-    from pipeline.cache import Cache
-    from pipeline.run import Run
+    from bitferry.pipeline import memory
+    from bitferry.pipeline.cache import Cache
+    from bitferry.pipeline.run import Run
 
     memory.keep_freed()
     _forget_modules_beside(path.parent.resolve())

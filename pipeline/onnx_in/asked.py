@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-import targets
-from device.errors import InputError, TargetUnavailable
-from pipeline.artifacts import Baseline, FloatOnnx
-from pipeline.recipe import Quantization, Recipe
-from targets import Options
+from bitferry import targets
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.pipeline.artifacts import Baseline, FloatOnnx
+from bitferry.pipeline.recipe import Quantization, Recipe
+from bitferry.targets import Options
 
 PREFIX = "onnx:"
 REMEDY = "give the PyTorch model that the file was exported from (torchvision:, timm:, module: or pt2:)"

@@ -10,10 +10,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from device.arrays import Images
-from device.errors import InputError
-from device.preprocess import Preprocessing
-from pipeline.scores import told_channels
+from bitferry.device.arrays import Images
+from bitferry.device.errors import InputError
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline.scores import told_channels
 
 KINDS: dict[int, type[np.generic]] = {
     TensorProto.FLOAT: np.float32,

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
 
-from device import onnx_file
-from device.errors import InputError, first_line
+from bitferry.device import onnx_file
+from bitferry.device.errors import InputError, first_line
 
 OLDEST = 7
 """Opset, of what ONNX Runtime still runs."""

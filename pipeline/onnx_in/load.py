@@ -10,18 +10,18 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
-from device.arrays import Images, Outputs, Predict
-from device.errors import InputError, first_line
-from device.onnx_file import OPSETS
-from device.preprocess import Preprocessing
-from pipeline import cache, progress
-from pipeline.artifacts import FloatOnnx
-from pipeline.onnx_in import front, given
-from pipeline.onnx_in.asked import PREFIX, refuse_besides
-from pipeline.onnx_in.session import Session, opened, predict
-from pipeline.recipe import Recipe
-from pipeline.scores import check_scores
-from pipeline.statistics import sqnr_db
+from bitferry.device.arrays import Images, Outputs, Predict
+from bitferry.device.errors import InputError, first_line
+from bitferry.device.onnx_file import OPSETS
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import cache, progress
+from bitferry.pipeline.artifacts import FloatOnnx
+from bitferry.pipeline.onnx_in import front, given
+from bitferry.pipeline.onnx_in.asked import PREFIX, refuse_besides
+from bitferry.pipeline.onnx_in.session import Session, opened, predict
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.scores import check_scores
+from bitferry.pipeline.statistics import sqnr_db
 
 TOLERANCE = 1e-4
 """Of what is made of a file: the largest difference from it allowed, as a share of its largest score (at least 1)."""

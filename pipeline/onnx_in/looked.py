@@ -8,14 +8,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
-from device import pixels
-from device.arrays import Images
-from pipeline import progress
-from pipeline.artifacts import QuantizedOnnx
-from pipeline.onnx_in.plan import Wiring
-from pipeline.onnx_in.session import opened, predict
-from pipeline.statistics import decibels, noise_share
-from pipeline.verdict import Blame, LayerError
+from bitferry.device import pixels
+from bitferry.device.arrays import Images
+from bitferry.pipeline import progress
+from bitferry.pipeline.artifacts import QuantizedOnnx
+from bitferry.pipeline.onnx_in.plan import Wiring
+from bitferry.pipeline.onnx_in.session import opened, predict
+from bitferry.pipeline.statistics import decibels, noise_share
+from bitferry.pipeline.verdict import Blame, LayerError
 
 Values = NDArray[np.float32]
 PREFIX = "alone/"

@@ -6,8 +6,8 @@ from difflib import get_close_matches
 
 from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 
-from device.errors import InputError
-from targets import Scheme
+from bitferry.device.errors import InputError
+from bitferry.targets import Scheme
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 """Layers; a transposed convolution stays float, as it does on PyTorch's way."""

@@ -14,20 +14,20 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from device import arrays, pixels
-from device.arrays import Images, Outputs
-from device.errors import InputError, StageFailed, first_line
-from pipeline import cache, progress
-from pipeline.artifacts import Calibration, FloatOnnx, QuantizedOnnx, Simplified
-from pipeline.data.split import Split
-from pipeline.division import FEWEST, SEEN, divide, on, refuse_equal, refuse_infinite
-from pipeline.onnx_in.asked import OBSERVERS, usable
-from pipeline.onnx_in.looked import corrected
-from pipeline.onnx_in.plan import Plan, exact_elsewhere, plan
-from pipeline.onnx_in.session import predict
-from pipeline.recipe import Quantization
-from pipeline.statistics import decibels, is_less
-from targets import Scheme
+from bitferry.device import arrays, pixels
+from bitferry.device.arrays import Images, Outputs
+from bitferry.device.errors import InputError, StageFailed, first_line
+from bitferry.pipeline import cache, progress
+from bitferry.pipeline.artifacts import Calibration, FloatOnnx, QuantizedOnnx, Simplified
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.division import FEWEST, SEEN, divide, on, refuse_equal, refuse_infinite
+from bitferry.pipeline.onnx_in.asked import OBSERVERS, usable
+from bitferry.pipeline.onnx_in.looked import corrected
+from bitferry.pipeline.onnx_in.plan import Plan, exact_elsewhere, plan
+from bitferry.pipeline.onnx_in.session import predict
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import decibels, is_less
+from bitferry.targets import Scheme
 
 if TYPE_CHECKING:
     from onnxruntime.quantization.calibrate import TensorsData

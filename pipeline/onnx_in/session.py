@@ -8,7 +8,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from device.arrays import Images, Outputs, Predict, in_batches
+from bitferry.device.arrays import Images, Outputs, Predict, in_batches
 
 
 class Session(nn.Module):

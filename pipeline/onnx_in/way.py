@@ -3,15 +3,15 @@
 from functools import partial
 from pathlib import Path
 
-from pipeline.artifacts import FloatOnnx, Onnx, QuantizedOnnx
-from pipeline.cache import Cache
-from pipeline.data.split import Split
-from pipeline.export import answer, simplify
-from pipeline.measure.ladder import Step
-from pipeline.onnx_in.load import as_given
-from pipeline.onnx_in.quantize import quantize
-from pipeline.recipe import Quantization
-from targets import Scheme
+from bitferry.pipeline.artifacts import FloatOnnx, Onnx, QuantizedOnnx
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.export import answer, simplify
+from bitferry.pipeline.measure.ladder import Step
+from bitferry.pipeline.onnx_in.load import as_given
+from bitferry.pipeline.onnx_in.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.targets import Scheme
 
 
 def quantized(

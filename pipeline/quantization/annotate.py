@@ -17,11 +17,11 @@ from torchao.quantization.pt2e.quantizer import (
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from device.errors import InputError
-from pipeline.capture import layer_name
-from pipeline.quantization.grid import Grid
-from pipeline.quantization.layout import feature_maps
-from targets import Scheme
+from bitferry.device.errors import InputError
+from bitferry.pipeline.capture import layer_name
+from bitferry.pipeline.quantization.grid import Grid
+from bitferry.pipeline.quantization.layout import feature_maps
+from bitferry.targets import Scheme
 
 aten = torch.ops.aten
 WEIGHTED = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}

@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
-from pipeline import progress
-from pipeline.quantization.graph import Layer, batch_axis, batches, layers
-from pipeline.quantization.lockstep import Lockstep
+from bitferry.pipeline import progress
+from bitferry.pipeline.quantization.graph import Layer, batch_axis, batches, layers
+from bitferry.pipeline.quantization.lockstep import Lockstep
 
 
 def fast(model: fx.GraphModule) -> int:

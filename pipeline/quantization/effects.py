@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from pipeline import progress
-from pipeline.quantization.graph import activations, batches
-from pipeline.quantization.grid import Grid, channels_last
+from bitferry.pipeline import progress
+from bitferry.pipeline.quantization.graph import activations, batches
+from bitferry.pipeline.quantization.grid import Grid, channels_last
 
 BINS = 256
 """Bounds that are tried, from the smallest to the largest value seen."""

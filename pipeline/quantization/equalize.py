@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from pipeline.quantization.annotate import ADDITIONS, RELUS
-from pipeline.quantization.graph import Layer, batches, is_grid, layers
+from bitferry.pipeline.quantization.annotate import ADDITIONS, RELUS
+from bitferry.pipeline.quantization.graph import Layer, batches, is_grid, layers
 
 aten = torch.ops.aten
 PLAIN_RELUS = {aten.relu.default, aten.relu_.default}

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from device.arrays import Images
-from device.errors import StageFailed, first_line
-from pipeline import interrupt, progress
-from pipeline.quantization.graph import Layer, activations, forward, grids, layers, set_mode
-from pipeline.quantization.learned import LearnedRange, noise
-from pipeline.training.settings import Training
+from bitferry.device.arrays import Images
+from bitferry.device.errors import StageFailed, first_line
+from bitferry.pipeline import interrupt, progress
+from bitferry.pipeline.quantization.graph import Layer, activations, forward, grids, layers, set_mode
+from bitferry.pipeline.quantization.learned import LearnedRange, noise
+from bitferry.pipeline.training.settings import Training
 
 SECONDS = 30.0
 """Between two checkpoints."""

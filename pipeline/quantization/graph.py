@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from pipeline.capture import fixed_batch
-from pipeline.quantization.annotate import MOST_BIAS, WEIGHTED
-from pipeline.quantization.grid import Grid, Mode
-from pipeline.statistics import decibels
+from bitferry.pipeline.capture import fixed_batch
+from bitferry.pipeline.quantization.annotate import MOST_BIAS, WEIGHTED
+from bitferry.pipeline.quantization.grid import Grid, Mode
+from bitferry.pipeline.statistics import decibels
 
 aten = torch.ops.aten
 BATCH, PIXELS = 8, 8 * 256 * 256

@@ -7,10 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from device import pixels
-from pipeline.division import SEEN, on
-from pipeline.quantization.graph import batches, grids, set_mode
-from pipeline.statistics import decibels
+from bitferry.device import pixels
+from bitferry.pipeline.division import SEEN, on
+from bitferry.pipeline.quantization.graph import batches, grids, set_mode
+from bitferry.pipeline.statistics import decibels
 
 Noise = NDArray[np.float64]
 """Of the scores of each image, its power."""

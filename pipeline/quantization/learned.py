@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pipeline import progress
-from pipeline.quantization.graph import BATCH, activations, forward, layers, set_mode
-from pipeline.quantization.grid import Grid
-from pipeline.recipe import Quantization
+from bitferry.pipeline import progress
+from bitferry.pipeline.quantization.graph import BATCH, activations, forward, layers, set_mode
+from bitferry.pipeline.quantization.grid import Grid
+from bitferry.pipeline.recipe import Quantization
 
 SCALE_RATE, ZERO_RATE, BIAS_RATE = 1e-3, 1e-2, 2e-4
 """Of Adam: relative to a scale, in steps of the grid, and in the bias's own unit."""

@@ -6,8 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from pipeline.quantization.graph import is_grid, value
-from pipeline.quantization.grid import Grid
+from bitferry.pipeline.quantization.graph import is_grid, value
+from bitferry.pipeline.quantization.grid import Grid
 
 Value = Any
 """A weight, or a list with one value for each batch."""

@@ -10,15 +10,15 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
-from pipeline import progress
-from pipeline.capture import fixed_batch
-from pipeline.division import refuse_infinite
-from pipeline.quantization import correct, effects
-from pipeline.quantization.graph import activations, layers, mark_batches, set_mode
-from pipeline.quantization.grid import Grid
-from pipeline.quantization.judges import Judges, Noise
-from pipeline.recipe import Quantization
-from pipeline.statistics import is_less
+from bitferry.pipeline import progress
+from bitferry.pipeline.capture import fixed_batch
+from bitferry.pipeline.division import refuse_infinite
+from bitferry.pipeline.quantization import correct, effects
+from bitferry.pipeline.quantization.graph import activations, layers, mark_batches, set_mode
+from bitferry.pipeline.quantization.grid import Grid
+from bitferry.pipeline.quantization.judges import Judges, Noise
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import is_less
 
 VALUES = 2**19
 """Of a tensor that are kept in all, for the observers that look at more than the extremes."""

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from pipeline import progress
-from pipeline.quantization.correct import absorb
-from pipeline.quantization.graph import Layer, batches, layers
-from pipeline.quantization.lockstep import Lockstep
+from bitferry.pipeline import progress
+from bitferry.pipeline.quantization.correct import absorb
+from bitferry.pipeline.quantization.graph import Layer, batches, layers
+from bitferry.pipeline.quantization.lockstep import Lockstep
 
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: inputs that never differ would leave H without an inverse."""

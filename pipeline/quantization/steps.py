@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from pipeline import progress
-from pipeline.division import FEWEST, divide, refuse_infinite
-from pipeline.quantization import correct, equalize, learned, rounding
-from pipeline.quantization.finetune import Course, finetune
-from pipeline.quantization.graph import grids, layers, own_tensors, set_mode, without_grids
-from pipeline.quantization.judges import Judges, Noise, scores
-from pipeline.quantization.observers import corrected_noise, observe, set_ranges
-from pipeline.recipe import Quantization
-from pipeline.statistics import is_less
+from bitferry.pipeline import progress
+from bitferry.pipeline.division import FEWEST, divide, refuse_infinite
+from bitferry.pipeline.quantization import correct, equalize, learned, rounding
+from bitferry.pipeline.quantization.finetune import Course, finetune
+from bitferry.pipeline.quantization.graph import grids, layers, own_tensors, set_mode, without_grids
+from bitferry.pipeline.quantization.judges import Judges, Noise, scores
+from bitferry.pipeline.quantization.observers import corrected_noise, observe, set_ranges
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import is_less
 
 SIDE_BY_SIDE = 32
 """Images that those steps are fitted on which hold two programs' values in memory."""

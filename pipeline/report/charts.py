@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from pipeline.figures import Candidate, Change, Timing
-from pipeline.verdict import Verdict
+from bitferry.pipeline.figures import Candidate, Change, Timing
+from bitferry.pipeline.verdict import Verdict
 
 LABEL_HEIGHT, CHARACTER = 15.0, 7.3  # of the template's 12.5 px text, measured generously
 POINT = 12.0  # what another point's label keeps away from a point

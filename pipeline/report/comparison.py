@@ -11,18 +11,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import targets
-from device import machine, runner
-from device.errors import InputError, TargetUnavailable
-from device.timing import Call
-from pipeline.figures import Change, Ratio
-from pipeline.measure import latency, segmentation
-from pipeline.measure.accuracy import paired_change
-from pipeline.measure.suspicion import suspicions
-from pipeline.report import record
-from pipeline.report.record import Recorded
-from pipeline.statistics import ratio_interval
-from pipeline.verdict import Verdict
+from bitferry import targets
+from bitferry.device import machine, runner
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.device.timing import Call
+from bitferry.pipeline.figures import Change, Ratio
+from bitferry.pipeline.measure import latency, segmentation
+from bitferry.pipeline.measure.accuracy import paired_change
+from bitferry.pipeline.measure.suspicion import suspicions
+from bitferry.pipeline.report import record
+from bitferry.pipeline.report.record import Recorded
+from bitferry.pipeline.statistics import ratio_interval
+from bitferry.pipeline.verdict import Verdict
 
 REMEDY = "compare two bundles, which are timed here"
 MOST_APART = 1.25

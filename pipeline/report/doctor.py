@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.doctor import Report, State
+from bitferry.pipeline.doctor import Report, State
 
 STYLES = {"ok": "green", "note": "yellow", "problem": "red"}
 READY = {"yes": "[green]yes[/]", "builds": "[yellow]builds only[/]", "no": "[red]no[/]"}

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from device.arrays import Images
-from pipeline.report import page, terminal
-from pipeline.verdict import Built, Verdict
+from bitferry.device.arrays import Images
+from bitferry.pipeline.report import page, terminal
+from bitferry.pipeline.verdict import Built, Verdict
 
 SHOWN = 6
 """Images, at most."""

@@ -12,11 +12,11 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from device.arrays import Images
-from pipeline.figures import ClassChange
-from pipeline.measure.suspicion import by_weight
-from pipeline.report import charts
-from pipeline.verdict import Built, LayerError, Verdict
+from bitferry.device.arrays import Images
+from bitferry.pipeline.figures import ClassChange
+from bitferry.pipeline.measure.suspicion import by_weight
+from bitferry.pipeline.report import charts
+from bitferry.pipeline.verdict import Built, LayerError, Verdict
 
 SHOWN = 20
 """Rows of a long table that are open; the rest is folded away."""

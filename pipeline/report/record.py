@@ -14,17 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from device import pixels
-from device.arrays import Images, Outputs
-from device.errors import InputError, first_line
-from pipeline import cache, verdict
-from pipeline.artifacts import Unmeasured, Verified
-from pipeline.data.sample import VIEWS_JOINED
-from pipeline.data.split import Labels
-from pipeline.measure import segmentation
-from pipeline.measure.answers import answers
-from pipeline.report import page
-from pipeline.verdict import SCHEMA, Built, Verdict
+from bitferry.device import pixels
+from bitferry.device.arrays import Images, Outputs
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline import cache, verdict
+from bitferry.pipeline.artifacts import Unmeasured, Verified
+from bitferry.pipeline.data.sample import VIEWS_JOINED
+from bitferry.pipeline.data.split import Labels
+from bitferry.pipeline.measure import segmentation
+from bitferry.pipeline.measure.answers import answers
+from bitferry.pipeline.report import page
+from bitferry.pipeline.verdict import SCHEMA, Built, Verdict
 
 VERDICT, ANSWERS, REPORT = "verdict.json", "answers.npz", "report.html"
 VERDICTS, BUILT = TypeAdapter(Verdict), TypeAdapter(Built)

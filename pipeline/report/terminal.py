@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import verdict
-from pipeline.artifacts import Bundle, Unmeasured, Verified
-from pipeline.figures import Candidate, Ratio, Suspicion
-from pipeline.measure.suspicion import by_weight
-from pipeline.verdict import Built, Failed, Search, Verdict, Weighed
+from bitferry.pipeline import verdict
+from bitferry.pipeline.artifacts import Bundle, Unmeasured, Verified
+from bitferry.pipeline.figures import Candidate, Ratio, Suspicion
+from bitferry.pipeline.measure.suspicion import by_weight
+from bitferry.pipeline.verdict import Built, Failed, Search, Verdict, Weighed
 
 STYLES = {"pass": "green", "fail": "red", "undecided": "yellow", "unmeasured": "yellow"}
 Result = Bundle | Verified | Unmeasured

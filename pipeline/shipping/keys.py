@@ -7,9 +7,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from device import signature, trust
-from device.errors import InputError
-from device.signature import HASHES, Key
+from bitferry.device import signature, trust
+from bitferry.device.errors import InputError
+from bitferry.device.signature import HASHES, Key
 
 PRIVATE, PUBLIC = ".key", ".pub"
 

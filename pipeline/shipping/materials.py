@@ -10,11 +10,11 @@ from typing import Any
 from urllib.parse import quote
 from uuid import NAMESPACE_URL, uuid5
 
-from device.preprocess import Preprocessing
-from pipeline import cache
-from pipeline.figures import Change, Latency
-from pipeline.own_source import SOURCES, version
-from pipeline.verdict import Built, Verdict
+from bitferry.device.preprocess import Preprocessing
+from bitferry.pipeline import cache
+from bitferry.pipeline.figures import Change, Latency
+from bitferry.pipeline.own_source import SOURCES, version
+from bitferry.pipeline.verdict import Built, Verdict
 
 FILE, LICENSE = "bom.cdx.json", "LICENSE-bitferry.txt"
 SPEC = "1.6"

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-import targets
-from device import rebuilt
-from device.errors import InputError
-from pipeline import cache, load, made_from
-from pipeline.artifacts import Compiled
-from pipeline.data.source import base_name
-from pipeline.data.split import Split
-from pipeline.own_source import commit, own_commit, source_hash, version
-from pipeline.recipe import Quantization, Recipe
-from pipeline.verdict import Built, Verdict
-from targets import ISA, X86, Needs
+from bitferry import targets
+from bitferry.device import rebuilt
+from bitferry.device.errors import InputError
+from bitferry.pipeline import cache, load, made_from
+from bitferry.pipeline.artifacts import Compiled
+from bitferry.pipeline.data.source import base_name
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.own_source import commit, own_commit, source_hash, version
+from bitferry.pipeline.recipe import Quantization, Recipe
+from bitferry.pipeline.verdict import Built, Verdict
+from bitferry.targets import ISA, X86, Needs
 
 RUNNER = ("numpy", "pillow")
 """What run.pyz imports besides the target's own packages."""

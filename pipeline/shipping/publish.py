@@ -10,14 +10,14 @@ from typing import Any
 
 from tuf.api.metadata import Root, TargetFile, Targets
 
-from device import atomic, update, versions
-from device.archive import read_head
-from device.errors import InputError
-from pipeline import cache
-from pipeline.shipping import roles
-from pipeline.shipping.repository import DAYS, Days, Repository, State
-from pipeline.shipping.roles import ROLES, Role
-from pipeline.shipping.sign import refuse_unproved
+from bitferry.device import atomic, update, versions
+from bitferry.device.archive import read_head
+from bitferry.device.errors import InputError
+from bitferry.pipeline import cache
+from bitferry.pipeline.shipping import roles
+from bitferry.pipeline.shipping.repository import DAYS, Days, Repository, State
+from bitferry.pipeline.shipping.roles import ROLES, Role
+from bitferry.pipeline.shipping.sign import refuse_unproved
 
 FIELDS = ("name", "target", "version")
 """What a device chooses by."""

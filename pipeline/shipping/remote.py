@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-import targets
-from device import kept, runner, whole
-from device.errors import InputError, StageFailed, TargetUnavailable, first_line
-from device.kept import Kept
-from device.measure import Measurement
-from pipeline import progress, recheck
-from pipeline.bundle_data import Shown, show_again
-from pipeline.measure.latency import Effort
-from pipeline.recheck import Found, Recheck
-from pipeline.report import record
-from pipeline.shipping.ssh import Device, Done, Login, command
+from bitferry import targets
+from bitferry.device import kept, runner, whole
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable, first_line
+from bitferry.device.kept import Kept
+from bitferry.device.measure import Measurement
+from bitferry.pipeline import progress, recheck
+from bitferry.pipeline.bundle_data import Shown, show_again
+from bitferry.pipeline.measure.latency import Effort
+from bitferry.pipeline.recheck import Found, Recheck
+from bitferry.pipeline.report import record
+from bitferry.pipeline.shipping.ssh import Device, Done, Login, command
 
 __all__ = ["command", "verify"]
 OLDEST = (3, 11)

@@ -9,10 +9,10 @@ from typing import TypeVar
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
-from device import atomic
-from device.errors import InputError, first_line
-from pipeline.shipping import roles
-from pipeline.shipping.roles import ROLES, Role, Signers
+from bitferry.device import atomic
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline.shipping import roles
+from bitferry.pipeline.shipping.roles import ROLES, Role, Signers
 
 S = TypeVar("S", Root, Targets, Snapshot, Timestamp)
 

@@ -15,14 +15,14 @@ from pydantic import BaseModel, PositiveInt, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-import targets
-from device import runner
-from device.errors import InputError
-from pipeline import bundle as bundling
-from pipeline import cache, progress
-from pipeline.measure import golden
-from pipeline.recipe import Quantization, read
-from pipeline.run import Deployment, Run
+from bitferry import targets
+from bitferry.device import runner
+from bitferry.device.errors import InputError
+from bitferry.pipeline import bundle as bundling
+from bitferry.pipeline import cache, progress
+from bitferry.pipeline.measure import golden
+from bitferry.pipeline.recipe import Quantization, read
+from bitferry.pipeline.run import Deployment, Run
 
 State = Literal["same", "different", "missing", "extra"]
 MANIFEST = "manifest.json"

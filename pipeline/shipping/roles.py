@@ -9,8 +9,8 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, Root, T
 
-from device import atomic
-from device.errors import InputError, first_line
+from bitferry.device import atomic
+from bitferry.device.errors import InputError, first_line
 
 Role = Literal["root", "targets", "snapshot", "timestamp"]
 ROLES: tuple[Role, ...] = get_args(Role)

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from device import atomic, runner, signature, strict, whole
-from device.archive import MANIFEST
-from device.errors import InputError
-from pipeline import progress
-from pipeline.shipping import keys, provenance
+from bitferry.device import atomic, runner, signature, strict, whole
+from bitferry.device.archive import MANIFEST
+from bitferry.device.errors import InputError
+from bitferry.pipeline import progress
+from bitferry.pipeline.shipping import keys, provenance
 
 ENDING = ".tar.gz"
 APART = frozenset({signature.FILE, *whole.PARTS})

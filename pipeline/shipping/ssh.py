@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from device.errors import InputError, StageFailed, TargetUnavailable, first_line
-from pipeline import interrupt, progress
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable, first_line
+from bitferry.pipeline import interrupt, progress
 
 CONNECT_SECONDS = 15
 OPTIONS = (

@@ -10,14 +10,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from device.errors import InputError, StageFailed
-from pipeline import memory, progress, recipe
-from pipeline.artifacts import Bundle, Quantized, Unmeasured, Verified
-from pipeline.cache import Cache
-from pipeline.report import terminal
-from pipeline.run import Deployment, Run
-from pipeline.tour import project, words
-from pipeline.verdict import Verdict
+from bitferry.device.errors import InputError, StageFailed
+from bitferry.pipeline import memory, progress, recipe
+from bitferry.pipeline.artifacts import Bundle, Quantized, Unmeasured, Verified
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.report import terminal
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.tour import project, words
+from bitferry.pipeline.verdict import Verdict
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from device.errors import InputError
-from pipeline import cache
+from bitferry.device.errors import InputError
+from bitferry.pipeline import cache
 
 NAME = "quickstart"
 PHOTO, TRUTH = "photo.png", "Ankle boot"

@@ -1,6 +1,6 @@
 """What the tour says: why each stage is there, and what the figures of a verdict mean."""
 
-from pipeline.verdict import Verdict
+from bitferry.pipeline.verdict import Verdict
 
 BEGIN = """
 # From a PyTorch model to a proved 8-bit bundle

@@ -14,12 +14,12 @@ import numpy as np
 import psutil
 import torch
 
-from pipeline import cache, load, progress
-from pipeline.data.split import Split
-from pipeline.load import PACKAGES, Deployable, architecture
-from pipeline.recipe import Recipe
-from pipeline.training import losses, machine
-from pipeline.training.machine import Precision
+from bitferry.pipeline import cache, load, progress
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.load import PACKAGES, Deployable, architecture
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.training import losses, machine
+from bitferry.pipeline.training.machine import Precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

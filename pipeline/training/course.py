@@ -15,17 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
 
-from device.errors import StageFailed
-from pipeline import checkpoint, interrupt, loader, progress
-from pipeline.data.split import Split
-from pipeline.load import Deployable, architecture
-from pipeline.measure import metrics
-from pipeline.recipe import Recipe
-from pipeline.training import curves, freezing, holdout, losses, record, start
-from pipeline.training.machine import Precision
-from pipeline.training.optimizer import Average, optimizer, schedule
-from pipeline.training.state import Line, Position, Whole, copied
-from pipeline.training.validate import Validation
+from bitferry.device.errors import StageFailed
+from bitferry.pipeline import checkpoint, interrupt, loader, progress
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.load import Deployable, architecture
+from bitferry.pipeline.measure import metrics
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.training import curves, freezing, holdout, losses, record, start
+from bitferry.pipeline.training.machine import Precision
+from bitferry.pipeline.training.optimizer import Average, optimizer, schedule
+from bitferry.pipeline.training.state import Line, Position, Whole, copied
+from bitferry.pipeline.training.validate import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

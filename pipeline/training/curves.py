@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.training.state import Line
+from bitferry.pipeline.training.state import Line
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

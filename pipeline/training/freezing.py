@@ -5,8 +5,8 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from device.errors import InputError
-from pipeline.training.settings import BACKBONE, Training
+from bitferry.device.errors import InputError
+from bitferry.pipeline.training.settings import BACKBONE, Training
 
 
 def _within(name: str, part: str) -> bool:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from device.errors import InputError
-from pipeline.data.split import Labels
-from pipeline.measure.metrics import Task
-from pipeline.training.settings import Training
+from bitferry.device.errors import InputError
+from bitferry.pipeline.data.split import Labels
+from bitferry.pipeline.measure.metrics import Task
+from bitferry.pipeline.training.settings import Training
 
 Positions = NDArray[np.int64]
 

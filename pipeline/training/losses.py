@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from device.pixels import IGNORED
-from pipeline.data.split import Labels
-from pipeline.measure.metrics import Task
-from pipeline.training.settings import Training
+from bitferry.device.pixels import IGNORED
+from bitferry.pipeline.data.split import Labels
+from bitferry.pipeline.measure.metrics import Task
+from bitferry.pipeline.training.settings import Training
 
 NOWHERE = -1
 """What no label of an image is."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from device.errors import InputError, TargetUnavailable
-from pipeline.training.settings import Training
-from targets import has_bfloat16, usable_cpus
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.pipeline.training.settings import Training
+from bitferry.targets import has_bfloat16, usable_cpus
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

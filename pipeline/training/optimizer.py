@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.freezing import Freezing
-from pipeline.training.settings import Training
+from bitferry.pipeline.training.freezing import Freezing
+from bitferry.pipeline.training.settings import Training
 
 BETAS = (0.9, 0.99)  # 0.999 remembers the first, useless gradients for longer than a short training lasts
 FEWEST = 3

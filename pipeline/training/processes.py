@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from device import errors
-from device.errors import BitferryError, StageFailed, first_line
-from pipeline import interrupt, progress
-from pipeline.training import machine
-from pipeline.training.course import Course, Job, Told
-from targets import usable_cpus
+from bitferry.device import errors
+from bitferry.device.errors import BitferryError, StageFailed, first_line
+from bitferry.pipeline import interrupt, progress
+from bitferry.pipeline.training import machine
+from bitferry.pipeline.training.course import Course, Job, Told
+from bitferry.targets import usable_cpus
 
 SOURCES = Path(__file__).parents[2]
 POLL_SECONDS = 0.1

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from device.errors import InputError
-from pipeline import progress
-from pipeline.recipe import Recipe
+from bitferry.device.errors import InputError
+from bitferry.pipeline import progress
+from bitferry.pipeline.recipe import Recipe
 
 KEY = "bitferry"
 """One entry holds all: safetensors writes several in an order that is another one each time."""

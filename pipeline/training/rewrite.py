@@ -5,8 +5,8 @@ import re
 import tomllib
 from collections.abc import Mapping
 
-from device.errors import InputError
-from pipeline.training.space import Value
+from bitferry.device.errors import InputError
+from bitferry.pipeline.training.space import Value
 
 HEADER = re.compile(r"^\s*\[training\]\s*(#.*)?$")
 ANY_HEADER = re.compile(r"^\s*\[")

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from pipeline.measure.metrics import Task
-from pipeline.section import Section, beside_recipe
+from bitferry.pipeline.measure.metrics import Task
+from bitferry.pipeline.section import Section, beside_recipe
 
 LIBRARY = re.compile(r"(torchvision|timm):\w[\w.-]*")
 BACKBONE = "backbone"

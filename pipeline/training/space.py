@@ -7,10 +7,10 @@ from itertools import combinations, product
 
 from pydantic import ValidationError
 
-from device.errors import InputError
-from pipeline.recipe import Recipe
-from pipeline.training import settings
-from pipeline.training.settings import Training
+from bitferry.device.errors import InputError
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.training import settings
+from bitferry.pipeline.training.settings import Training
 
 Value = str | float | int | bool
 TUNABLE = (

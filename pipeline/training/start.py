@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from device.errors import InputError, StageFailed, TargetUnavailable, first_line
-from pipeline import checkpoint, progress, unwrapped
-from pipeline.recipe import Recipe
-from pipeline.training.settings import LIBRARY
+from bitferry.device.errors import InputError, StageFailed, TargetUnavailable, first_line
+from bitferry.pipeline import checkpoint, progress, unwrapped
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.training.settings import LIBRARY
 
 ALLOW = "pass --download for it to be fetched"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")

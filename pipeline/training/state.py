@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from device.errors import InputError, StageFailed, first_line
-from pipeline import progress
-from pipeline.training.optimizer import Average
+from bitferry.device.errors import InputError, StageFailed, first_line
+from bitferry.pipeline import progress
+from bitferry.pipeline.training.optimizer import Average
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import loader
-from pipeline.augmentation import Augmentation
-from pipeline.data.split import Split
-from pipeline.measure import accuracy, segmentation
-from pipeline.recipe import Recipe
-from pipeline.training.holdout import Positions
-from pipeline.training.losses import Loss
+from bitferry.pipeline import loader
+from bitferry.pipeline.augmentation import Augmentation
+from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.measure import accuracy, segmentation
+from bitferry.pipeline.recipe import Recipe
+from bitferry.pipeline.training.holdout import Positions
+from bitferry.pipeline.training.losses import Loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline import recipe
-from pipeline.load import architecture
+from bitferry.pipeline import recipe
+from bitferry.pipeline.load import architecture
 from tests.conftest import Project, write_project
 
 State = dict[str, Tensor]

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from device.errors import InputError
-from pipeline import dataset, recipe
-from pipeline.cache import Cache
+from bitferry.device.errors import InputError
+from bitferry.pipeline import dataset, recipe
+from bitferry.pipeline.cache import Cache
 from tests.conftest import Project, subset, write_project
 
 NAMES = ("T-shirt", "Trouser", "Pullover")

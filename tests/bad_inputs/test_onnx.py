@@ -12,8 +12,8 @@ import onnxsim
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-import targets
-from device import commands
+from bitferry import targets
+from bitferry.device import commands
 from tests.bad_inputs import foreign, put
 from tests.conftest import Project, half_made
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from device import engine, install
-from device.errors import InputError, TargetUnavailable
-from device.gpu import Gpu
-from pipeline import recipe
-from pipeline.bundle import write_runner
-from pipeline.cache import Cache
-from pipeline.run import Deployment, Run
-from pipeline.shipping import sign
+from bitferry.device import engine, install
+from bitferry.device.errors import InputError, TargetUnavailable
+from bitferry.device.gpu import Gpu
+from bitferry.pipeline import recipe
+from bitferry.pipeline.bundle import write_runner
+from bitferry.pipeline.cache import Cache
+from bitferry.pipeline.run import Deployment, Run
+from bitferry.pipeline.shipping import sign
 from tests.conftest import Project
 from tests.signed import TIED, Shop, open_shop
 from tests.test_targets import target_or_skip

@@ -8,8 +8,8 @@ import onnx
 from onnx import version_converter
 from onnx.reference import ReferenceEvaluator
 
-from device.arrays import Images, Outputs, Predict, in_batches
-from targets import Environment, Form, Layer, Options, Precision, Scheme, system
+from bitferry.device.arrays import Images, Outputs, Predict, in_batches
+from bitferry.targets import Environment, Form, Layer, Options, Precision, Scheme, system
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".onnx"

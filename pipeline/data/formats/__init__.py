@@ -8,9 +8,9 @@ from itertools import product
 from pathlib import Path
 from typing import Protocol, cast
 
-from device.errors import InputError
-from pipeline.data.sample import Sample, Wanted
-from pipeline.data.source import Table, Whole, title
+from bitferry.device.errors import InputError
+from bitferry.pipeline.data.sample import Sample, Wanted
+from bitferry.pipeline.data.source import Table, Whole, title
 
 PLAIN = ("folder", "lists")
 """What a folder or a file is that no other format knows."""

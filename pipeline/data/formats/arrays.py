@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from device.errors import InputError
-from pipeline.data import labels, sample
-from pipeline.data.sample import Picture, Sample, Wanted
-from pipeline.data.source import Table, Whole, title
+from bitferry.device.errors import InputError
+from bitferry.pipeline.data import labels, sample
+from bitferry.pipeline.data.sample import Picture, Sample, Wanted
+from bitferry.pipeline.data.source import Table, Whole, title
 
 SMALL, MOST_SHRUNK = 100_000_000, 200
 """Bytes of an array that is no harm however well it is compressed; how many times smaller a larger one may be."""

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from device.errors import InputError, first_line
-from pipeline.data import labels, sample
-from pipeline.data.formats.torchvision import download, root_of, some_files
-from pipeline.data.sample import Sample, Wanted
-from pipeline.data.source import Table, Whole
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline.data import labels, sample
+from bitferry.pipeline.data.formats.torchvision import download, root_of, some_files
+from bitferry.pipeline.data.sample import Sample, Wanted
+from bitferry.pipeline.data.source import Table, Whole
 
 SIDE = 32
 BATCHES = {

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from device.errors import InputError
-from pipeline.data import labels, sample
-from pipeline.data.formats.lists import form
-from pipeline.data.sample import Sample, Wanted
-from pipeline.data.source import Whole
+from bitferry.device.errors import InputError
+from bitferry.pipeline.data import labels, sample
+from bitferry.pipeline.data.formats.lists import form
+from bitferry.pipeline.data.sample import Sample, Wanted
+from bitferry.pipeline.data.source import Whole
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"}
 

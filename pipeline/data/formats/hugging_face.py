@@ -6,16 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from device.errors import InputError, first_line
-from pipeline.data.formats import path_of
-from pipeline.data.formats.parquet import FAULTS, needs_pyarrow
-from pipeline.data.sample import Sample, Wanted
-from pipeline.data.source import Table, Whole
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline.data.formats import path_of
+from bitferry.pipeline.data.formats.parquet import FAULTS, needs_pyarrow
+from bitferry.pipeline.data.sample import Sample, Wanted
+from bitferry.pipeline.data.source import Table, Whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from pipeline.data.columns import Rows
+    from bitferry.pipeline.data.columns import Rows
 
 STATE, SEVERAL = "state.json", "dataset_dict.json"
 
@@ -39,7 +39,7 @@ def read(source: Whole, wanted: Wanted) -> list[Sample]:
         splits = sorted(one.parent.name for one in path.glob(f"*/{STATE}"))
         raise InputError(f"{path} holds several data sets ({', '.join(splits)}); name one, as {path.name}/{splits[0]}")
     try:
-        from pipeline.data import columns  # noqa: PLC0415 - pyarrow is an extra
+        from bitferry.pipeline.data import columns  # noqa: PLC0415 - pyarrow is an extra
     except ModuleNotFoundError as error:
         raise needs_pyarrow(source, error) from None
     named = source if isinstance(source, Table) else Table(path=source)
@@ -73,7 +73,7 @@ def _opened(path: Path, file: Path) -> "pa.Table":
 
 
 def _rows(path: Path, table: "pa.Table") -> "Rows":
-    from pipeline.data.columns import Rows  # noqa: PLC0415 - pyarrow is an extra
+    from bitferry.pipeline.data.columns import Rows  # noqa: PLC0415 - pyarrow is an extra
 
     return Rows(str(path), path, table.schema, table.num_rows, partial(_small, table), partial(_cell, table))
 

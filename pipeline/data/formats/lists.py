@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from device.errors import InputError
-from pipeline.data import labels, sample
-from pipeline.data.sample import Sample, Wanted
-from pipeline.data.source import Whole
+from bitferry.device.errors import InputError
+from bitferry.pipeline.data import labels, sample
+from bitferry.pipeline.data.sample import Sample, Wanted
+from bitferry.pipeline.data.source import Whole
 
 HEADINGS = ("file", "path", "image", "filename")
 GROUP = "group"

@@ -8,15 +8,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from device.errors import InputError, TargetUnavailable, first_line
-from pipeline.data.formats import path_of, several
-from pipeline.data.sample import Sample, Wanted
-from pipeline.data.source import Table, Whole
+from bitferry.device.errors import InputError, TargetUnavailable, first_line
+from bitferry.pipeline.data.formats import path_of, several
+from bitferry.pipeline.data.sample import Sample, Wanted
+from bitferry.pipeline.data.source import Table, Whole
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-    from pipeline.data.columns import Rows
+    from bitferry.pipeline.data.columns import Rows
 
 FAULTS = (OSError, ValueError, IndexError, MemoryError)
 """What reading damaged files raises, besides Arrow's own errors."""
@@ -41,7 +41,7 @@ def files(source: Whole) -> Iterable[Path]:
 def read(source: Whole, wanted: Wanted) -> list[Sample]:
     """Read labels and groups; images when they are decoded."""
     try:
-        from pipeline.data import columns  # noqa: PLC0415 - pyarrow is an extra
+        from bitferry.pipeline.data import columns  # noqa: PLC0415 - pyarrow is an extra
     except ModuleNotFoundError as error:
         raise needs_pyarrow(source, error) from None
     named = source if isinstance(source, Table) else Table(path=source)
@@ -63,7 +63,7 @@ def _rows(path: Path) -> "Rows":
     import pyarrow as pa  # noqa: PLC0415 - an extra
     from pyarrow.parquet import ParquetFile  # noqa: PLC0415
 
-    from pipeline.data.columns import Rows  # noqa: PLC0415
+    from bitferry.pipeline.data.columns import Rows  # noqa: PLC0415
 
     try:
         opened = ParquetFile(path, memory_map=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from device.errors import InputError
-from pipeline.data import sample
-from pipeline.data.formats import path_of, several
-from pipeline.data.formats.folder import ENDINGS
-from pipeline.data.records import GROUP, LABELS, MASKS, Record, to_sample
-from pipeline.data.sample import Picture, Sample, Wanted
-from pipeline.data.source import Table, Whole
+from bitferry.device.errors import InputError
+from bitferry.pipeline.data import sample
+from bitferry.pipeline.data.formats import path_of, several
+from bitferry.pipeline.data.formats.folder import ENDINGS
+from bitferry.pipeline.data.records import GROUP, LABELS, MASKS, Record, to_sample
+from bitferry.pipeline.data.sample import Picture, Sample, Wanted
+from bitferry.pipeline.data.source import Table, Whole
 
 MOST_LABEL_BYTES = 1_000_000
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from device.errors import InputError, first_line
-from pipeline import progress
-from pipeline.data import labels
-from pipeline.data.sample import Picture, Sample, Wanted
-from pipeline.data.source import Table, Whole, title
+from bitferry.device.errors import InputError, first_line
+from bitferry.pipeline import progress
+from bitferry.pipeline.data import labels
+from bitferry.pipeline.data.sample import Picture, Sample, Wanted
+from bitferry.pipeline.data.source import Table, Whole, title
 
 UNSAFE = {"LSUN", "LSUNClass"}
 """What torchvision unpickles without a look at what it is."""
