@@ -48,7 +48,7 @@ def rounds(run: Run, peers: Peers, count: int, folder: Path) -> dict[str, Any]:
 def _bitferry(run: Run, out: Path) -> float:
     """Deploy int8 to OpenVINO with an empty cache, but for training, which no peer does."""
     _prime(run, out / "build")
-    words = [sys.executable, "-m", "pipeline.cli", "deploy", str(run.path), "--target", "openvino"]
+    words = [sys.executable, "-m", "bitferry.pipeline.cli", "deploy", str(run.path), "--target", "openvino"]
     words += ["--precision", "int8", "--build", str(out / "build"), "--out", str(out / "dist")]
     return _seconds(lambda: quiet(words, accepted=JUDGED))
 

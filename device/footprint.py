@@ -20,7 +20,7 @@ def measure(target: str, path: Path, precision: str, options: dict[str, Any], im
 
     Of maps it gives the scores of a few pixels.
     """
-    runtime = cast(Runtime, importlib.import_module(f"targets.{target}"))
+    runtime = cast(Runtime, importlib.import_module(f"bitferry.targets.{target}"))
     chosen = options_of(runtime, options)
     base, start = peak_memory(), time.perf_counter()
     predict = runtime.load(path, precision=precision, options=chosen)

@@ -22,9 +22,11 @@ from bitferry.pipeline.shipping import materials
 from bitferry.pipeline.shipping.provenance import Origin, provenance, tied
 from bitferry.pipeline.verdict import Built
 
-SOURCES = Path(__file__).parents[1]
-SHIPPED = ("device", "targets")
+SOURCES = Path(__file__).parents[2]
+SHIPPED = ("bitferry.device", "bitferry.targets")
 """Packages whose modules a bundle carries, where it needs them."""
+ROOT = '"""What of bitferry runs on a device."""\n'
+"""The root package of what is shipped; here it is the engineer's interface."""
 EXPECTED = "golden/expected.json"
 MEASURED = (record.VERDICT, record.ANSWERS, EXPECTED)
 """The files that hold what was measured; of all others the same inputs give the same bytes."""
@@ -134,7 +136,7 @@ def _measured(verified: Verified | Unmeasured, contract: Preprocessing, folder: 
 
 def write_runner(path: Path, target: str) -> None:
     """Pack the runner, the target's own module and what they import into a zipapp, the same bytes every time."""
-    own = {f"targets/{target}.py": targets.source(target).read_text()}
+    own = {f"bitferry/targets/{target}.py": targets.source(target).read_text()}
     _pack({"__main__.py": MAIN.format(target=target)} | own, path)
 
 
@@ -146,6 +148,7 @@ def write_agent(path: Path) -> None:
 def _pack(contents: dict[str, str], path: Path) -> None:
     """Write a zipapp of these modules and all of ours that they import."""
     waiting = list(contents.values())
+    contents = contents | {"bitferry/__init__.py": ROOT}
     while waiting:
         for name in _ours(waiting.pop()) - set(contents):
             contents[name] = (SOURCES / name).read_text()
@@ -156,14 +159,14 @@ def _pack(contents: dict[str, str], path: Path) -> None:
 
 
 def _ours(source: str) -> set[str]:
-    """List the files of `device/` and `targets/` that a module's source imports."""
+    """List the files of `bitferry/device/` and `bitferry/targets/` that a module's source imports."""
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {name.name for node in imports for name in node.names}
     for node in imports:
         if isinstance(node, ast.ImportFrom) and node.module:
             modules |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
-    places = [module.replace(".", "/") for module in modules if module.split(".")[0] in SHIPPED]
-    packages = {f"{package}/__init__.py" for package in SHIPPED}
+    places = [module.replace(".", "/") for module in modules if module.startswith(tuple(f"{one}." for one in SHIPPED))]
+    packages = {f"{package.replace('.', '/')}/__init__.py" for package in SHIPPED}
     return packages | {f"{place}.py" for place in places if (SOURCES / f"{place}.py").is_file()}
 
 

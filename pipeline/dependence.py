@@ -25,7 +25,7 @@ UNFILLED = ("aten.empty", "aten.new_empty")
 """Operators that give memory as it happens to be."""
 NEAR = 1e-6
 """Relative difference of two sums that are the same."""
-SKIPPED = ("torch", "pipeline")
+SKIPPED = ("torch", "bitferry")
 """Packages whose lines say nothing of a model."""
 Signature = tuple[tuple[float, float], ...]
 

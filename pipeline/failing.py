@@ -87,4 +87,4 @@ def _source(frames: list[tuple[FrameType, int]]) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    return any(path.is_relative_to(OURS / package) for package in ("pipeline", "targets", "device", "src"))
+    return any(path.is_relative_to(OURS / package) for package in ("pipeline", "targets", "device"))

@@ -30,7 +30,7 @@ PACKAGES = {
 """Whose versions decide what a source gives."""
 READERS = [Path(str(module.__file__)) for module in (checkpoint, stored, unwrapped)]
 """Whose code decides which tensors of a file are the weights."""
-OURS = ("pipeline", "targets", "device", "__main__")
+OURS = ("bitferry", "__main__")
 
 
 class Deployable(nn.Module):

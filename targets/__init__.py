@@ -26,7 +26,6 @@ Precision = Literal["int8", "float32", "bfloat16", "float16", "float8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Batch = int | Literal["dynamic"]
 MOST_THREADS, MOST_BATCH = 1024, 4096
-OURS = ("targets", "device", "pipeline")
 TIMED_CALLS = 11
 """Of an artifact whose layers are timed; the first of them only warms up."""
 
@@ -198,14 +197,14 @@ def get(name: str) -> Target[Any]:
         module = importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing in ("", *OURS):
+        if missing in ("", "bitferry"):
             raise  # our own mistake, not the user's machine
         raise TargetUnavailable(
             f"target '{name}' needs the Python package '{missing}', which is not installed; "
             f"install it (`{install_command(name, missing)}`) or leave this target out"
         ) from error
     except (ImportError, OSError) as error:  # a shared library that is missing or does not fit
-        if "cannot import name" in str(error) and any(f"'{ours}" in str(error) for ours in OURS):
+        if "cannot import name" in str(error) and "'bitferry" in str(error):
             raise  # our own mistake
         raise TargetUnavailable(
             f"target '{name}' cannot be loaded: {type(error).__name__}: {first_line(error)}; repair its packages "

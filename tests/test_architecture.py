@@ -26,7 +26,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:
-    """List the dotted names a file imports, those inside functions too unless `top_level`."""
+    """List the dotted names a file imports, ours without their root, those inside functions too unless `top_level`."""
     found = set()
     nodes = tree(path).body if top_level else list(ast.walk(tree(path)))
     for node in nodes:
@@ -34,7 +34,7 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return {name.removeprefix("bitferry.") for name in found}
 
 
 def functions() -> Iterator[tuple[Path, ast.FunctionDef]]:

@@ -164,9 +164,10 @@ def test_the_runner_is_the_same_bytes_every_time(tmp_path: Path) -> None:
 def test_the_runner_carries_what_its_target_imports_and_no_more(tmp_path: Path, target: str, carries: bool) -> None:
     write_runner(tmp_path / "run.pyz", target)
     names = zipfile.ZipFile(tmp_path / "run.pyz").namelist()
-    assert {"__main__.py", "device/runner.py", "device/preprocess.py", f"targets/{target}.py"} <= set(names)
-    assert ("device/engine.py" in names, "device/retype.py" in names) == (carries, carries)
-    assert sum(name.startswith("targets/") for name in names) == 2
+    assert {"__main__.py", "bitferry/device/runner.py", f"bitferry/targets/{target}.py"} <= set(names)
+    assert ("bitferry/device/engine.py" in names, "bitferry/device/retype.py" in names) == (carries, carries)
+    assert sum(name.startswith("bitferry/targets/") for name in names) == 2
+    assert {name.partition("/")[0] for name in names} == {"__main__.py", "bitferry"}
 
 
 def test_softmax_is_stable_for_large_scores() -> None:

@@ -67,5 +67,7 @@ def test_each_shell_has_a_script(shell: str) -> None:
 def test_completing_loads_no_torch_and_the_help_shows_no_options_of_it() -> None:
     done = subprocess.run([BITFERRY, "--help"], capture_output=True, text=True, check=True)
     assert "--install-completion" not in done.stdout
-    code = "import sys; from bitferry.pipeline import cli, completion; completion.recipes(''); completion.target_names('')"
+    code = (
+        "import sys; from bitferry.pipeline import cli, completion; completion.recipes(''); completion.target_names('')"
+    )
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)

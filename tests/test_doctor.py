@@ -87,7 +87,7 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(
         ("def f(:", "SyntaxError: invalid syntax"),
         ("import sys; sys.exit(3)", "the process ended with 3 and said nothing"),
         ("import os; os.abort()", "the process was ended by SIGABRT"),
-        ("SCHEMES = {}", "AttributeError: module 'targets.broken' has no attribute 'environment'"),
+        ("SCHEMES = {}", "AttributeError: module 'bitferry.targets.broken' has no attribute 'environment'"),
     ],
 )  # fmt: skip
 def test_a_target_that_breaks_is_told_and_takes_nothing_down(folder: Path, code: str, told: str) -> None:

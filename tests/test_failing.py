@@ -68,7 +68,7 @@ def test_what_is_told_already_stays_as_it_is() -> None:
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
     monkeypatch.setattr(targets, "__path__", [*targets.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "targets.broken", raising=False)
+    monkeypatch.delitem(sys.modules, "bitferry.targets.broken", raising=False)
 
 
 @pytest.mark.usefixtures("broken")

@@ -107,7 +107,7 @@ def test_the_operator_that_goes_wrong_is_named_with_its_layer(
 ) -> None:
     (tmp_path / "bent.py").write_text(BROKEN.format(change=change))
     monkeypatch.setattr(targets, "__path__", [*targets.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "targets.bent", raising=False)
+    monkeypatch.delitem(sys.modules, "bitferry.targets.bent", raising=False)
     build = Cache(tmp_path / "build")
     simplified = simplify(export(model, split(), build), split(), build)
     with pytest.raises(StageFailed) as raised:

@@ -843,7 +843,7 @@ def test_a_version_that_is_gone_or_cannot_be_read_is_replaced(
         raise OSError(5, "Input/output error", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr("device.whole.sha256", lambda path: broken(path) if "1.10.0" in str(path) else "x")
+        patched.setattr("bitferry.device.whole.sha256", lambda path: broken(path) if "1.10.0" in str(path) else "x")
         with pytest.raises(InputError, match="cannot be read: Input/output error"):
             signature.check((root / "current").resolve(), trust.read(root).keys)
     assert version(root) == "1.10.0"

@@ -1,5 +1,6 @@
 """Model sources and weights: every kind loads, every misfit is named, nothing in a checkpoint is run."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from bitferry.device.errors import InputError
 from bitferry.pipeline import checkpoint, recipe
 from bitferry.pipeline.load import load
-from tests.conftest import Project
+from tests.conftest import ROOT, Project
 
 Recipe = recipe.Recipe
 
@@ -200,6 +201,36 @@ def test_an_edit_in_any_file_of_one_s_own_model_is_a_new_model(tmp_path: Path, m
         torch.manual_seed(0)
         keys.append(load(of("module:helped:make", classes=2), None, folder=tmp_path).key)
     assert keys[0] == keys[1] != keys[2]
+
+
+MINE = """
+import targets
+import pipeline
+from device import pick
+
+def make():
+    assert targets.OUTPUTS == pick()
+    return pipeline.Net()
+"""
+
+
+def test_a_model_may_have_modules_of_our_folders_names(tmp_path: Path) -> None:
+    """In a process of its own, where nobody else has imported such names."""
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets/__init__.py").write_text("OUTPUTS = 2\n")
+    (tmp_path / "device.py").write_text("def pick():\n    return 2\n")
+    (tmp_path / "pipeline.py").write_text(HELPER)
+    (tmp_path / "mine.py").write_text(MINE)
+    program = (
+        "import sys; from pathlib import Path; from bitferry import device, targets; "
+        "from bitferry.pipeline.load import load, own_code; from tests.test_load import of; "
+        "recipe, folder = of('module:mine:make', classes=2), Path(sys.argv[1]); load(recipe, None, folder=folder); "
+        "assert targets.names(); print(*sorted(own_code(recipe, folder)))"
+    )
+    command = [sys.executable, "-c", program, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "device.py mine.py pipeline.py targets/__init__.py\n"
 
 
 def test_another_module_of_the_same_name_is_not_taken_for_the_recipe_s(

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,39 @@ from tests.conftest import EMBEDDED, ROOT, Project, plain_environment
 
 
 @pytest.fixture(scope="module")
-def toured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, str, dict[str, Any]]:
-    """A folder in which the tour was made, what it said, and what it gave."""
-    folder = Project(tmp_path_factory.mktemp("toured"))
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bitferry as it is published."""
+    out, uv = tmp_path_factory.mktemp("wheel"), Path(sys.executable).with_name("uv")
+    words = [uv, "build", "--quiet", "--offline", "--no-build-isolation", "--wheel", "--out-dir", out, ROOT]
+    subprocess.run(words, check=True, env=plain_environment(VIRTUAL_ENV=sys.prefix))
+    (made,) = out.glob("*.whl")
+    return made
+
+
+@dataclass(frozen=True)
+class Installed(Project):
+    """A folder of a user who has installed the wheel, and has no repository."""
+
+    packages: Path
+
+    def bitferry(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the installed command line in this folder."""
+        program = (
+            "import bitferry, sys; from bitferry.pipeline.cli import main; "
+            f"assert bitferry.__file__.startswith({str(self.packages)!r}), bitferry.__file__; sys.argv[0] = 'bitferry'; main()"
+        )
+        return subprocess.run(
+            [sys.executable, "-P", "-c", program, *arguments], cwd=self.folder, capture_output=True, text=True,
+            check=False, env=plain_environment(PYTHONPATH=str(self.packages)),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def toured(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, str, dict[str, Any]]:
+    """A folder in which the tour of the installed wheel was made, what it said, and what it gave."""
+    packages = tmp_path_factory.mktemp("packages")
+    zipfile.ZipFile(wheel).extractall(packages)
+    folder = Installed(tmp_path_factory.mktemp("toured"), packages)
     done = folder.bitferry("quickstart", "--out", "tour", "--target", "onnxruntime", "--explain", "--json")
     assert done.returncode == 0, done.stderr
     return folder, done.stderr, json.loads(done.stdout)
@@ -55,24 +87,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert "did you mean 'openvino'" in user.refused("quickstart", "--target", "openvin")
 
 
-def test_an_installed_package_has_the_images(tmp_path: Path) -> None:
-    uv = Path(sys.executable).with_name("uv")
-    building: list[str | Path] = [
-        uv,
-        "build",
-        "--quiet",
-        "--offline",
-        "--no-build-isolation",
-        "--wheel",
-        "--out-dir",
-        tmp_path,
-        ROOT,
-    ]
-    subprocess.run(building, check=True, env=plain_environment(VIRTUAL_ENV=sys.prefix))
-    (wheel,) = tmp_path.glob("*.whl")
+def test_the_wheel_takes_one_name_and_has_the_images(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         for name in ("calibration.npz", "evaluation.npz"):
-            assert archive.read(f"pipeline/tour/{name}") == (EMBEDDED / name).read_bytes()
-    assert "pipeline/tour/LICENSE" in names
-    assert "pipeline/report/fragment.html.jinja" in names
+            assert archive.read(f"bitferry/pipeline/tour/{name}") == (EMBEDDED / name).read_bytes()
+    assert {name.partition("/")[0] for name in names} == {"bitferry", f"bitferry-{version('bitferry')}.dist-info"}
+    for name in ("__init__.py", "py.typed", "pipeline/tour/LICENSE", "pipeline/report/fragment.html.jinja"):
+        assert f"bitferry/{name}" in names
+    assert not [name for name in names if "/tests/" in name or "/docs/" in name]

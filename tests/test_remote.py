@@ -107,7 +107,7 @@ def test_a_file_that_was_changed_on_the_way_is_found_there(bundle: Path, board: 
 
 def test_an_older_bundle_s_runner_is_refused(bundle: Path, board: Board) -> None:
     with zipfile.ZipFile(bundle / "run.pyz") as old:
-        contents = {name: old.read(name) for name in old.namelist() if name != "device/measure.py"}
+        contents = {name: old.read(name) for name in old.namelist() if name != "bitferry/device/measure.py"}
     with zipfile.ZipFile(bundle / "run.pyz", "w") as new:
         for name, content in contents.items():
             new.writestr(name, content)

@@ -130,7 +130,7 @@ def test_an_unknown_name_is_told_with_the_nearest() -> None:
 
 def test_a_missing_package_is_this_machine_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delitem(sys.modules, "targets.openvino", raising=False)
+    monkeypatch.delitem(sys.modules, "bitferry.targets.openvino", raising=False)
     with pytest.raises(TargetUnavailable, match=r"needs the Python package 'openvino'.*pip install 'openvino=="):
         targets.get("openvino")
 

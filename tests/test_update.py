@@ -521,9 +521,7 @@ def test_a_killed_update_goes_on_where_it_was(shop: Publisher) -> None:
         handler.rfile.read(1)  # until the client is gone
 
     shop.server.fault = stand_still
-    code = (
-        "import sys; from pathlib import Path; from bitferry.device import update; update.fetch(sys.argv[1], Path(sys.argv[2]))"
-    )
+    code = "import sys; from pathlib import Path; from bitferry.device import update; update.fetch(sys.argv[1], Path(sys.argv[2]))"
     process = subprocess.Popen([sys.executable, "-c", code, shop.server.url, shop.device], cwd=ROOT)
     while not any(part.stat().st_size > 100_000 for part in shop.device.glob("download/*.part")):
         assert process.poll() is None

@@ -108,7 +108,8 @@ def fresh(compiled: Compiled, contract: Preprocessing, golden: Sequence[Path]) -
         *map(str, golden),
     ]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "device.footprint", *arguments], capture_output=True, text=True, check=False,
+        [sys.executable, "-P", "-m", "bitferry.device.footprint", *arguments],
+        capture_output=True, text=True, check=False,
         process_group=0,  # where Ctrl-C, which would look like a fault of the artifact, does not reach it
     )  # fmt: skip
     if done.returncode != 0:

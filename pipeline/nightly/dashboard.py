@@ -7,7 +7,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bitferry.pipeline.nightly.heatmap import OUTCOMES, SEVERITIES, duration, heatmap, ranked, sentence, slowest, tonight
+from bitferry.pipeline.nightly.heatmap import (
+    OUTCOMES,
+    SEVERITIES,
+    duration,
+    heatmap,
+    ranked,
+    sentence,
+    slowest,
+    tonight,
+)
 from bitferry.pipeline.nightly.night import Cell, Finding, Night, Point
 from bitferry.pipeline.report import charts, page
 

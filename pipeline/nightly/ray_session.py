@@ -39,7 +39,7 @@ SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a task sees no GPU unless Ray hands it out
 }
 INSTALL = "pip install 'bitferry[nightly]'"
-SOURCES = Path(__file__).parents[2]
+SOURCES = Path(__file__).parents[3]
 
 Fault = Literal["ours", "node", "process", "memory"]
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 BUILD = "BITFERRY_BUILD"
 """Environment variable of a node: where it keeps what it builds, instead of the folder that the driver names."""
-OURS = ("pipeline", "targets", "device", "__main__")
+OURS = ("bitferry", "__main__")
 LOADS = 3
 """Measurements of a cell in a night, its model loaded anew for each: what a load changes cannot be averaged out within
 one. With three a slowdown of 3 % is found in time, with one it is not (docs/statistics.md)."""

@@ -69,7 +69,7 @@ def _refuse_old(bundle: Path) -> None:
     """Raise InputError for a runner that does not measure yet."""
     try:
         with zipfile.ZipFile(bundle / "run.pyz") as program:
-            able = "device/measure.py" in program.namelist()
+            able = any(name.endswith("device/measure.py") for name in program.namelist())
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{bundle}/run.pyz cannot be read: {first_line(error)}") from error
     if not able:

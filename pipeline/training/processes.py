@@ -22,7 +22,7 @@ from bitferry.pipeline.training import machine
 from bitferry.pipeline.training.course import Course, Job, Told
 from bitferry.targets import usable_cpus
 
-SOURCES = Path(__file__).parents[2]
+SOURCES = Path(__file__).parents[3]
 POLL_SECONDS = 0.1
 JOB, FAULT, MEETING, NOISE = "job", "fault.json", "meeting", "noise"
 
@@ -83,7 +83,13 @@ def _start(room: Path, number: int, processes: int) -> "subprocess.Popen[bytes]"
     place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes)}
     place |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     threads = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // processes)), "PYTHONPATH": path}
-    command = [sys.executable, "-m", "pipeline.training.processes", str(room), "quiet" * progress.console.quiet]
+    command = [
+        sys.executable,
+        "-m",
+        "bitferry.pipeline.training.processes",
+        str(room),
+        "quiet" * progress.console.quiet,
+    ]
     with (room / f"{NOISE}-{number}").open("wb") as noise:
         talk = None if number == 0 else noise  # the first one's bar and lines are the training's
         return subprocess.Popen(command, stdout=noise, stderr=talk, env=os.environ | place | threads)
