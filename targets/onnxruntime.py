@@ -15,7 +15,19 @@ from bitferry import targets
 from bitferry.device import onnx_file, rearrange
 from bitferry.device.arrays import Images, Outputs, Predict, in_batches
 from bitferry.device.errors import TargetUnavailable
-from bitferry.targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
+from bitferry.targets import (
+    Environment,
+    Form,
+    Kind,
+    Layer,
+    Needs,
+    Precision,
+    Scheme,
+    cpu_isa,
+    fast_on_cpu,
+    since,
+    system,
+)
 
 CONSUMES: Form = "onnx"
 SUFFIX = ".onnx"

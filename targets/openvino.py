@@ -25,7 +25,19 @@ from bitferry import targets
 from bitferry.device import ir_file, ir_names
 from bitferry.device.arrays import Images, Outputs, Predict, in_batches
 from bitferry.device.errors import TargetUnavailable
-from bitferry.targets import Environment, Form, Kind, Layer, Needs, Precision, Scheme, cpu_isa, fast_on_cpu, since, system
+from bitferry.targets import (
+    Environment,
+    Form,
+    Kind,
+    Layer,
+    Needs,
+    Precision,
+    Scheme,
+    cpu_isa,
+    fast_on_cpu,
+    since,
+    system,
+)
 
 CORE = ov.Core()
 """The only one of this process. OpenVINO 2026.4.1 gives the thread in which a Core loads its CPU plugin a stack for

@@ -227,7 +227,7 @@ def test_a_model_may_have_modules_of_our_folders_names(tmp_path: Path) -> None:
         "recipe, folder = of('module:mine:make', classes=2), Path(sys.argv[1]); load(recipe, None, folder=folder); "
         "assert targets.names(); print(*sorted(own_code(recipe, folder)))"
     )
-    command = [sys.executable, "-c", program, tmp_path]
+    command: list[str | Path] = [sys.executable, "-c", program, tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "device.py mine.py pipeline.py targets/__init__.py\n"

@@ -51,8 +51,6 @@ def test_openvino_is_imported_without_its_telemetry(tmp_path: Path) -> None:
 
 
 def test_ray_starts_without_a_home_to_write_to() -> None:
-    program = (
-        "from bitferry.pipeline.nightly import ray_session as it; it.connect(None); print(len(it.listed())); it.disconnect()"
-    )
+    program = "from bitferry.pipeline.nightly import ray_session as it; it.connect(None); print(len(it.listed())); it.disconnect()"
     done = run(program, HOME="/dev/null/home")
     assert done.stdout.split() == ["1"], done.stderr

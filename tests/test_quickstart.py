@@ -19,7 +19,17 @@ from tests.conftest import EMBEDDED, ROOT, Project, plain_environment
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bitferry as it is published."""
     out, uv = tmp_path_factory.mktemp("wheel"), Path(sys.executable).with_name("uv")
-    words = [uv, "build", "--quiet", "--offline", "--no-build-isolation", "--wheel", "--out-dir", out, ROOT]
+    words: list[str | Path] = [
+        uv,
+        "build",
+        "--quiet",
+        "--offline",
+        "--no-build-isolation",
+        "--wheel",
+        "--out-dir",
+        out,
+        ROOT,
+    ]
     subprocess.run(words, check=True, env=plain_environment(VIRTUAL_ENV=sys.prefix))
     (made,) = out.glob("*.whl")
     return made
