@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -23,6 +23,7 @@ from bitferry.pipeline.artifacts import FloatOnnx, Onnx, Program, Simplified, To
 from bitferry.pipeline.capture import captured
 from bitferry.pipeline.data.split import Split
 from bitferry.pipeline.division import drawn
+from bitferry.pipeline.first_difference import first_difference
 from bitferry.pipeline.onnx_in import session
 from bitferry.pipeline.statistics import sqnr_db
 
@@ -91,7 +92,8 @@ def _export(program: TorchProgram, calibration: Split, out: Path) -> None:
         cast("torch.onnx.ONNXProgram", exported).save(out / "model.onnx", external_data=False)
         pixels, found = torch.from_numpy(images.copy()), _answer(out / "model.onnx", images, "the exported ONNX")
         own = (module(pixels).numpy() for module in conditioning.modules(whole.module()))
-        _compare(program.module()(pixels).numpy(), found, own, program, images, "the exported ONNX")
+        blame = partial(first_difference, whole.module(), out / "model.onnx", images[:2], TOLERANCE)
+        _compare(program.module()(pixels).numpy(), found, own, program, images, "the exported ONNX", blame)
 
 
 def with_clamps(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -169,7 +171,13 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 def _compare(
-    before: Outputs, after: Outputs, own: Iterable[Outputs], program: Program, images: Images, what: str
+    before: Outputs,
+    after: Outputs,
+    own: Iterable[Outputs],
+    program: Program,
+    images: Images,
+    what: str,
+    blame: Callable[[], str | None] = lambda: None,
 ) -> None:
     """Raise StageFailed when a float graph answers differently, or an int8 graph is further from the float model.
 
@@ -191,7 +199,9 @@ def _compare(
         wrong = not difference <= allowed
         told = f"the largest difference is {difference:.2g} of the largest score, {allowed:.2g} allowed"
     if wrong:
-        raise StageFailed(f"{what} answers {len(images)} calibration images differently: {told}")
+        blamed = None if program.quantized else blame()
+        where = f"; what goes wrong first is {blamed}" if blamed else ""
+        raise StageFailed(f"{what} answers {len(images)} calibration images differently: {told}{where}")
 
 
 def _difference(before: Outputs, after: Outputs) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
 POOLS = {aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default}
 RESIZES, SCALED = (
     {getattr(getattr(aten, name), overload) for name in names for overload in ("vec", "default")}
@@ -32,14 +33,17 @@ def rewrite(program: torch.export.ExportedProgram) -> torch.export.ExportedProgr
 
     Average pooling over the edge becomes explicit padding, plain pooling and a multiplication; resizing to a fixed
     size that is cubic, with antialiasing, or by a scale that is not the ratio of the sizes becomes two products with
-    constant matrices; circular padding becomes a concatenation.
+    constant matrices; circular padding becomes a concatenation; attention of N×L×E becomes that of one head, N×1×L×E.
     """
     module = cast(fx.GraphModule, program.module())
     found = {node: made for node in module.graph.nodes if (made := _replacement(node)) is not None}
-    if not found:
+    headless = [node for node in module.graph.nodes if _is_headless(node)]
+    if not found and not headless:
         return program
     for node, made in found.items():
         _replace(module, node, made)
+    for node in headless:
+        _give_head(module, node)
     module.recompile()
     with torch.no_grad():
         return torch.export.export(module, program.example_inputs[0], dynamic_shapes=(open_axes(module),))
@@ -182,6 +186,28 @@ def open_axes(module: fx.GraphModule) -> dict[int, Any]:
 
 def _is_identity(matrix: Tensor) -> bool:
     return matrix.shape[0] == matrix.shape[1] and bool((matrix == torch.eye(len(matrix))).all())
+
+
+def _is_headless(node: fx.Node) -> bool:
+    """Return whether a node is attention of tokens N×L×E, which the ONNX exporter knows with an axis of heads alone."""
+    return node.target is ATTENTION and all(one.meta["val"].ndim == 3 for one in cast(Any, node.args[:3]))
+
+
+def _give_head(module: fx.GraphModule, node: fx.Node) -> None:
+    def widened(value: fx.Node) -> fx.Node:
+        if value.meta["val"].ndim != 3:  # a mask of L×S
+            return value
+        made = module.graph.call_function(aten.unsqueeze.default, (value, 1))
+        made.meta = dict(node.meta)
+        return made
+
+    with module.graph.inserting_before(node):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), widened)
+    with module.graph.inserting_after(node):
+        squeezed = module.graph.call_function(aten.squeeze.dim, (node, 1))
+    squeezed.meta = dict(node.meta)
+    node.replace_all_uses_with(squeezed, delete_user_cb=lambda user: user is not squeezed)
+    node.args, node.kwargs = args, kwargs
 
 
 def _replace(module: fx.GraphModule, node: fx.Node, made: nn.Module) -> None:

@@ -15,6 +15,7 @@ from bitferry.pipeline import failing
 
 SHOWN = 3
 NO_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'")
+TRANSLATED = re.compile(r"translating node %(\w+)")
 USER_CODE = re.compile(r'File "([^"<>]+)", line (\d+), in (?!<)\w+\n\s*(.+)')
 
 
@@ -23,10 +24,15 @@ def in_export(error: BaseException, capture: Callable[[], torch.export.ExportedP
 
     `capture` gives the program that it tried to export.
     """
-    found = NO_FUNCTION.search(_chain(error))
+    text = _chain(error)
+    found = NO_FUNCTION.search(text)
     if found is None:
         while error.__cause__:
             error = error.__cause__
+        if failed := TRANSLATED.search(text):
+            named = [node for node in _nodes(capture) if node.name == failed[1]]
+            where = f"the operator {named[0].target} in {place(named[0])}: " if named else ""
+            return f"{where}{first_line(error)}; {ways_out('onnx')}"
         return f"{first_line(error)} {in_code(error)}".strip()
     operator, overload = found.groups()
     places = [place(node) for node in _nodes(capture) if _is(node, re.split(r"::|\.", operator)[-1], overload)]

@@ -97,7 +97,7 @@ def bent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Give the name of a target that computes one operator wrongly."""
     (tmp_path / "bent.py").write_text(BROKEN.format(change=WRONG))
     monkeypatch.setattr(targets, "__path__", [*targets.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "targets.bent", raising=False)
+    monkeypatch.delitem(sys.modules, "bitferry.targets.bent", raising=False)
     return "bent"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitferry import targets
+from bitferry.device.errors import StageFailed
 from bitferry.pipeline.cache import Cache
 from bitferry.pipeline.capture import captured
 from bitferry.pipeline.compile import compile
@@ -152,3 +153,71 @@ def test_layers_keep_their_names_and_runtimes_give_what_pytorch_gives(tmp_path: 
     for name in ("openvino", "onnxruntime"):
         made = compile(simplified, name, model, split(), build, options=targets.get(name).Options(threads=1))
         assert sqnr_db(expected, load_artifact(made)(images)) > 100
+
+
+MASKS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "none": lambda _: None,
+    "L×S": lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(),
+    "N×L×S": lambda x: x @ x.mT,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_without_heads_is_what_pytorch_gives(mask: str) -> None:
+    def attend(x: Tensor) -> Tensor:
+        tokens = x.mean(1)
+        value: Tensor = F.scaled_dot_product_attention(
+            tokens, tokens + 1, tokens.abs(), attn_mask=MASKS[mask](tokens), scale=0.3
+        )
+        return value
+
+    x = torch.randn(2, 3, 7, 5)
+    program, changed = rewritten(attend, x)
+    assert changed
+    assert next(n for n in program.graph.nodes if "attention" in str(n.target)).args[0].meta["val"].ndim == 4
+    torch.testing.assert_close(program.module()(x), attend(x))
+
+
+class Deep(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x[:, None, None]
+        value: Tensor = F.scaled_dot_product_attention(tokens, tokens, tokens).mean((1, 2, 3, 4, 5))
+        return value[:, None]
+
+
+def test_an_operator_that_the_exporter_cannot_write_is_named_with_its_layer(tmp_path: Path) -> None:
+    model = float_model(nn.Sequential(nn.Conv2d(3, 4, 3), Deep(), nn.Linear(1, 10)), split().images)
+    with pytest.raises(StageFailed, match=r"scaled_dot_product_attention.default in the layer '1' \(test_rewrites.py"):
+        export(model, split(), Cache(tmp_path / "build"))
+
+
+class Masked(nn.Module):
+    """Attention among the rows of an image, of which one may look at none: the exporter writes that otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Linear(84, 16)
+        self.attention = Attention()
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.tokens(x.permute(0, 2, 1, 3).flatten(2))
+        scores: Tensor = self.head(self.attention(tokens).mean(1))
+        return scores
+
+
+class Attention(nn.Module):
+    def forward(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        mask = torch.arange(length).expand(length, length) < torch.arange(length)[:, None]
+        return F.scaled_dot_product_attention(tokens, tokens, tokens, attn_mask=mask)
+
+
+def test_an_operator_that_onnx_computes_otherwise_is_named_with_its_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = float_model(Masked(), split().images)
+    with pytest.raises(StageFailed) as raised:
+        export(model, split(), Cache(tmp_path / "build"))
+    assert "what goes wrong first is the operator scaled_dot_product_attention in the layer 'attention'" in str(
+        raised.value
+    )
