@@ -25,6 +25,8 @@ from bitferry.pipeline.verify import eager, load_artifact
 IMAGES = 8
 LEAST_DB = 60.0
 """Of a float32 artifact's scores against those of what it was compiled from, which sums in another order."""
+LEAST_INT8_DB = 20.0
+"""Of a value in an int8 artifact against that of what it was compiled from, where ties may be rounded otherwise."""
 CHAOTIC_DB = 40.0
 """Below this the order of sums decides answers."""
 
@@ -42,7 +44,7 @@ def check(compiled: Compiled, program: Program, calibration: Split) -> None:
     if _is_exact(compiled) and not alike(expected, found):
         _check_apart(compiled, images, expected, found)
     if compiled.precision == "int8":
-        _say_loss(compiled, eager(program.baseline.module())(images), expected, found)
+        _say_loss(compiled, program, images, expected, found)
 
 
 def _answers(compiled: Compiled, images: Images) -> Outputs:
@@ -101,9 +103,12 @@ def _failure(compiled: Compiled, told: str, blamed: str | None) -> StageFailed:
     return StageFailed(f"{compiled.target} {compiled.precision} {told}; {where}{ways}")
 
 
-def _say_loss(compiled: Compiled, reference: Outputs, expected: Outputs, found: Outputs) -> None:
+def _say_loss(compiled: Compiled, program: Program, images: Images, expected: Outputs, found: Outputs) -> None:
     """Say it where int8 kernels lose much that the int8 program has; two right ones differ by a rounding tie or two."""
+    reference = eager(program.baseline.module())(images)
     had, has = sqnr_db(reference, expected), sqnr_db(reference, found)
     if has < min(had, MOST_DB) - MOST_LOST_DB:
-        told = suspicion.kernels(compiled.target, had, has, compiled.environment)
-        progress.stage("compile", f"{told.finding}; {told.remedy}")
+        told = suspicion.kernels(program, compiled, had, has)
+        blamed = fault.operator(compiled, images[:2], partial(alike, least=LEAST_INT8_DB))
+        where = f"; what goes wrong first is {blamed}" if blamed else ""
+        progress.stage("compile", f"{told.finding}{where}; {told.remedy}")

@@ -73,7 +73,7 @@ def verify(
         )
     timed = _with_accuracy(timed, found, way.runtime_float, evaluation, recipe, build)
     if compiled.precision == "int8":
-        timed = replace(timed, suspicions=(*suspicion.lossy(climbed, compiled.environment), *timed.suspicions))
+        timed = replace(timed, suspicions=(*suspicion.lossy(climbed, way.program, compiled), *timed.suspicions))
     verdict = _verdict(recipe, way, evaluation, Measured(found, timed, climbed, proved), command)
     maps = kept.maps(baseline, answers)
     return Verified(verdict, baseline.scores, answers.scores, fresh.scores, files, evaluation, maps, series)

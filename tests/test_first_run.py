@@ -252,3 +252,19 @@ def test_long_ways_back_through_a_program_are_gone_once(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(Whole(), (torch.zeros(2, 3, dtype=torch.uint8),)), tmp_path / "it.pt2")
     cuts = fault._ProgramCuts(Captured(tmp_path / "it.pt2", "float32", ""))
     assert [cuts.told(at).split()[2] for at in cuts.inputs(len(cuts) - 1)] == ["aten.sigmoid"]
+
+
+def test_an_operator_that_costs_an_int8_artifact_its_accuracy_is_named(
+    bent: str, model: FloatModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build, target = Cache(tmp_path / "build"), targets.get(bent)
+    options = target.Options(threads=1)
+    scheme = targets.scheme(target, "int8", options)
+    assert scheme
+    settings = Quantization(observer="minmax", equalize=False, bias_correction="none")
+    program = quantize(model, split(), scheme, settings, build)
+    simplified = simplify(export(program, split(), build), split(), build)
+    compile(simplified, bent, program, split(), build, options=options)
+    said = capsys.readouterr().err
+    assert "its kernels compute something else than the program says; what goes wrong first is the operator" in said
+    assert "in the layer 'bend'" in said

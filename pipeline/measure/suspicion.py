@@ -6,9 +6,9 @@ import numpy as np
 
 from bitferry.device.machine import Conditions
 from bitferry.device.timing import Series
+from bitferry.pipeline.artifacts import Compiled, Program
 from bitferry.pipeline.figures import Candidate, Ratio, Suspicion
 from bitferry.pipeline.verdict import Ladder
-from bitferry.targets import Environment
 
 MOST_OTHER_LOAD = 0.1
 """Of all CPUs. PyTorch's threads spin while they wait for each other, so one busy neighbour slows it manyfold."""
@@ -45,18 +45,20 @@ def contradiction(eager: Candidate, artifact: Candidate, ratio: Ratio) -> tuple[
     )
 
 
-def lossy(climbed: Ladder, environment: Environment) -> Iterator[Suspicion]:
+def lossy(climbed: Ladder, program: Program, compiled: Compiled) -> Iterator[Suspicion]:
     """Tell where an int8 artifact, the last step, loses what the int8 program before it still has."""
     *_, before, last = climbed.rungs
     if last.name in climbed.suspects and last.sqnr_db is not None and before.sqnr_db is not None:
-        yield kernels(last.name, before.sqnr_db, last.sqnr_db, environment)
+        yield kernels(program, compiled, before.sqnr_db, last.sqnr_db)
 
 
-def kernels(target: str, had: float, has: float, environment: Environment) -> Suspicion:
+def kernels(program: Program, compiled: Compiled, had: float, has: float) -> Suspicion:
     """Tell that a target's int8 kernels answer further from the float model than the int8 program: SQNR in dB."""
-    saturates = "int8" not in environment.fast
+    scheme, target, environment = getattr(program, "scheme", None), compiled.target, compiled.environment
+    full = scheme is not None and scheme.weight_bits == 8 and compiled.options.needs_vnni
+    saturates = full and "int8" not in environment.fast
     why = (
-        f"{environment.device} has no instructions for int8, and without them kernels may cut off sums of products"
+        f"{environment.device} has no instructions for int8, and without them kernels cut off sums of products"
         if saturates
         else "its kernels compute something else than the program says"
     )
