@@ -1,6 +1,5 @@
 """A passed artifact → the folder that is shipped: model, ONNX, manifest and a runner without torch."""
 
-import ast
 import json
 import shutil
 import zipfile
@@ -16,15 +15,13 @@ from bitferry.device.preprocess import Preprocessing
 from bitferry.pipeline import cache, progress
 from bitferry.pipeline.artifacts import Bundle, Compiled, Program, Quantized, QuantizedOnnx, Unmeasured, Verified
 from bitferry.pipeline.measure import golden
+from bitferry.pipeline.own_source import shipped
 from bitferry.pipeline.recipe import Recipe
 from bitferry.pipeline.report import record
 from bitferry.pipeline.shipping import materials
 from bitferry.pipeline.shipping.provenance import Origin, provenance, tied
 from bitferry.pipeline.verdict import Built
 
-SOURCES = Path(__file__).parents[2]
-SHIPPED = ("bitferry.device", "bitferry.targets")
-"""Packages whose modules a bundle carries, where it needs them."""
 ROOT = '"""What of bitferry runs on a device."""\n'
 """The root package of what is shipped; here it is the engineer's interface."""
 EXPECTED = "golden/expected.json"
@@ -147,27 +144,10 @@ def write_agent(path: Path) -> None:
 
 def _pack(contents: dict[str, str], path: Path) -> None:
     """Write a zipapp of these modules and all of ours that they import."""
-    waiting = list(contents.values())
-    contents = contents | {"bitferry/__init__.py": ROOT}
-    while waiting:
-        for name in _ours(waiting.pop()) - set(contents):
-            contents[name] = (SOURCES / name).read_text()
-            waiting.append(contents[name])
+    contents = shipped(contents.values()) | {"bitferry/__init__.py": ROOT} | contents
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in sorted(contents.items()):
             archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
-
-
-def _ours(source: str) -> set[str]:
-    """List the files of `bitferry/device/` and `bitferry/targets/` that a module's source imports."""
-    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    modules = {name.name for node in imports for name in node.names}
-    for node in imports:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            modules |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
-    places = [module.replace(".", "/") for module in modules if module.startswith(tuple(f"{one}." for one in SHIPPED))]
-    packages = {f"{package.replace('.', '/')}/__init__.py" for package in SHIPPED}
-    return packages | {f"{place}.py" for place in places if (SOURCES / f"{place}.py").is_file()}
 
 
 def _manifest(origin: Origin, program: Program, compiled: Compiled, found: Built) -> dict[str, object]:

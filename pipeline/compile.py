@@ -7,12 +7,12 @@ from pathlib import Path
 import onnx
 
 from bitferry import targets
-from bitferry.device import errors
 from bitferry.device.errors import BitferryError, InputError, StageFailed, first_line
 from bitferry.pipeline import cache, conditioning, fault, first_run, unsupported
 from bitferry.pipeline.artifacts import Captured, Compiled, Program, Simplified, Source
 from bitferry.pipeline.capture import fixed_batch, read_graph
 from bitferry.pipeline.data.split import Split
+from bitferry.pipeline.own_source import shipped
 
 CHECKS = [Path(str(module.__file__)) for module in (first_run, fault, conditioning)]
 
@@ -32,7 +32,7 @@ def compile(
         "compile",
         target=name,
         code=targets.source(name),
-        shipped={path.name: cache.file_hash(path) for path in sorted(Path(errors.__file__).parent.glob("*.py"))},
+        shipped=shipped([targets.source(name).read_text()]),
         checks=[cache.file_hash(path) for path in CHECKS],
         source=source.key,
         data=calibration.key,

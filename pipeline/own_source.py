@@ -1,8 +1,9 @@
-"""Which bitferry this is: the hash of its own source files, and the commit where git knows it."""
+"""Which bitferry this is: its own source files, what of them runs on a device, and the commit where git knows it."""
 
+import ast
 import hashlib
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from bitferry.pipeline import cache
 
 SOURCES = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "targets", "device")
+SHIPPED = ("bitferry.device", "bitferry.targets")
+"""Packages whose modules a bundle carries, where it needs them."""
 
 
 def source_hash(*, leave_out: Sequence[str] = ()) -> str:
@@ -21,6 +24,31 @@ def source_hash(*, leave_out: Sequence[str] = ()) -> str:
         if not name.startswith(tuple(leave_out)):
             digest.update(f"{name} {cache.file_hash(path)}\n".encode())
     return digest.hexdigest()
+
+
+def shipped(sources: Iterable[str]) -> dict[str, str]:
+    """Return what runs on a device beside these sources: the modules of `SHIPPED` that they import, directly or not.
+
+    Each module's text by its path in the import root's parent, as `bitferry/device/runner.py`.
+    """
+    found, waiting = dict[str, str](), list(sources)
+    while waiting:
+        for name in _imported(waiting.pop()) - set(found):
+            found[name] = (SOURCES.parent / name).read_text()
+            waiting.append(found[name])
+    return found
+
+
+def _imported(source: str) -> set[str]:
+    """List the files of `SHIPPED` that a module's source imports."""
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {name.name for node in imports for name in node.names}
+    for node in imports:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    places = [module.replace(".", "/") for module in modules if module.startswith(tuple(f"{one}." for one in SHIPPED))]
+    packages = {f"{package.replace('.', '/')}/__init__.py" for package in SHIPPED}
+    return packages | {f"{place}.py" for place in places if (SOURCES.parent / f"{place}.py").is_file()}
 
 
 def own_commit() -> Mapping[str, object]:

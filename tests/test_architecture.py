@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from bitferry import targets
+from bitferry.pipeline.own_source import shipped
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted(p for package in ("pipeline", "targets", "device") for p in (ROOT / package).rglob("*.py"))
 # Rank in the direction that imports may point: only to a lower rank, or within the package.
@@ -151,3 +154,11 @@ def test_the_key_of_an_int8_program_holds_all_code_that_decides_it(stage: str, s
     module = importlib.import_module(f"bitferry.pipeline.{stage.replace('/', '.')}")
     hashed = {Path(str(module.__file__)), *getattr(module, sources)}
     assert {file.resolve() for file in hashed} == closure(ROOT / f"pipeline/{stage}.py")
+
+
+@pytest.mark.parametrize("name", targets.names())
+def test_the_key_of_an_artifact_holds_what_its_target_imports_and_no_more(name: str) -> None:
+    """A comment in the installer makes no artifact anew."""
+    found = {place.removeprefix("bitferry/") for place in shipped([targets.source(name).read_text()])}
+    assert {"targets/__init__.py", "device/arrays.py"} <= found
+    assert not {"device/install.py", "device/agent.py", "device/runner.py", "device/update.py"} & found

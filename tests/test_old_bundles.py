@@ -25,9 +25,9 @@ def test_an_older_bundle_is_installed_and_answers(archive: Path, tmp_path: Path)
     ):
         done = user.bitferry(*command)
         assert done.returncode == 0, done.stderr
-    for command in (("check",), ("selftest", "--json")):
+    for words in (["check"], ["selftest", "--json"]):
         run = subprocess.run(
-            [sys.executable, tmp_path / "edge/current/run.pyz", *command], capture_output=True, text=True, check=False
+            [sys.executable, tmp_path / "edge/current/run.pyz", *words], capture_output=True, text=True, check=False
         )
         assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["passed"] is True
