@@ -757,7 +757,7 @@ def test_what_gave_no_answer_is_tried_three_times_by_updates(
         assert update()[0] == 0
         offer(shop.archive("2.0.0", partial(troubled, moment=moment, counter=counter)))
         counter.write_text("99")
-        monkeypatch.setattr("device.selftest.MINUTES", 0.02 if moment == "late" else 10)
+        monkeypatch.setattr("bitferry.device.selftest.MINUTES", 0.02 if moment == "late" else 10)
         for number in (1, 2, 3):
             code, said = update()
             assert (code, version(root)) == (2, "1.0.0")
@@ -771,7 +771,7 @@ def test_what_gave_no_answer_is_tried_three_times_by_updates(
         offer(shop.archive("3.0.0", partial(troubled, moment=moment, counter=counter)))
         counter.write_text("1")
         assert update()[0] == 2
-        monkeypatch.setattr("device.selftest.MINUTES", 10)
+        monkeypatch.setattr("bitferry.device.selftest.MINUTES", 10)
         assert update()[0] == 0
         assert version(root) == "3.0.0"
         assert len(json.loads((root / "rejected.json").read_text())) == 1  # of 3.0.0 nothing is held against it
