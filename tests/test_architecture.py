@@ -2,10 +2,12 @@
 
 import ast
 import importlib
+import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,18 @@ def test_no_target_is_named_outside_its_own_file() -> None:
 def test_device_and_targets_import_no_torch_at_the_top(path: Path) -> None:
     heavy = {name.partition(".")[0] for name in imports(path, top_level=True)} & {"torch", "torchvision", "torchao"}
     assert not heavy
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """What another package brings along today may be gone tomorrow."""
+    declared = {re.split(r"[<=>!~;\[ ]", line)[0] for line in metadata.requires("bitferry") or ()} | {"bitferry"}
+    providers = metadata.packages_distributions()
+    used = {name.partition(".")[0] for path in FILES for name in imports(path)} & set(providers)
+    undeclared = {
+        name for name in used if not {re.sub("[-_.]+", "-", one).lower() for one in providers[name]} & declared
+    }
+    assert {"torch", "psutil", "urllib3"} <= used
+    assert not undeclared
 
 
 def test_the_help_loads_no_torch() -> None:
