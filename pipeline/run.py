@@ -154,6 +154,8 @@ class Deployment:
     """Which look at the evaluation data this is (`Recipe.at_look`)."""
     search: Search | None = None
     """What was weighed before this way was chosen."""
+    weight_bits: int | None = None
+    """Of int8 weights, where that is not for this machine's processor to decide."""
 
     @property
     def title(self) -> str:
@@ -183,6 +185,7 @@ class Deployment:
         scheme = targets.scheme(targets.get(self.name), self.precision, self.chosen_options)
         if scheme is None:
             return replace(run.model, precision=self.precision)
+        scheme = replace(scheme, weight_bits=self.weight_bits or scheme.weight_bits)
         settings = self._settings()
         if isinstance(run.model, FloatOnnx):
             int8 = onnx_way.quantized(run.model, run.calibration, scheme, settings, run.build)

@@ -68,6 +68,17 @@ def test_a_fresh_process_makes_every_file_again(again: Project) -> None:
     assert measured == {"verdict.json", "answers.npz", "golden/expected.json"}
 
 
+def test_a_processor_of_another_kind_gives_weights_as_many_bits_as_the_bundle_has(
+    again: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to itself one without VNNI takes 7 bits, and one with it 8."""
+    other = 15 - targets.int8_weight_bits()
+    monkeypatch.setattr(targets, "int8_weight_bits", lambda: other)
+    bundle = bundle_of(again, "onnxruntime")
+    assert manifest_of(bundle)["model"]["weight_bits"] == 15 - other
+    assert reproduce.reproduce(bundle, again.recipe).same
+
+
 def test_each_difference_is_told_with_its_reason(again: Project, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = bundle_of(again, "onnxruntime")
     manifest = manifest_of(bundle)

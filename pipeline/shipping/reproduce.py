@@ -142,7 +142,12 @@ def _way(manifest: Mapping[str, Any], stated: _Stated, path: Path, build: Path, 
         raise InputError(f"target '{name}' cannot run {model['precision']}; it runs {', '.join(target.SCHEMES)}")
     options = runner.options_of(target, model["options"])
     run = Run(recipe, path, cache.Cache(build / recipe.name), trust)
-    return Deployment(run, name, model["precision"], options=options, quantization=stated.quantization)
+    bits = model.get("weight_bits")  # which older bundles do not say
+    if bits not in (None, 7, 8):
+        raise InputError(f"{MANIFEST} says that int8 weights have {bits!r} bits; expected 7 or 8")
+    return Deployment(
+        run, name, model["precision"], options=options, quantization=stated.quantization, weight_bits=bits
+    )
 
 
 @contextmanager
