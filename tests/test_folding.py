@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -11,11 +12,17 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, weight_norm
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
+from bitferry.pipeline.cache import Cache
 from bitferry.pipeline.capture import export_program
 from bitferry.pipeline.quantization.annotate import WEIGHTED, SchemeQuantizer
 from bitferry.pipeline.quantization.folding import fold_constants, fold_weights
 from bitferry.pipeline.quantization.graph import layers, set_mode
+from bitferry.pipeline.quantize import quantize
+from bitferry.pipeline.recipe import Quantization
+from bitferry.pipeline.statistics import sqnr_db
+from bitferry.pipeline.verify import eager
 from bitferry.targets import Scheme
+from tests.test_torchscript import float_model, split
 
 IMAGES = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
 Make = Callable[[], nn.Module]
@@ -182,3 +189,28 @@ def test_a_constant_made_of_many_others_is_worked_out_once(doubled: bool) -> Non
     fold_weights(model)
     assert product.target is aten.matmul.default
     assert torch.equal(model(torch.ones(2, 3)), torch.ones(2, 3))
+
+
+class Tiny(nn.Module):
+    """Two layers of which the first gives very small values, and the second has very large weights; or the reverse."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, 2, bias=False), nn.Conv2d(16, 16, 3, bias=False)
+        with torch.no_grad():
+            self.first.weight.mul_(factor)
+            self.second.weight.div_(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(self.first(x).relu()).relu().mean((2, 3))
+        return found
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_values_and_weights_of_any_size_have_scales_that_resolve_them(factor: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = float_model(Tiny(factor), split().images)
+    settings = Quantization(observer="minmax", equalize=False, bias_correction="none")
+    program = quantize(model, split(), Scheme(), settings, Cache(tmp_path / "build"))
+    images = split().images[:8].copy()
+    assert sqnr_db(eager(model.module())(images), eager(program.module())(images)) > 30

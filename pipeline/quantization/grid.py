@@ -9,8 +9,10 @@ from torch import Tensor
 from torchao.quantization.pt2e import ObserverBase
 
 Mode = Literal["off", "observe", "round"]
-SMALLEST, SMALLEST_OF_A_WEIGHT = 2**-12, 2**-24
-"""Scales below these are no use: what they would resolve is nothing beside the rest."""
+SMALLEST = 2**-40
+"""Below this a scale times a weight's is no normal float32 any more."""
+OF_NOTHING = 2**-12
+"""The scale of a value that was 0 in every image, and may be something in another."""
 
 
 @dataclass
@@ -72,17 +74,18 @@ class Grid(ObserverBase):  # type: ignore[misc]
         """Choose scale and zero point so that the range, with 0 in it, just fits."""
         low, high = min(low, 0.0), max(high, 0.0)
         steps = self.quant_max - self.quant_min
+        least = SMALLEST if high > low else OF_NOTHING
         if self.qscheme is torch.per_tensor_symmetric:
             scale, zero = 2 * max(-low, high) / steps, (self.quant_max + self.quant_min + 1) // 2
         else:
-            scale = max((high - low) / steps, SMALLEST)
+            scale = max((high - low) / steps, least)
             zero = min(max(round(self.quant_min - low / scale), self.quant_min), self.quant_max)
-        self.scale, self.zero_point = torch.tensor([max(scale, SMALLEST)]), torch.tensor([zero])
+        self.scale, self.zero_point = torch.tensor([max(scale, least)]), torch.tensor([zero])
 
     def fit_channels(self, weight: Tensor, least: Tensor | float = 0.0) -> None:
         """Choose each channel's scale so that its largest weight just fits, and not below `least`."""
         largest = weight.detach().flatten(1).abs().amax(1) / self.quant_max
-        self.scale = torch.maximum(largest, torch.as_tensor(least)).clamp(min=SMALLEST_OF_A_WEIGHT)
+        self.scale = torch.maximum(largest, torch.as_tensor(least)).clamp(min=SMALLEST)
         self.zero_point = torch.zeros(len(weight), dtype=torch.int64)
 
     def by_image(self, x: Tensor) -> tuple[Tensor, int]:
