@@ -1,10 +1,4 @@
-"""bitferry from Python: a recipe opened, its way to a target, each stage a property; for notebooks and scripts.
-
-run = api.open("mine.toml")
-way = api.to(run, "openvino")
-way.program, way.compiled, way.verified    # each made when it is asked for, or reused
-way.ship(Path("dist"))
-"""
+"""What `import bitferry` offers: a recipe opened, and its way to a target. `bitferry` itself has an example."""
 
 from pathlib import Path
 

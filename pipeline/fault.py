@@ -72,8 +72,8 @@ def operator(compiled: Compiled, images: Images, alike: Alike | None) -> str | N
         return None
 
 
-class _Cuts(Protocol):
-    """A model that can be cut off behind each of its values, in the order in which they are computed."""
+class _Values(Protocol):
+    """The values of a model in the order in which they are computed."""
 
     def __len__(self) -> int: ...
 
@@ -83,11 +83,15 @@ class _Cuts(Protocol):
     def inputs(self, at: int) -> Sequence[int]:
         """List the values that one is made of."""
 
+
+class _Cuts(_Values, Protocol):
+    """A model that can be cut off behind each of its values."""
+
     def source(self, at: int, folder: Path) -> Source:
         """Write the model that gives one value, as 1×… of a single image."""
 
 
-def _first_wrong(cuts: _Cuts, wrong: Callable[[int], bool], longest: float = LONGEST) -> str | None:
+def _first_wrong(cuts: _Values, wrong: Callable[[int], bool], longest: float = LONGEST) -> str | None:
     """Find a wrong value by bisection, then go back to one that is made of right ones alone."""
     until = time.monotonic() + longest
     right, found = -1, len(cuts) - 1

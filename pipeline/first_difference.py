@@ -22,8 +22,15 @@ def first_difference(module: fx.GraphModule, model: Path, images: Images, allowe
     """Name the first operator of a float graph whose value in the ONNX file `model` differs, and its layer.
 
     The exporter gives a value the name that its node has in `module`. What differs by more than `allowed` of the
-    largest value, or of 1, is different. Returns None where no named value is.
+    largest value, or of 1, is different. Returns None where no named value is, or where the values cannot be had.
     """
+    try:
+        return _find(module, model, images, allowed)
+    except Exception:  # noqa: BLE001 - what is being explained may stop this, too
+        return None
+
+
+def _find(module: fx.GraphModule, model: Path, images: Images, allowed: float) -> str | None:
     recorded = _Recorder(module)
     with torch.no_grad():
         recorded.run(torch.from_numpy(images.copy()))

@@ -6,7 +6,6 @@ said.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -41,7 +40,8 @@ def check(compiled: Compiled, program: Program, calibration: Split) -> None:
     expected = fault.reference(compiled.source)(images)
     found = _answers(compiled, images)
     _check_scores(compiled, expected, found)
-    if _is_exact(compiled) and not alike(expected, found):
+    exact = targets.is_exact(compiled.target, compiled.precision, compiled.options)
+    if exact and not alike(expected, found):
         _check_apart(compiled, images, expected, found)
     if compiled.precision == "int8":
         _say_loss(compiled, program, images, expected, found)
@@ -55,14 +55,6 @@ def _answers(compiled: Compiled, images: Images) -> Outputs:
     except Exception as error:  # the vendor's runtime may raise anything
         told = f"was compiled, and fails when it runs: {first_line(error)}"
         raise _failure(compiled, told, fault.operator(compiled, images[:1], None)) from error
-
-
-def _is_exact(compiled: Compiled) -> bool:
-    """Say whether a target rounds nothing on purpose: float32, unless it says otherwise of these options."""
-    stated: Callable[..., bool] | None = getattr(targets.get(compiled.target), "exact", None)
-    if stated is None:
-        return compiled.precision == "float32"
-    return stated(precision=compiled.precision, options=compiled.options)
 
 
 def alike(expected: Outputs, found: Outputs, least: float = LEAST_DB) -> bool:

@@ -123,8 +123,8 @@ def axis_weights(resize: Mapped, size: Sequence[int], axis: int) -> Tensor:
 
 def _replacement(node: fx.Node) -> nn.Module | None:
     """Make what computes a node's value as every runtime does; None for a node that stays."""
-    if node.target is aten.pad.default and "circular" in node.args:
-        return CircularPad(cast(Sequence[int], node.args[1]))
+    if node.target is aten.pad.default and _arguments(node).get("mode") == "circular":
+        return CircularPad(_arguments(node)["pad"])
     if node.target not in POOLS | RESIZES | SCALED:
         return None
     given, found = node.all_input_nodes[0].meta["val"].shape, node.meta["val"].shape

@@ -239,6 +239,12 @@ def needs(name: str, path: Path, *, options: Options) -> Needs:
     return Needs({found.runtime: f"=={found.version}"})
 
 
+def is_exact(name: str, precision: Precision, options: Options) -> bool:
+    """Return whether a target rounds nothing on purpose: what it states, else whether the precision is float32."""
+    stated: Callable[..., bool] | None = getattr(get(name), "exact", None)
+    return stated(precision=precision, options=options) if stated else precision == "float32"
+
+
 def since(version: str) -> str:
     """Give the range of versions from a minor release until the next major one: ">=2026.4,<2027" of 2026.4.1."""
     major, minor = (*version.split("."), "0")[:2]

@@ -40,9 +40,11 @@ from bitferry.targets import (
 )
 
 CORE = ov.Core()
-"""The only one of this process. OpenVINO 2026.4.1 gives the thread in which a Core loads its CPU plugin a stack for
-signal handlers, and unmaps that when the Core goes. Of two the last to go restores the stack of the first, unmapped by
-then: the next Ctrl-C is a segmentation fault.
+"""The only one of this process.
+
+OpenVINO 2026.4.1 gives the thread in which a Core loads its CPU plugin a stack for signal handlers, and unmaps that
+when the Core goes. Of two the last to go restores the stack of the first, unmapped by then: the next Ctrl-C is a
+segmentation fault.
 """
 CONSUMES: Form = "onnx"
 SUFFIX = ".xml"
@@ -195,7 +197,10 @@ def _predict(compiled: ov.CompiledModel) -> Predict:
 
 
 def _of_any_size(path: Path, precision: Precision, options: Options) -> Predict:
-    """Compile for each number of images that comes: for any number it can answer wrongly (docs/decisions/0006-*.md)."""
+    """Compile for each number of images that comes: a model compiled for any number can answer wrongly.
+
+    See docs/decisions/0006-openvino-batch-1.md; tried with OpenVINO 2026.4.1.
+    """
     sized = lru_cache(MOST_SIZES)(lambda images: _predict(_compiled(path, precision, options, images)))
 
     def predict(images: Images) -> Outputs:

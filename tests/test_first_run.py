@@ -200,9 +200,6 @@ class Chain:
     def inputs(self, at: int) -> Sequence[int]:
         return [at - 1] if at else []
 
-    def source(self, at: int, folder: Path) -> Source:
-        raise NotImplementedError
-
 
 def test_looking_ends_after_a_time_with_what_was_found() -> None:
     found = fault._first_wrong(Chain(100), lambda at: at >= 37)

@@ -11,6 +11,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -667,40 +668,55 @@ def test_a_device_updates_itself_from_what_was_published(made: tuple[Shop, Path,
         assert "expires first" in done("publish", *publish)
 
 
-def test_an_update_does_not_take_again_what_was_rejected(
-    made: tuple[Shop, Path, Path], shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root, publish = shop.device("edge"), ["--repository", "public", "--keys", "roles"]
+@dataclass(frozen=True)
+class Fleet:
+    """A device that takes its updates from a publisher, on loopback; version 1.0.0 runs on it."""
+
+    folder: Path
+    root: Path
+    url: str
+    capsys: pytest.CaptureFixture[str]
+
+    def offer(self, archive: Path) -> None:
+        """Publish a bundle."""
+        words = ["publish", str(archive), "--repository", "public", "--keys", "roles"]
+        assert Project(self.folder).bitferry(*words).returncode == 0
+
+    def update(self) -> tuple[int, str]:
+        """Update the device; give the exit code and what was said."""
+        self.capsys.readouterr()
+        trusted = ["--trusted-root", str(self.folder / "public/metadata/root.json")]
+        code = agent.main(["update", "--repository", self.url, "--root", str(self.root), *trusted])
+        return code, "".join(self.capsys.readouterr())
+
+
+@pytest.fixture
+def fleet(old: Path, shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Fleet]:
     with served(tmp_path / "public") as server:
+        fleet = Fleet(tmp_path, shop.device("edge"), server.url, capsys)
+        fleet.offer(old)
+        assert fleet.update()[0] == 0
+        yield fleet
 
-        def offer(archive: Path) -> None:
-            assert Project(tmp_path).bitferry("publish", str(archive), *publish).returncode == 0
 
-        def update() -> tuple[int, str]:
-            capsys.readouterr()
-            trusted = ["--trusted-root", str(tmp_path / "public/metadata/root.json")]
-            code = agent.main(["update", "--repository", server.url, "--root", str(root), *trusted])
-            return code, "".join(capsys.readouterr())
-
-        offer(made[1])
-        assert update()[0] == 0
-        offer(shop.archive("2.0.0", other_scores))
-        code, told = update()
-        assert (code, version(root)) == (2, "1.0.0")
-        assert "the self-test of small-openvino-2.0.0-" in told
-        code, told = update()
-        assert (code, version(root)) == (2, "1.0.0")
-        assert "was rejected here before: the self-test of small-openvino-2.0.0-" in told
-        offer(shop.archive("3.0.0"))
-        assert update()[0] == 0
-        assert agent.main(["rollback", "--root", str(root)]) == 0
-        code, told = update()
-        assert (code, version(root)) == (2, "1.0.0")
-        assert "was rejected here before: it was rolled back from" in told
-        by_hand = ["install", str(root / "download/small-openvino-3.0.0.tar.gz"), "--root", str(root)]
-        assert agent.main(by_hand) == 0
-        assert update()[0] == 0
-        assert version(root) == "3.0.0"
+def test_an_update_does_not_take_again_what_was_rejected(fleet: Fleet, shop: Shop) -> None:
+    fleet.offer(shop.archive("2.0.0", other_scores))
+    code, told = fleet.update()
+    assert (code, version(fleet.root)) == (2, "1.0.0")
+    assert "the self-test of small-openvino-2.0.0-" in told
+    code, told = fleet.update()
+    assert (code, version(fleet.root)) == (2, "1.0.0")
+    assert "was rejected here before: the self-test of small-openvino-2.0.0-" in told
+    fleet.offer(shop.archive("3.0.0"))
+    assert fleet.update()[0] == 0
+    assert agent.main(["rollback", "--root", str(fleet.root)]) == 0
+    code, told = fleet.update()
+    assert (code, version(fleet.root)) == (2, "1.0.0")
+    assert "was rejected here before: it was rolled back from" in told
+    by_hand = ["install", str(fleet.root / "download/small-openvino-3.0.0.tar.gz"), "--root", str(fleet.root)]
+    assert agent.main(by_hand) == 0
+    assert fleet.update()[0] == 0
+    assert version(fleet.root) == "3.0.0"
 
 
 MOMENTS = {
@@ -732,49 +748,30 @@ def troubled(bundle: Path, moment: str, counter: Path) -> None:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_what_gave_no_answer_is_tried_three_times_by_updates(
-    moment: str,
-    made: tuple[Shop, Path, Path],
-    shop: Shop,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    moment: str, fleet: Fleet, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No memory for a moment says nothing of a bundle; what the self-test itself finds wrong does."""
     counter, told = tmp_path / "counter", MOMENTS[moment][1]
-    root, publish = shop.device("edge"), ["--repository", "public", "--keys", "roles"]
-    with served(tmp_path / "public") as server:
-
-        def offer(archive: Path) -> None:
-            assert Project(tmp_path).bitferry("publish", str(archive), *publish).returncode == 0
-
-        def update() -> tuple[int, str]:
-            capsys.readouterr()
-            trusted = ["--trusted-root", str(tmp_path / "public/metadata/root.json")]
-            code = agent.main(["update", "--repository", server.url, "--root", str(root), *trusted])
-            return code, "".join(capsys.readouterr())
-
-        offer(made[1])
-        assert update()[0] == 0
-        offer(shop.archive("2.0.0", partial(troubled, moment=moment, counter=counter)))
-        counter.write_text("99")
-        monkeypatch.setattr("bitferry.device.selftest.MINUTES", 0.02 if moment == "late" else 10)
-        for number in (1, 2, 3):
-            code, said = update()
-            assert (code, version(root)) == (2, "1.0.0")
-            assert told in said
-            assert f"; that was try {number} of 3, and " in said
-        code, said = update()
-        assert (code, version(root)) == (2, "1.0.0")
-        assert "was rejected here before: 3 tries ended without an answer, the last so: the self-test" in said
+    fleet.offer(shop.archive("2.0.0", partial(troubled, moment=moment, counter=counter)))
+    counter.write_text("99")
+    monkeypatch.setattr("bitferry.device.selftest.MINUTES", 0.02 if moment == "late" else 10)
+    for number in (1, 2, 3):
+        code, said = fleet.update()
+        assert (code, version(fleet.root)) == (2, "1.0.0")
         assert told in said
-        assert counter.read_text() == "96"  # it was not tried
-        offer(shop.archive("3.0.0", partial(troubled, moment=moment, counter=counter)))
-        counter.write_text("1")
-        assert update()[0] == 2
-        monkeypatch.setattr("bitferry.device.selftest.MINUTES", 10)
-        assert update()[0] == 0
-        assert version(root) == "3.0.0"
-        assert len(json.loads((root / "rejected.json").read_text())) == 1  # of 3.0.0 nothing is held against it
+        assert f"; that was try {number} of 3, and " in said
+    code, said = fleet.update()
+    assert (code, version(fleet.root)) == (2, "1.0.0")
+    assert "was rejected here before: 3 tries ended without an answer, the last so: the self-test" in said
+    assert told in said
+    assert counter.read_text() == "96"  # it was not tried
+    fleet.offer(shop.archive("3.0.0", partial(troubled, moment=moment, counter=counter)))
+    counter.write_text("1")
+    assert fleet.update()[0] == 2
+    monkeypatch.setattr("bitferry.device.selftest.MINUTES", 10)
+    assert fleet.update()[0] == 0
+    assert version(fleet.root) == "3.0.0"
+    assert len(json.loads((fleet.root / "rejected.json").read_text())) == 1  # of 3.0.0 nothing is held against it
 
 
 def test_what_runs_and_gives_no_answer_for_a_moment_may_come_again(shop: Shop, old: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from bitferry.device import arrays, pixels
-from bitferry.device.arrays import Images, Outputs
+from bitferry.device.arrays import Images, Outputs, Predict
 from bitferry.device.errors import InputError, StageFailed, first_line
 from bitferry.pipeline import cache, progress
 from bitferry.pipeline.artifacts import Calibration, FloatOnnx, QuantizedOnnx, Simplified
@@ -93,7 +93,7 @@ def _quantize(path: Path, images: Images, scheme: Scheme, settings: Quantization
         progress.stage("quantize", str(division))
         seen, judges = images[division.fitting], images[division.validation]
         work = _Work(path, scheme, settings, judges)
-        work.scores(path, seen)  # which refuses what is not finite
+        work.float_scores(seen)  # which refuses what is not finite
         seen, curve = work.enough(seen) if settings.images == "enough" and len(judges) else (seen, {})
         made = work.made(seen)
     except InputError:
@@ -113,7 +113,7 @@ class _Work:
         self.judged = on(judges)
         self.model = onnx.shape_inference.infer_shapes(onnx.load(path))
         self.plan: Plan = plan(self.model, scheme, settings.keep)
-        self.wanted: Outputs = self.scores(path, judges) if len(judges) else np.zeros((0, 1), np.float32)
+        self.wanted: Outputs = self.float_scores(judges) if len(judges) else np.zeros((0, 1), np.float32)
 
     def made(self, seen: Images) -> ModelProto:
         """Quantize with every observer asked for, keep the best, and correct its biases where that helps.
@@ -186,25 +186,27 @@ class _Work:
         progress.stage("quantize", f"calibration images to fit on: {told}, {self.judged}; {end}")
         return seen[:count], found
 
-    def scores(self, model: Path | bytes, images: Images) -> Outputs:
-        """Answer images; of maps keep the scores of a few pixels, as all of a hundred fill a memory.
+    def float_scores(self, images: Images) -> Outputs:
+        """Answer images with the float model; raise NotFinite where an answer is not."""
+        answer = predict(self.path)
 
-        Raises NotFinite where the float model's answer is not.
-        """
-        answer, found = predict(model), list[Outputs]()
-        for start in range(0, len(images), BATCH):
-            batch = images[start : start + BATCH]
-            found.append(answer(batch))
-            if isinstance(model, Path):
-                refuse_infinite(found[-1], batch)
-            found[-1] = pixels.thin(found[-1])
-        return np.concatenate(found)
+        def checked(batch: Images) -> Outputs:
+            found = answer(batch)
+            refuse_infinite(found, batch)
+            return found
+
+        return self.scores(checked, images)
+
+    def scores(self, answer: Predict, images: Images) -> Outputs:
+        """Answer images; of maps keep the scores of a few pixels, as all of a hundred fill a memory."""
+        batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+        return np.concatenate([pixels.thin(answer(batch)) for batch in batches])
 
     def noise(self, int8: ModelProto) -> Noise:
         """Give the power of each image's difference from the float scores; none without images that judge."""
         if not len(self.judges):
             return np.zeros(0)
-        found = self.scores(int8.SerializeToString(), self.judges).astype(np.float64) - self.wanted
+        found = self.scores(predict(int8.SerializeToString()), self.judges).astype(np.float64) - self.wanted
         return np.asarray(np.square(found).reshape(len(found), -1).sum(1), np.float64)
 
     def db(self, noise: Noise) -> float:

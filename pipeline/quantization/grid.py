@@ -10,7 +10,7 @@ from torchao.quantization.pt2e import ObserverBase
 
 Mode = Literal["off", "observe", "round"]
 SMALLEST = 2**-40
-"""Below this a scale times a weight's is no normal float32 any more."""
+"""Of any scale: the product of two, as an int32 bias has it, stays far above the smallest normal float32, 2⁻¹²⁶."""
 OF_NOTHING = 2**-12
 """The scale of a value that was 0 in every image, and may be something in another."""
 
